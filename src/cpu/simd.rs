@@ -1,0 +1,88 @@
+//! The small vector type that the CPU kernels are written over, and how each dtype enters and leaves it.
+//!
+//! Every operation is a correctly rounded IEEE one, so an algorithm gives the same bits on every instruction set; the tests
+//! assert it. A value of a type that implements [`Simd`] is the proof that the CPU has the instructions: it can be made only
+//! inside this folder's instruction-set files, after detection.
+
+use half::{bf16, f16};
+
+/// f32 vectors of one instruction set. All methods are `inline(always)` so that they take on the caller's target features.
+pub(super) trait Simd: Copy {
+    /// Elements of one vector.
+    const LANES: usize;
+    /// A vector of f32.
+    type F: Copy;
+    /// One boolean per lane.
+    type Mask: Copy;
+
+    fn splat(self, value: f32) -> Self::F;
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a·b + c with one rounding.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    fn abs(self, a: Self::F) -> Self::F;
+    /// The nearest integer, ties to even.
+    fn round(self, a: Self::F) -> Self::F;
+    /// a·2ⁿ with one rounding, for a in [½, 2] and an integer n in [-252, 0].
+    fn scale(self, a: Self::F, n: Self::F) -> Self::F;
+    /// a ≤ b; false where either is NaN.
+    fn le(self, a: Self::F, b: Self::F) -> Self::Mask;
+    fn select(self, mask: Self::Mask, yes: Self::F, no: Self::F) -> Self::F;
+
+    /// # Safety
+    /// `src` points to `LANES` readable f32, at any alignment.
+    unsafe fn load_f32(self, src: *const f32) -> Self::F;
+    /// # Safety
+    /// `dst` points to `LANES` writable f32, at any alignment.
+    unsafe fn store_f32(self, value: Self::F, dst: *mut f32);
+    /// # Safety
+    /// `src` points to `LANES` readable bf16, at any alignment.
+    unsafe fn load_bf16(self, src: *const bf16) -> Self::F;
+    /// Rounds to nearest even; a NaN stays a NaN.
+    /// # Safety
+    /// `dst` points to `LANES` writable bf16, at any alignment.
+    unsafe fn store_bf16(self, value: Self::F, dst: *mut bf16);
+    /// # Safety
+    /// `src` points to `LANES` readable f16, at any alignment.
+    unsafe fn load_f16(self, src: *const f16) -> Self::F;
+    /// Rounds to nearest even; a NaN stays a NaN.
+    /// # Safety
+    /// `dst` points to `LANES` writable f16, at any alignment.
+    unsafe fn store_f16(self, value: Self::F, dst: *mut f16);
+}
+
+/// A dtype that the vector kernels read and write.
+pub(super) trait Element: Copy + Default + Send + Sync + 'static {
+    /// # Safety
+    /// As the `load_` of its dtype in [`Simd`].
+    unsafe fn load<S: Simd>(simd: S, src: *const Self) -> S::F;
+    /// # Safety
+    /// As the `store_` of its dtype in [`Simd`].
+    unsafe fn store<S: Simd>(simd: S, value: S::F, dst: *mut Self);
+}
+
+macro_rules! element {
+    ($dtype:ty, $load:ident, $store:ident) => {
+        impl Element for $dtype {
+            #[inline(always)]
+            unsafe fn load<S: Simd>(simd: S, src: *const Self) -> S::F {
+                // SAFETY: the same contract.
+                unsafe { simd.$load(src) }
+            }
+            #[inline(always)]
+            unsafe fn store<S: Simd>(simd: S, value: S::F, dst: *mut Self) {
+                // SAFETY: the same contract.
+                unsafe { simd.$store(value, dst) }
+            }
+        }
+    };
+}
+
+element!(f32, load_f32, store_f32);
+element!(bf16, load_bf16, store_bf16);
+element!(f16, load_f16, store_f16);
+
+/// The most lanes that any instruction set has: the size of a tail's buffer.
+pub(super) const MAX_LANES: usize = 16;

@@ -1,0 +1,320 @@
+//! Every kernel the machine has, against the f64 definition and against each other.
+
+use candle_core::{CpuStorage, Layout, Shape};
+use half::{bf16, f16};
+
+use super::{Kernel, available, backward, forward};
+use crate::activation::GluActivation;
+use crate::glu::Glu;
+use crate::reference;
+
+/// 2⁻²⁴: half a unit in the last place of an f32 in [1, 2).
+const U: f64 = 1.0 / (1 << 24) as f64;
+
+const ACTIVATIONS: [GluActivation; 8] = [
+    GluActivation::Silu,
+    GluActivation::Swish { beta: 1.702 },
+    GluActivation::Swish { beta: -0.5 },
+    GluActivation::Sigmoid,
+    GluActivation::Relu,
+    GluActivation::Gelu,
+    GluActivation::GeluTanh,
+    GluActivation::Identity,
+];
+
+fn ops() -> Vec<Glu> {
+    let plain = ACTIVATIONS.map(Glu::new);
+    let gpt_oss = Glu::new(GluActivation::Swish { beta: 1.702 }).with_limit(7.0).with_up_offset(1.0);
+    let falcon = Glu::new(GluActivation::Silu).with_gate_multiplier(0.6875);
+    plain.into_iter().chain([gpt_oss, falcon]).collect()
+}
+
+/// The documented relative error of act(g), in units of 2⁻²⁴.
+fn activation_bound(activation: GluActivation, g: f64) -> f64 {
+    match activation {
+        GluActivation::Silu | GluActivation::Sigmoid => 6.0,
+        GluActivation::Swish { beta } => 6.0 + (f64::from(beta) * g).abs(),
+        GluActivation::Relu | GluActivation::Identity => 0.0,
+        GluActivation::Gelu => 12.0,
+        GluActivation::GeluTanh => 6.0 + 4.0 * (1.596 * g + 0.07136 * g * g * g).abs(),
+    }
+}
+
+/// Numbers from every binade that matters, both signs, with ragged mantissas; deterministic.
+fn numbers(n: usize, seed: u64, largest_exponent: i32) -> Vec<f32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as u32
+    };
+    let number = |bits: u32, exponent: i32| (1.0 + (bits & 0xfffff) as f32 / 1048576.0) * 2f32.powi(exponent);
+    (0..n)
+        .map(|_| {
+            let exponent = -20 + (next() % (largest_exponent as u32 + 20)) as i32;
+            let sign = if next() % 2 == 0 { 1.0 } else { -1.0 };
+            sign * number(next(), exponent)
+        })
+        .collect()
+}
+
+fn contiguous(n: usize) -> Layout {
+    Layout::contiguous(Shape::from(n))
+}
+
+fn run_f32(kernel: &Kernel, op: &Glu, gate: &[f32], up: &[f32]) -> Vec<f32> {
+    let layout = contiguous(gate.len());
+    let (g, u) = (CpuStorage::F32(gate.to_vec()), CpuStorage::F32(up.to_vec()));
+    match forward(kernel, op, (&g, &layout), (&u, &layout)) {
+        Ok(CpuStorage::F32(out)) => out,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn every_promised_kernel_is_there() {
+    let names: Vec<&str> = available().iter().map(|kernel| kernel.name).collect();
+    #[cfg(target_arch = "x86_64")]
+    {
+        let has = |name| names.contains(&name);
+        assert_eq!(has("avx512"), is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq"));
+        assert_eq!(has("avx2"), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c"));
+    }
+    assert_eq!(names.last(), Some(&"scalar"));
+}
+
+/// Where σ or Φ is denormal its error is absolute, about one 2⁻¹⁴⁹, which the products with g and up then scale.
+fn denormal(gate: f64, up: f64) -> f64 {
+    2f64.powi(-149) * (2.0 + gate.abs()) * (1.0 + up.abs())
+}
+
+/// act(g) alone: up = 1, so that the product adds nothing.
+#[test]
+fn activations_meet_their_bounds_in_f32() {
+    let gate: Vec<f32> = numbers(40_000, 1, 6).into_iter().chain((-4000..4000).map(|i| i as f32 / 37.0)).collect();
+    let up = vec![1.0; gate.len()];
+    for kernel in available() {
+        for activation in ACTIVATIONS {
+            let out = run_f32(kernel, &Glu::new(activation), &gate, &up);
+            let mut worst = 0f64;
+            for (&g, &y) in gate.iter().zip(&out) {
+                let exact = reference::activation(activation, f64::from(g)).0;
+                let bound = activation_bound(activation, f64::from(g)) * U * exact.abs() + denormal(f64::from(g), 1.0);
+                let error = (f64::from(y) - exact).abs();
+                worst = worst.max(error / bound);
+                assert!(
+                    error <= bound,
+                    "{} {activation}({g}) = {y}, exact {exact}, {} u",
+                    kernel.name,
+                    error / exact.abs() / U
+                );
+            }
+            eprintln!("{} {activation}: {worst:.2} of the bound", kernel.name);
+        }
+    }
+}
+
+/// One rounding from the exact product, plus the f32 error before it.
+fn product_bound(op: &Glu, gate: f64, exact: f64, half_ulp: f64) -> f64 {
+    let g = gate * f64::from(op.gate_multiplier);
+    exact.abs() * (half_ulp + (activation_bound(op.activation, g) + 4.0 + g.abs()) * U)
+}
+
+macro_rules! product_test {
+    ($name:ident, $dtype:ty, $variant:ident, $half_ulp:expr, $smallest:expr) => {
+        #[test]
+        fn $name() {
+            for n in [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 4096, 70_001] {
+                let (gate, up) = (numbers(n, 3, 5), numbers(n, 4, 4));
+                let [gate, up]: [Vec<$dtype>; 2] =
+                    [gate, up].map(|v| v.into_iter().map(|x| <$dtype as num_like::From32>::from32(x)).collect());
+                let layout = contiguous(n);
+                let (g, u) = (CpuStorage::$variant(gate.clone()), CpuStorage::$variant(up.clone()));
+                for kernel in available() {
+                    for op in ops() {
+                        let Ok(CpuStorage::$variant(out)) = forward(kernel, &op, (&g, &layout), (&u, &layout)) else {
+                            panic!("{}", kernel.name)
+                        };
+                        assert_eq!(out.len(), n);
+                        for i in 0..n {
+                            let exact = reference::glu(&op, f64::from(gate[i]), f64::from(up[i]));
+                            let bound = product_bound(&op, f64::from(gate[i]), exact, $half_ulp) + $smallest + denormal(f64::from(gate[i]), f64::from(up[i]));
+                            let error = (f64::from(out[i]) - exact).abs();
+                            assert!(error <= bound, "{} {op:?} {} {}: {} for {exact}", kernel.name, gate[i], up[i], out[i]);
+                        }
+                    }
+                }
+            }
+        }
+    };
+}
+
+mod num_like {
+    pub(super) trait From32 {
+        fn from32(x: f32) -> Self;
+    }
+    impl From32 for f32 {
+        fn from32(x: f32) -> Self {
+            x
+        }
+    }
+    impl From32 for f64 {
+        fn from32(x: f32) -> Self {
+            f64::from(x) + 1e-9
+        }
+    }
+    impl From32 for half::bf16 {
+        fn from32(x: f32) -> Self {
+            half::bf16::from_f32(x)
+        }
+    }
+    impl From32 for half::f16 {
+        fn from32(x: f32) -> Self {
+            half::f16::from_f32(x)
+        }
+    }
+}
+
+product_test!(products_in_f32, f32, F32, U, 2f64.powi(-148));
+product_test!(products_in_bf16, bf16, BF16, 2f64.powi(-8), 2f64.powi(-134));
+product_test!(products_in_f16, f16, F16, 2f64.powi(-11), 2f64.powi(-25));
+product_test!(products_in_f64, f64, F64, 0.0, 0.0);
+
+#[test]
+fn all_kernels_give_the_same_bits() {
+    let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN, 1e-40, -1e-40, -88.8, -104.0];
+    let mut gate = numbers(5000, 7, 8);
+    let mut up = numbers(5000, 8, 8);
+    for g in special {
+        for u in special {
+            gate.push(g);
+            up.push(u);
+        }
+    }
+    let dy = numbers(gate.len(), 9, 3);
+    let bits = |kernel: &Kernel, op: &Glu| {
+        let layout = contiguous(gate.len());
+        let storage = |v: &[f32]| CpuStorage::F32(v.to_vec());
+        let (g, u, d) = (storage(&gate), storage(&up), storage(&dy));
+        let mut all = run_f32(kernel, op, &gate, &up);
+        let Ok(CpuStorage::F32(gradients)) = backward(kernel, op, [(&g, &layout), (&u, &layout), (&d, &layout)]) else {
+            panic!("{}", kernel.name)
+        };
+        all.extend(gradients);
+        // Which NaN it is may differ.
+        all.into_iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect::<Vec<_>>()
+    };
+    for op in ops() {
+        let first = bits(&available()[0], &op);
+        for kernel in &available()[1..] {
+            let other = bits(kernel, &op);
+            let n = gate.len();
+            for i in 0..first.len() {
+                let at = (gate[i % n], up[i % n], f32::from_bits(first[i]), f32::from_bits(other[i]));
+                assert_eq!(first[i], other[i], "{} {op:?} at {i}: {at:?}", kernel.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn half_precision_rounds_as_the_half_crate() {
+    let values: Vec<f32> = (0..=u16::MAX)
+        .flat_map(|hi| [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|lo| (u32::from(hi) << 16) | lo))
+        .map(f32::from_bits)
+        .collect();
+    // Through f32 storages the kernel multiplies by 1; what is tested is the store, so go in as f32 and come out narrow by a
+    // bilinear product in the narrow dtype, whose inputs are exact.
+    let narrow: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+    let ones = vec![bf16::ONE; narrow.len()];
+    let layout = contiguous(narrow.len());
+    let (g, u) = (CpuStorage::BF16(narrow.clone()), CpuStorage::BF16(ones));
+    let op = Glu::new(GluActivation::Identity);
+    for kernel in available() {
+        let Ok(CpuStorage::BF16(out)) = forward(kernel, &op, (&g, &layout), (&u, &layout)) else { panic!("{}", kernel.name) };
+        for (x, y) in narrow.iter().zip(&out) {
+            assert!(x.to_bits() == y.to_bits() || (x.is_nan() && y.is_nan()), "{} {x} {y}", kernel.name);
+        }
+    }
+}
+
+#[test]
+fn special_values_follow_the_definition() {
+    let special =
+        [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN, -100.0, -89.0, 89.0, 1e-30, -1e-30];
+    let pairs: Vec<(f32, f32)> =
+        special.iter().flat_map(|&g| [1.0, -2.0, 0.0, f32::INFINITY, f32::NAN].map(|u| (g, u))).collect();
+    let (gate, up): (Vec<f32>, Vec<f32>) = pairs.into_iter().unzip();
+    for kernel in available() {
+        for op in ops() {
+            for (i, &y) in run_f32(kernel, &op, &gate, &up).iter().enumerate() {
+                let exact = reference::glu(&op, f64::from(gate[i]), f64::from(up[i])) as f32;
+                let same = y == exact || (y.is_nan() && exact.is_nan()) || (y - exact).abs() <= exact.abs() * 1e-4 + denormal(100.0, 2.0) as f32;
+                // In f32, act(g) has vanished where in f64 it has not: 0·∞ is then NaN here and ∞ there.
+                let vanished = up[i].is_infinite() && y.is_nan() && gate[i] < -88.0;
+                assert!(same || vanished, "{} {op:?} {} {}: {y}, expected {exact}", kernel.name, gate[i], up[i]);
+            }
+        }
+        let tail = run_f32(kernel, &Glu::new(GluActivation::Silu), &[f32::NEG_INFINITY], &[1.0]);
+        assert!(tail[0] == 0.0 && tail[0].is_sign_negative());
+    }
+}
+
+#[test]
+fn gradients_meet_the_definition() {
+    let n = 3001;
+    let [gate, up, dy] = [(11, 4), (12, 3), (13, 3)].map(|(seed, exponent)| numbers(n, seed, exponent));
+    let layout = contiguous(n);
+    let storages = [&gate, &up, &dy].map(|v| CpuStorage::F32(v.clone()));
+    for kernel in available() {
+        for op in ops() {
+            let inputs = [0, 1, 2].map(|i| (&storages[i], &layout));
+            let Ok(CpuStorage::F32(out)) = backward(kernel, &op, inputs) else { panic!("{}", kernel.name) };
+            for i in 0..n {
+                let [g, u, d] = [gate[i], up[i], dy[i]].map(f64::from);
+                let (dgate, dup) = reference::glu_grad(&op, g, u, d);
+                // act' is a sum of terms of size up to 1 + |g|, each within the activation's error: absolute, not relative.
+                let bound = (activation_bound(op.activation, g.clamp(-12.0, 12.0)) + 8.0) * U;
+                let gate_scale = d.abs() * (u.abs() + f64::from(op.up_offset)) * (1.2 + 0.0 * g.abs());
+                assert!(
+                    (f64::from(out[i]) - dgate).abs() <= 2.0 * bound * gate_scale,
+                    "{} {op:?} dgate {g} {u} {d}: {} {dgate}",
+                    kernel.name,
+                    out[i]
+                );
+                let up_bound = product_bound(&op, g, dup, U) + denormal(g, d);
+                assert!((f64::from(out[n + i]) - dup).abs() <= up_bound, "{} {op:?} dup {g} {d}", kernel.name);
+            }
+        }
+    }
+}
+
+/// Operands as candle lays them out: transposed, interleaved, halves of a packed row, broadcast along either dimension.
+#[test]
+fn any_layout_gives_what_a_copy_gives() {
+    let (m, i) = (37, 130);
+    let data = numbers(2 * m * i, 21, 3);
+    let storage = CpuStorage::F32(data.clone());
+    let shape = Shape::from((m, i));
+    let layouts = [
+        Layout::contiguous_with_offset((m, i), 5),
+        Layout::new(shape.clone(), vec![2 * i, 1], i),
+        Layout::new(shape.clone(), vec![2 * i, 2], 1),
+        Layout::new(shape.clone(), vec![1, m], 3),
+        Layout::new(shape.clone(), vec![0, 1], 9),
+        Layout::new(shape.clone(), vec![1, 0], 9),
+        Layout::new(shape, vec![0, 0], 2),
+    ];
+    let copy = |layout: &Layout| -> Vec<f32> {
+        let (s, o) = (layout.stride(), layout.start_offset());
+        (0..m * i).map(|k| data[o + k / i * s[0] + k % i * s[1]]).collect()
+    };
+    for kernel in available() {
+        for gate in &layouts {
+            for up in &layouts {
+                let op = Glu::new(GluActivation::Silu);
+                let Ok(CpuStorage::F32(out)) = forward(kernel, &op, (&storage, gate), (&storage, up)) else { panic!() };
+                assert_eq!(out, run_f32(kernel, &op, &copy(gate), &copy(up)), "{} {gate:?} {up:?}", kernel.name);
+            }
+        }
+    }
+}

@@ -1,0 +1,24 @@
+#![doc = include_str!("../README.md")]
+
+mod activation;
+mod checkpoint;
+mod config;
+#[allow(unsafe_code)]
+mod cpu;
+mod error;
+mod ffn;
+mod glu;
+#[cfg(feature = "hub")]
+pub mod hub;
+mod linear;
+pub mod reference;
+mod weights;
+
+pub use activation::GluActivation;
+pub use checkpoint::Checkpoint;
+pub use config::FfnConfig;
+pub use error::{Error, Result};
+pub use ffn::SwiGluFfn;
+pub use glu::{Glu, glu_mul, silu_mul};
+pub use linear::Linear;
+pub use weights::{Family, GateUp, PackedOrder, Weights};

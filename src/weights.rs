@@ -1,0 +1,311 @@
+//! The weights of one block: how families of checkpoints name and arrange them, and how they are found in a `VarBuilder`.
+
+use candle_core::Tensor;
+use candle_nn::{Init, VarBuilder, init};
+
+use crate::config::FfnConfig;
+use crate::error::{Error, Result};
+
+/// How a checkpoint family names the projections, and in which order a packed one holds them.
+///
+/// | family | gate | up | down | detected |
+/// |---|---|---|---|---|
+/// | `Llama` (HF LLaMA, Mistral, Qwen2, Gemma, ...) | `gate_proj` | `up_proj` | `down_proj` | by names |
+/// | `Meta` (Meta LLaMA, Mixtral experts, InternLM2) | `w1` | `w3` | `w2` | under `feed_forward` or `experts.N` |
+/// | `Xformers` | `w1` | `w2` | `w3` | never: same names as `Meta` |
+/// | `Qwen1` | `w2` | `w1` | `c_proj` | by names |
+/// | `Phi3` (Phi-3, GLM-4 in HF) | `gate_up_proj`, first half | second half | `down_proj` | by names |
+/// | `ChatGlm` | `dense_h_to_4h`, first half | second half | `dense_4h_to_h` | by names |
+/// | `Dinov2` | `w12`, first half | second half | `w3` | by names |
+/// | `Stella` | `up_gate_proj`, second half | first half | `down_proj` | by names |
+/// | `FlashAttn` (`GatedMlp`) | `fc1`, second half | first half | `fc2` | never: plain MLPs use these names |
+/// | `Interleaved` (quack, gpt-oss per expert) | `gate_up_proj`, even rows | odd rows | `down_proj` | never: same names as `Phi3` |
+/// | `Nomic` | `fc12` | `fc11` | `fc2` | by names |
+/// | `T5` (v1.1) | `wi_0` | `wi_1` | `wo` | by names |
+/// | `Gguf` | `ffn_gate` | `ffn_up` | `ffn_down` | by names |
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+#[allow(missing_docs)] // the table above
+pub enum Family {
+    Llama,
+    Meta,
+    Xformers,
+    Qwen1,
+    Phi3,
+    ChatGlm,
+    Dinov2,
+    Stella,
+    FlashAttn,
+    Interleaved,
+    Nomic,
+    T5,
+    Gguf,
+}
+
+/// Which rows of a packed `gate_up_proj` (2I,H) belong to the gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PackedOrder {
+    /// Rows 0..I are the gate, rows I..2I are up.
+    GateFirst,
+    /// Rows 0..I are up, rows I..2I are the gate.
+    UpFirst,
+    /// Even rows are the gate, odd rows are up.
+    Interleaved,
+}
+
+/// The names of a family, without `.weight` or `.bias`.
+#[derive(Clone, Copy)]
+enum Names {
+    Pair { gate: &'static str, up: &'static str, down: &'static str },
+    Packed { gate_up: &'static str, down: &'static str, order: PackedOrder },
+}
+
+impl Family {
+    const ALL: [Family; 13] = [
+        Family::Llama,
+        Family::Meta,
+        Family::Xformers,
+        Family::Qwen1,
+        Family::Phi3,
+        Family::ChatGlm,
+        Family::Dinov2,
+        Family::Stella,
+        Family::FlashAttn,
+        Family::Interleaved,
+        Family::Nomic,
+        Family::T5,
+        Family::Gguf,
+    ];
+
+    fn names(self) -> Names {
+        use PackedOrder::*;
+        let pair = |gate, up, down| Names::Pair { gate, up, down };
+        let packed = |gate_up, down, order| Names::Packed { gate_up, down, order };
+        match self {
+            Family::Llama => pair("gate_proj", "up_proj", "down_proj"),
+            Family::Meta => pair("w1", "w3", "w2"),
+            Family::Xformers => pair("w1", "w2", "w3"),
+            Family::Qwen1 => pair("w2", "w1", "c_proj"),
+            Family::Phi3 => packed("gate_up_proj", "down_proj", GateFirst),
+            Family::ChatGlm => packed("dense_h_to_4h", "dense_4h_to_h", GateFirst),
+            Family::Dinov2 => packed("w12", "w3", GateFirst),
+            Family::Stella => packed("up_gate_proj", "down_proj", UpFirst),
+            Family::FlashAttn => packed("fc1", "fc2", UpFirst),
+            Family::Interleaved => packed("gate_up_proj", "down_proj", Interleaved),
+            Family::Nomic => pair("fc12", "fc11", "fc2"),
+            Family::T5 => pair("wi_0", "wi_1", "wo"),
+            Family::Gguf => pair("ffn_gate", "ffn_up", "ffn_down"),
+        }
+    }
+
+    /// The names alone do not decide for this family: another layout, or a plain MLP, uses the same ones.
+    fn must_be_named(self) -> bool {
+        matches!(self, Family::Xformers | Family::FlashAttn | Family::Interleaved)
+    }
+
+    fn weight_names(self) -> Vec<String> {
+        let names = match self.names() {
+            Names::Pair { gate, up, down } => vec![gate, up, down],
+            Names::Packed { gate_up, down, .. } => vec![gate_up, down],
+        };
+        names.into_iter().map(|name| format!("{name}.weight")).collect()
+    }
+
+    /// The family whose names stand under `vb`'s prefix; `Llama` where a `VarMap` is still to be filled.
+    fn detect(vb: &VarBuilder) -> Result<Family> {
+        if contains_anything(vb) {
+            return Ok(Family::Llama);
+        }
+        let present = |family: &Family| family.weight_names().iter().filter(|name| vb.contains_tensor(name)).count();
+        let complete = |family: &Family| present(family) == family.weight_names().len();
+        let candidates: Vec<Family> = Self::ALL.into_iter().filter(|f| !f.must_be_named() && complete(f)).collect();
+        match candidates[..] {
+            [Family::Meta] if !prefix_is_meta(&vb.prefix()) => Err(ambiguous(vb)),
+            [family] => Ok(family),
+            _ => {
+                // Incomplete: the family most of whose names are there, so that the error names what is missing.
+                let partial = Self::ALL.into_iter().filter(|f| !f.must_be_named() && present(f) > 0);
+                Ok(partial.max_by_key(|f| (present(f), *f == Family::Llama)).unwrap_or(Family::Llama))
+            }
+        }
+    }
+}
+
+/// `VarBuilder::zeros` says yes to every name.
+fn contains_anything(vb: &VarBuilder) -> bool {
+    vb.contains_tensor("no tensor has this name")
+}
+
+/// `layers.0.feed_forward` (Meta LLaMA), `block_sparse_moe.experts.3` (Mixtral)
+fn prefix_is_meta(prefix: &str) -> bool {
+    prefix.split('.').any(|part| part == "feed_forward" || part == "experts")
+}
+
+fn ambiguous(vb: &VarBuilder) -> Error {
+    Error::AmbiguousNames {
+        prefix: vb.prefix(),
+        names: Family::Meta.weight_names(),
+        families: vec!["Family::Meta: w1 gate, w3 up, w2 down".into(), "Family::Xformers: w1 gate, w2 up, w3 down".into()],
+    }
+}
+
+/// The gate and up projections as they lie in memory, weights (out, in).
+#[derive(Clone, Debug)]
+pub enum GateUp {
+    /// Two tensors.
+    Separate {
+        /// (I,H)
+        gate_proj: Tensor,
+        /// (I,H)
+        up_proj: Tensor,
+        /// (I)
+        gate_bias: Option<Tensor>,
+        /// (I)
+        up_bias: Option<Tensor>,
+    },
+    /// One tensor with both, computed by one product; gate and up are views of it.
+    Packed {
+        /// (2I,H)
+        gate_up_proj: Tensor,
+        /// (2I), in the same order
+        bias: Option<Tensor>,
+        /// Which rows are which.
+        order: PackedOrder,
+    },
+}
+
+/// The weights of one block, for [`crate::SwiGluFfn::from_weights`].
+#[derive(Clone, Debug)]
+pub struct Weights {
+    /// The gate and up projections.
+    pub gate_up: GateUp,
+    /// (H,I)
+    pub down_proj: Tensor,
+    /// (H)
+    pub down_bias: Option<Tensor>,
+}
+
+impl Weights {
+    /// Finds and loads the weights under `vb`'s prefix.
+    pub(crate) fn load(cfg: &FfnConfig, vb: &VarBuilder) -> Result<Self> {
+        let (h, i) = (cfg.hidden_size, cfg.intermediate_size);
+        let family = cfg.family.map_or_else(|| Family::detect(vb), Ok)?;
+        let loader = Loader { vb, family, named: cfg.family.is_some(), bias: cfg.bias };
+        let (gate_up, down) = match family.names() {
+            Names::Pair { gate, up, down } => {
+                let (gate_proj, gate_bias) = loader.projection(gate, i, h)?;
+                let (up_proj, up_bias) = loader.projection(up, i, h)?;
+                (GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias }, down)
+            }
+            Names::Packed { gate_up, down, order } => {
+                let (gate_up_proj, bias) = loader.projection(gate_up, 2 * i, h)?;
+                (GateUp::Packed { gate_up_proj, bias, order }, down)
+            }
+        };
+        let (down_proj, down_bias) = loader.projection(down, h, i)?;
+        Ok(Self { gate_up, down_proj, down_bias })
+    }
+
+    /// The tensors with their names and the shapes that the config asks of them.
+    pub(crate) fn expected(&self, cfg: &FfnConfig) -> Vec<(&'static str, &Tensor, Vec<usize>)> {
+        let (h, i) = (cfg.hidden_size, cfg.intermediate_size);
+        let mut all = vec![("down_proj", &self.down_proj, vec![h, i])];
+        all.extend(self.down_bias.iter().map(|b| ("down_proj bias", b, vec![h])));
+        match &self.gate_up {
+            GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => {
+                all.extend([("gate_proj", gate_proj, vec![i, h]), ("up_proj", up_proj, vec![i, h])]);
+                all.extend(gate_bias.iter().map(|b| ("gate_proj bias", b, vec![i])));
+                all.extend(up_bias.iter().map(|b| ("up_proj bias", b, vec![i])));
+            }
+            GateUp::Packed { gate_up_proj, bias, .. } => {
+                all.push(("gate_up_proj", gate_up_proj, vec![2 * i, h]));
+                all.extend(bias.iter().map(|b| ("gate_up_proj bias", b, vec![2 * i])));
+            }
+        }
+        all
+    }
+}
+
+/// Loads one family's projections and turns every failure into an error that says what was looked for and what is there.
+struct Loader<'a> {
+    vb: &'a VarBuilder<'a>,
+    family: Family,
+    /// The caller named the family.
+    named: bool,
+    bias: bool,
+}
+
+impl Loader<'_> {
+    /// `name.weight` (out,in) and `name.bias` (out)
+    fn projection(&self, name: &str, out_dim: usize, in_dim: usize) -> Result<(Tensor, Option<Tensor>)> {
+        load_projection(&self.vb.pp(name), out_dim, in_dim, Some(self.bias)).map_err(|error| match error {
+            Error::MissingTensor { present, location, .. } => self.missing(name, present, location),
+            other => other,
+        })
+    }
+
+    fn missing(&self, name: &str, listed: Vec<String>, location: Option<std::path::PathBuf>) -> Error {
+        let mut present: Vec<String> = Family::ALL.iter().flat_map(|f| f.weight_names()).collect();
+        present.retain(|name| self.vb.contains_tensor(name));
+        present.extend(listed);
+        present.sort();
+        present.dedup();
+        let nothing = !self.family.weight_names().iter().any(|name| self.vb.contains_tensor(name));
+        let tried = if self.named || !nothing {
+            vec![if self.bias && self.vb.contains_tensor(&format!("{name}.weight")) {
+                format!("{name}.bias")
+            } else {
+                format!("{name}.weight")
+            }]
+        } else {
+            let firsts = Family::ALL.iter().filter(|f| !f.must_be_named()).map(|f| f.weight_names().remove(0));
+            firsts.collect()
+        };
+        Error::MissingTensor { prefix: self.vb.prefix(), tried, present, location }
+    }
+}
+
+/// `weight` (out,in) and `bias` (out) under `vb`'s prefix. `bias`: must be there, must not be there, or taken if there.
+pub(crate) fn load_projection(
+    vb: &VarBuilder,
+    out_dim: usize,
+    in_dim: usize,
+    bias: Option<bool>,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let bound = 1.0 / (in_dim as f64).sqrt();
+    let has_bias = vb.contains_tensor("bias") && !contains_anything(vb);
+    if bias == Some(false) && has_bias {
+        return Err(Error::UnexpectedBias { name: format!("{}.bias", vb.prefix()) });
+    }
+    let weight = get(vb, &[out_dim, in_dim], "weight", init::DEFAULT_KAIMING_NORMAL)?;
+    let bias = if bias.unwrap_or(has_bias) {
+        Some(get(vb, &[out_dim], "bias", Init::Uniform { lo: -bound, up: bound })?)
+    } else {
+        None
+    };
+    Ok((weight, bias))
+}
+
+/// One tensor, with candle's errors turned into this crate's.
+fn get(vb: &VarBuilder, shape: &[usize], name: &str, hint: Init) -> Result<Tensor> {
+    use candle_core::Error as E;
+    vb.get_with_hints(shape, name, hint).map_err(|error| {
+        let full = format!("{}.{name}", vb.prefix());
+        match strip_backtrace(error) {
+            E::CannotFindTensor { .. } => {
+                Error::MissingTensor { prefix: vb.prefix(), tried: vec![name.to_string()], present: vec![], location: None }
+            }
+            E::UnexpectedShape { expected, got, .. } => {
+                Error::Shape { name: full, expected: expected.into_dims(), found: got.into_dims(), location: None }
+            }
+            other => Error::from(other),
+        }
+    })
+}
+
+fn strip_backtrace(error: candle_core::Error) -> candle_core::Error {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => strip_backtrace(*inner),
+        other => other,
+    }
+}
