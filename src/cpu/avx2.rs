@@ -24,6 +24,16 @@ impl Avx2 {
     }
 }
 
+/// 2ⁿ for n in [-126, 127].
+///
+/// # Safety
+/// The CPU has avx2.
+#[inline(always)]
+unsafe fn pow2(n: __m256i) -> __m256 {
+    // SAFETY: the caller's contract.
+    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127)))) }
+}
+
 impl Simd for Avx2 {
     const LANES: usize = 8;
     type F = __m256;
@@ -76,8 +86,6 @@ impl Simd for Avx2 {
         unsafe {
             let n = _mm256_cvtps_epi32(n);
             let half = _mm256_srai_epi32::<1>(n);
-            let bias = _mm256_set1_epi32(127);
-            let pow2 = |n: __m256i| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, bias)));
             _mm256_mul_ps(_mm256_mul_ps(a, pow2(half)), pow2(_mm256_sub_epi32(n, half)))
         }
     }

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, Layout};
 
-use super::{Functions, Kernel};
+use super::{Functions, Kernel, pages};
 use crate::error::{Error, Result};
 use crate::glu::Glu;
 use crate::reference;
@@ -79,6 +79,7 @@ fn run_forward<T: Copy + Send + Sync>(f: &Functions<T>, op: &Glu, gate: (&[T], &
     let n = gate.1.shape().elem_count();
     let views = [View::new(gate.0, gate.1), View::new(up.0, up.1)];
     let mut out: Vec<T> = Vec::with_capacity(n);
+    pages::advise_huge(out.as_mut_ptr(), out.capacity());
     let base = SendPtr(out.as_mut_ptr());
     parallel(n, |range| {
         segments(&views, range, |at, [gate, up]| {
@@ -96,6 +97,7 @@ fn run_backward<T: Copy + Send + Sync>(f: &Functions<T>, op: &Glu, data: [&[T]; 
     let n = layouts[0].shape().elem_count();
     let views = [0, 1, 2].map(|i| View::new(data[i], layouts[i]));
     let mut out: Vec<T> = Vec::with_capacity(2 * n);
+    pages::advise_huge(out.as_mut_ptr(), out.capacity());
     let base = SendPtr(out.as_mut_ptr());
     parallel(n, |range| {
         segments(&views, range, |at, inputs| {

@@ -41,12 +41,9 @@ pub(super) fn backward<S: Simd, T: Element>(s: S, op: &Glu, inputs: [&[T]; 3], o
 #[inline(always)]
 fn forward_with<S: Simd, T: Element, A: Activation>(s: S, op: &Glu, act: A, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
     if op.is_plain() {
-        map(s, [gate, up], [out], |[g, u]| [s.mul(act.value(s, g), u)]);
+        map_pair(s, Plain(act), gate, up, out);
     } else {
-        map(s, [gate, up], [out], |[g, u]| {
-            let (g, u) = (bounded_gate(s, op, g), bounded_up(s, op, u));
-            [s.mul(act.value(s, g), u)]
-        });
+        map_pair(s, Modified(act, op), gate, up, out);
     }
 }
 
@@ -59,13 +56,61 @@ fn backward_with<S: Simd, T: Element, A: Activation>(
     outputs: [&mut [MaybeUninit<T>]; 2],
 ) {
     if op.is_plain() {
-        map(s, inputs, outputs, |[g, u, dy]| {
-            let (a, da) = act.value_and_derivative(s, g);
-            [s.mul(s.mul(dy, u), da), s.mul(dy, a)]
-        });
+        map_triple(s, Plain(act), inputs, outputs);
     } else {
-        map(s, inputs, outputs, |[g, u, dy]| bounded_gradients(s, op, act, g, u, dy));
+        map_triple(s, Modified(act, op), inputs, outputs);
     }
+}
+
+/// The formula of one vector. (A closure would not take on the caller's target features; an `inline(always)` method does.)
+trait Formula: Copy {
+    /// gate, up -> out
+    fn value<S: Simd>(self, s: S, gate: S::F, up: S::F) -> S::F;
+    /// gate, up, dy -> (dgate, dup)
+    fn gradients<S: Simd>(self, s: S, gate: S::F, up: S::F, dy: S::F) -> (S::F, S::F);
+}
+
+/// act(gate) ⊙ up
+#[derive(Clone, Copy)]
+struct Plain<A>(A);
+
+impl<A: Activation> Formula for Plain<A> {
+    #[inline(always)]
+    fn value<S: Simd>(self, s: S, gate: S::F, up: S::F) -> S::F {
+        s.mul(self.0.value(s, gate), up)
+    }
+    #[inline(always)]
+    fn gradients<S: Simd>(self, s: S, gate: S::F, up: S::F, dy: S::F) -> (S::F, S::F) {
+        let (a, da) = self.0.value_and_derivative(s, gate);
+        (s.mul(s.mul(dy, up), da), s.mul(dy, a))
+    }
+}
+
+/// act(min(m·gate, limit)) ⊙ (clamp(up) + c)
+#[derive(Clone, Copy)]
+struct Modified<'a, A>(A, &'a Glu);
+
+impl<A: Activation> Formula for Modified<'_, A> {
+    #[inline(always)]
+    fn value<S: Simd>(self, s: S, gate: S::F, up: S::F) -> S::F {
+        s.mul(self.0.value(s, bounded_gate(s, self.1, gate)), bounded_up(s, self.1, up))
+    }
+    /// As PyTorch's clamp: the gradient passes up to and at the limit, and is 0 beyond it. NaN is within.
+    #[inline(always)]
+    fn gradients<S: Simd>(self, s: S, gate: S::F, up: S::F, dy: S::F) -> (S::F, S::F) {
+        let m = s.splat(self.1.gate_multiplier);
+        let (a, da) = self.0.value_and_derivative(s, bounded_gate(s, self.1, gate));
+        let dgate = s.mul(m, s.mul(s.mul(dy, bounded_up(s, self.1, up)), da));
+        let dup = s.mul(dy, a);
+        (within(s, self.1, s.mul(m, gate), dgate), within(s, self.1, s.abs(up), dup))
+    }
+}
+
+/// The gradient where x ≤ limit or x is NaN, else 0.
+#[inline(always)]
+fn within<S: Simd>(s: S, op: &Glu, x: S::F, gradient: S::F) -> S::F {
+    let limit = s.splat(op.limit.unwrap_or(f32::INFINITY));
+    s.select(s.le(x, limit), gradient, s.select(s.le(limit, x), s.splat(0.0), gradient))
 }
 
 /// min(m·gate, limit)
@@ -82,50 +127,79 @@ fn bounded_up<S: Simd>(s: S, op: &Glu, up: S::F) -> S::F {
     s.add(activation::clamp(s, up, op.limit.unwrap_or(f32::INFINITY)), s.splat(op.up_offset))
 }
 
-/// As PyTorch's clamp: the gradient passes up to and at the limit, and is 0 beyond it. NaN is within.
+/// `out[i] = formula(gate[i], up[i])`, a vector at a time; the tail goes through padded buffers.
 #[inline(always)]
-fn bounded_gradients<S: Simd, A: Activation>(s: S, op: &Glu, act: A, gate: S::F, up: S::F, dy: S::F) -> [S::F; 2] {
-    let (limit, zero, m) = (s.splat(op.limit.unwrap_or(f32::INFINITY)), s.splat(0.0), s.splat(op.gate_multiplier));
-    let (a, da) = act.value_and_derivative(s, bounded_gate(s, op, gate));
-    let dgate = s.mul(m, s.mul(s.mul(dy, bounded_up(s, op, up)), da));
-    let dup = s.mul(dy, a);
-    let within = |x: S::F, value: S::F| s.select(s.le(x, limit), value, s.select(s.le(limit, x), zero, value));
-    [within(s.mul(m, gate), dgate), within(s.abs(up), dup)]
+fn map_pair<S: Simd, T: Element>(s: S, formula: impl Formula, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
+    let n = out.len();
+    assert!(gate.len() == n && up.len() == n);
+    let whole = n - n % S::LANES;
+    let mut i = 0;
+    while i < whole {
+        // SAFETY: i + LANES <= n, the length of all three slices; MaybeUninit<T> has T's layout.
+        unsafe {
+            let (g, u) = (T::load(s, gate.as_ptr().add(i)), T::load(s, up.as_ptr().add(i)));
+            T::store(s, formula.value(s, g, u), out.as_mut_ptr().add(i).cast());
+        }
+        i += S::LANES;
+    }
+    if whole < n {
+        let mut y = [T::default(); MAX_LANES];
+        // SAFETY: the buffers have MAX_LANES >= LANES elements.
+        unsafe {
+            let (g, u) = (T::load(s, padded(&gate[whole..]).as_ptr()), T::load(s, padded(&up[whole..]).as_ptr()));
+            T::store(s, formula.value(s, g, u), y.as_mut_ptr());
+        }
+        write_tail(&mut out[whole..], &y);
+    }
 }
 
-/// `outputs[..][i] = f(inputs[..][i])`, a vector at a time; the tail goes through a padded buffer.
+/// `(dgate[i], dup[i]) = formula(gate[i], up[i], dy[i])`, as [`map_pair`].
 #[inline(always)]
-fn map<S: Simd, T: Element, const I: usize, const O: usize>(
+fn map_triple<S: Simd, T: Element>(
     s: S,
-    inputs: [&[T]; I],
-    mut outputs: [&mut [MaybeUninit<T>]; O],
-    f: impl Fn([S::F; I]) -> [S::F; O],
+    formula: impl Formula,
+    [gate, up, dy]: [&[T]; 3],
+    [dgate, dup]: [&mut [MaybeUninit<T>]; 2],
 ) {
-    let n = inputs[0].len();
-    assert!(inputs.iter().all(|x| x.len() == n) && outputs.iter().all(|y| y.len() == n));
+    let n = gate.len();
+    assert!(up.len() == n && dy.len() == n && dgate.len() == n && dup.len() == n);
     let whole = n - n % S::LANES;
-    for i in (0..whole).step_by(S::LANES) {
-        // SAFETY: i + LANES <= n, the length of every slice.
-        let x = inputs.map(|x| unsafe { T::load(s, x.as_ptr().add(i)) });
-        for (y, value) in outputs.iter_mut().zip(f(x)) {
-            // SAFETY: as above; MaybeUninit<T> has T's layout.
-            unsafe { T::store(s, value, y.as_mut_ptr().add(i).cast()) };
+    let mut i = 0;
+    while i < whole {
+        // SAFETY: i + LANES <= n, the length of all five slices; MaybeUninit<T> has T's layout.
+        unsafe {
+            let (g, u) = (T::load(s, gate.as_ptr().add(i)), T::load(s, up.as_ptr().add(i)));
+            let (dg, du) = formula.gradients(s, g, u, T::load(s, dy.as_ptr().add(i)));
+            T::store(s, dg, dgate.as_mut_ptr().add(i).cast());
+            T::store(s, du, dup.as_mut_ptr().add(i).cast());
         }
+        i += S::LANES;
     }
-    if whole == n {
-        return;
+    if whole < n {
+        let (mut yg, mut yu) = ([T::default(); MAX_LANES], [T::default(); MAX_LANES]);
+        // SAFETY: the buffers have MAX_LANES >= LANES elements.
+        unsafe {
+            let (g, u) = (T::load(s, padded(&gate[whole..]).as_ptr()), T::load(s, padded(&up[whole..]).as_ptr()));
+            let (dg, du) = formula.gradients(s, g, u, T::load(s, padded(&dy[whole..]).as_ptr()));
+            T::store(s, dg, yg.as_mut_ptr());
+            T::store(s, du, yu.as_mut_ptr());
+        }
+        write_tail(&mut dgate[whole..], &yg);
+        write_tail(&mut dup[whole..], &yu);
     }
+}
+
+/// The tail of a slice, filled up with zeros.
+#[inline(always)]
+fn padded<T: Element>(tail: &[T]) -> [T; MAX_LANES] {
     let mut buffer = [T::default(); MAX_LANES];
-    let x = inputs.map(|x| {
-        buffer[..n - whole].copy_from_slice(&x[whole..]);
-        // SAFETY: the buffer has MAX_LANES >= LANES elements.
-        unsafe { T::load(s, buffer.as_ptr()) }
-    });
-    for (y, value) in outputs.iter_mut().zip(f(x)) {
-        // SAFETY: as above.
-        unsafe { T::store(s, value, buffer.as_mut_ptr()) };
-        for (y, &value) in y[whole..].iter_mut().zip(&buffer) {
-            y.write(value);
-        }
+    buffer[..tail.len()].copy_from_slice(tail);
+    buffer
+}
+
+#[inline(always)]
+fn write_tail<T: Element>(out: &mut [MaybeUninit<T>], values: &[T; MAX_LANES]) {
+    for (out, &value) in out.iter_mut().zip(values) {
+        out.write(value);
     }
 }

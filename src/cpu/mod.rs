@@ -10,6 +10,7 @@ mod avx2;
 mod avx512;
 mod elementwise;
 mod glu;
+mod pages;
 mod scalar;
 mod simd;
 #[cfg(test)]

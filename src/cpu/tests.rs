@@ -137,7 +137,9 @@ macro_rules! product_test {
                         assert_eq!(out.len(), n);
                         for i in 0..n {
                             let exact = reference::glu(&op, f64::from(gate[i]), f64::from(up[i]));
-                            let bound = product_bound(&op, f64::from(gate[i]), exact, $half_ulp) + $smallest + denormal(f64::from(gate[i]), f64::from(up[i]));
+                            let bound = product_bound(&op, f64::from(gate[i]), exact, $half_ulp)
+                                + $smallest
+                                + denormal(f64::from(gate[i]), f64::from(up[i]));
                             let error = (f64::from(out[i]) - exact).abs();
                             assert!(error <= bound, "{} {op:?} {} {}: {} for {exact}", kernel.name, gate[i], up[i], out[i]);
                         }
@@ -248,7 +250,9 @@ fn special_values_follow_the_definition() {
         for op in ops() {
             for (i, &y) in run_f32(kernel, &op, &gate, &up).iter().enumerate() {
                 let exact = reference::glu(&op, f64::from(gate[i]), f64::from(up[i])) as f32;
-                let same = y == exact || (y.is_nan() && exact.is_nan()) || (y - exact).abs() <= exact.abs() * 1e-4 + denormal(100.0, 2.0) as f32;
+                let same = y == exact
+                    || (y.is_nan() && exact.is_nan())
+                    || (y - exact).abs() <= exact.abs() * 1e-4 + denormal(100.0, 2.0) as f32;
                 // In f32, act(g) has vanished where in f64 it has not: 0·∞ is then NaN here and ∞ there.
                 let vanished = up[i].is_infinite() && y.is_nan() && gate[i] < -88.0;
                 assert!(same || vanished, "{} {op:?} {} {}: {y}, expected {exact}", kernel.name, gate[i], up[i]);

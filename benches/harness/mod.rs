@@ -1,0 +1,66 @@
+//! Timing of competitors in turn, A B A B ..., in one process, so that the machine's drift cancels in their ratio.
+
+#![allow(unreachable_pub)]
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The median seconds per call of each competitor, measured in turn until `budget` is spent (at least 5 rounds).
+pub fn interleaved(budget: Duration, competitors: &mut [&mut dyn FnMut()]) -> Vec<f64> {
+    // A sample lasts about a millisecond at least, so that the clock's resolution does not show.
+    let repeats = competitors.iter_mut().map(|f| (1e-3 / seconds(f, 3)).ceil().max(1.0) as usize).max().unwrap_or(1);
+    let mut samples = vec![vec![]; competitors.len()];
+    let start = Instant::now();
+    while samples[0].len() < 5 || start.elapsed() < budget {
+        for (f, samples) in competitors.iter_mut().zip(&mut samples) {
+            samples.push(seconds(f, repeats));
+        }
+    }
+    samples.into_iter().map(median).collect()
+}
+
+fn seconds(f: &mut dyn FnMut(), repeats: usize) -> f64 {
+    let start = Instant::now();
+    (0..repeats).for_each(|_| f());
+    start.elapsed().as_secs_f64() / repeats as f64
+}
+
+fn median(mut samples: Vec<f64>) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    samples[samples.len() / 2]
+}
+
+/// CPU, features, cores and kernel version, as far as Linux tells; the crate's and candle's versions.
+pub fn machine_facts() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpu = read("/proc/cpuinfo");
+    let line = |key: &str| {
+        cpu.lines().find(|l| l.starts_with(key)).and_then(|l| l.split(": ").nth(1)).unwrap_or("unknown").to_string()
+    };
+    let flags = line("flags");
+    let wanted = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_bf16"];
+    let flags: Vec<&str> = wanted.into_iter().filter(|f| flags.split(' ').any(|g| g == *f)).collect();
+    let mut facts = String::new();
+    let _ = writeln!(facts, "cpu      {} family {} model {}", line("model name"), line("cpu family"), line("model\t"));
+    let _ = writeln!(facts, "features {}", flags.join(" "));
+    let _ = writeln!(facts, "threads  {}", candle_core::utils::get_num_threads());
+    let _ = writeln!(facts, "os       {} {}", std::env::consts::OS, read("/proc/sys/kernel/osrelease").trim());
+    let _ = writeln!(facts, "crate    candle-swiglu {}, candle-core 0.11.1", env!("CARGO_PKG_VERSION"));
+    facts
+}
+
+/// `--record NAME` among the arguments: where to write `NAME.csv` and `NAME.txt`, under `benches/record`.
+pub fn record_path() -> Option<PathBuf> {
+    let mut args = std::env::args().skip_while(|arg| arg != "--record").skip(1);
+    args.next().map(|name| Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/record").join(name))
+}
+
+/// Writes the csv and the machine's facts.
+pub fn record(path: &Path, csv: &str) -> std::io::Result<()> {
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    std::fs::write(path.with_extension("csv"), csv)?;
+    std::fs::write(path.with_extension("txt"), machine_facts())
+}
