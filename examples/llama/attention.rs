@@ -1,0 +1,124 @@
+//! Causal self-attention with grouped queries: several query heads share one key and value head, without copies of it.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::{Module, VarBuilder, rotary_emb};
+use candle_swiglu::Linear;
+
+use super::cache::KvSlot;
+use super::config::LlamaConfig;
+use super::{decode, softmax};
+
+/// Queries are taken in blocks of this many positions, so that a long prompt needs heads * 128 * positions scores at a time.
+const QUERY_BLOCK: usize = 128;
+
+/// q, k, v, o of one layer.
+#[derive(Debug, Clone)]
+pub struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+/// What all layers of one forward share.
+pub struct Step {
+    /// (T, head_dim / 2)
+    cos: Tensor,
+    sin: Tensor,
+    mask: Option<Tensor>,
+}
+
+/// The dtype that attention computes in. candle multiplies halves on the CPU by widening whole buffers at every call,
+/// so there everything between the projections is f32.
+pub fn attention_dtype(dtype: DType, device: &Device) -> DType {
+    match dtype {
+        DType::F16 | DType::BF16 if device.is_cpu() => DType::F32,
+        dtype => dtype,
+    }
+}
+
+impl Step {
+    /// The step of `queries` tokens that end at position `end`, with the rotary tables of their positions.
+    pub fn new(queries: usize, end: usize, (cos, sin): (Tensor, Tensor)) -> Result<Self> {
+        let (dtype, device) = (cos.dtype(), cos.device());
+        let mask = match softmax::needs_no_mask(queries, dtype, device) {
+            true => None,
+            false => Some(softmax::causal_mask(queries.min(QUERY_BLOCK), end, dtype, device)?),
+        };
+        Ok(Self { cos, sin, mask })
+    }
+
+    /// x (B,H,T,D), the two halves of a head turned against each other by position * frequency.
+    fn rotate(&self, x: &Tensor) -> Result<Tensor> {
+        // candle's fused rope has no gradient
+        match x.track_op() {
+            true => rotary_emb::rope_slow(x, &self.cos, &self.sin),
+            false => rotary_emb::rope(x, &self.cos, &self.sin),
+        }
+    }
+}
+
+impl Attention {
+    /// The projections under `vb`, which is at `.self_attn`.
+    pub fn load(cfg: &LlamaConfig, vb: VarBuilder) -> Result<Self> {
+        let (q_dim, kv_dim) = (cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim);
+        let hidden = cfg.hidden_size;
+        Ok(Self {
+            q_proj: Linear::with_bias(hidden, q_dim, cfg.qkv_bias, vb.pp("q_proj"))?,
+            k_proj: Linear::with_bias(hidden, kv_dim, cfg.qkv_bias, vb.pp("k_proj"))?,
+            v_proj: Linear::with_bias(hidden, kv_dim, cfg.qkv_bias, vb.pp("v_proj"))?,
+            o_proj: Linear::with_bias(q_dim, hidden, cfg.o_bias, vb.pp("o_proj"))?,
+            heads: cfg.num_attention_heads,
+            kv_heads: cfg.num_key_value_heads,
+            head_dim: cfg.head_dim,
+        })
+    }
+
+    /// x (B,T,hidden) -> (B,T,hidden), after appending its keys and values to `cache`.
+    pub fn forward(&self, x: &Tensor, step: &Step, cache: Option<KvSlot>) -> Result<Tensor> {
+        let _span = tracing::trace_span!("attn").entered();
+        let dtype = step.cos.dtype();
+        let q = step.rotate(&self.split_heads(self.q_proj.forward(x)?, self.heads, dtype)?)?;
+        let k = step.rotate(&self.split_heads(self.k_proj.forward(x)?, self.kv_heads, dtype)?)?;
+        let v = self.split_heads(self.v_proj.forward(x)?, self.kv_heads, dtype)?;
+        let (k, v) = match cache {
+            Some(cache) => cache.append(&k, &v)?,
+            None => (k, v),
+        };
+        let q = (q * (self.head_dim as f64).powf(-0.5))?;
+        let y = match decode::is_fused(&q, &k, &v) {
+            true => decode::attend_one(&q, &k, &v)?,
+            false => self.attend(&q, &k, &v, step)?,
+        }; // (B,H,T,D)
+        self.o_proj.forward(&y.transpose(1, 2)?.flatten_from(2)?.to_dtype(x.dtype())?)
+    }
+
+    /// x (B,T,heads*D) -> (B,heads,T,D)
+    fn split_heads(&self, x: Tensor, heads: usize, dtype: DType) -> Result<Tensor> {
+        let (batch, len, _) = x.dims3()?;
+        x.to_dtype(dtype)?.reshape((batch, len, heads, self.head_dim))?.transpose(1, 2)?.contiguous()
+    }
+
+    /// q (B,H,T,D), k and v (B,KV,S,D) -> softmax(q·kᵀ)·v (B,H,T,D). The queries stand at the last T of S positions; a
+    /// block of them needs the keys up to its last one only.
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, step: &Step) -> Result<Tensor> {
+        let (batch, heads, len, head_dim) = q.dims4()?;
+        let group = heads / self.kv_heads;
+        let past = k.dim(2)? - len;
+        let q = q.reshape((batch, self.kv_heads, group, len, head_dim))?;
+        let mut blocks = Vec::with_capacity(len.div_ceil(QUERY_BLOCK));
+        for start in (0..len).step_by(QUERY_BLOCK) {
+            let queries = QUERY_BLOCK.min(len - start);
+            let keys = past + start + queries;
+            let q = q.narrow(3, start, queries)?.reshape((batch, self.kv_heads, group * queries, head_dim))?;
+            let scores = q.matmul(&k.narrow(2, 0, keys)?.t()?)?; // (B,KV,G*T,S)
+            let p = softmax::causal_softmax(&scores, queries, step.mask.as_ref())?;
+            let y = p.matmul(&v.narrow(2, 0, keys)?)?; // (B,KV,G*T,D)
+            blocks.push(y.reshape((batch, heads, queries, head_dim))?);
+        }
+        Tensor::cat(&blocks, 2)
+    }
+}

@@ -1,0 +1,140 @@
+//! What is kept from one forward to the next: keys and values of every layer, and the rotary tables.
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+use super::config::LlamaConfig;
+use super::rope;
+
+/// The state of one text (or one batch of them) between calls of [`super::Llama::forward`].
+#[derive(Debug)]
+pub struct Cache {
+    /// Positions of which keys and values are held.
+    len: usize,
+    max_len: usize,
+    inv_freq: Vec<f32>,
+    tables: Option<(Tensor, Tensor)>,
+    /// One per layer; none when each forward starts over.
+    layers: Vec<KvCache>,
+    use_kv_cache: bool,
+}
+
+impl Cache {
+    /// An empty cache. Without `use_kv_cache` every forward must bring the whole text, from position 0.
+    pub fn new(use_kv_cache: bool, cfg: &LlamaConfig) -> Self {
+        Self {
+            len: 0,
+            max_len: cfg.max_position_embeddings,
+            inv_freq: rope::inv_freq(cfg),
+            tables: None,
+            layers: (0..cfg.num_hidden_layers).map(|_| KvCache::default()).collect(),
+            use_kv_cache,
+        }
+    }
+
+    /// The number of positions held.
+    pub fn positions(&self) -> usize {
+        self.len
+    }
+
+    /// Forgets the text.
+    pub fn reset(&mut self) {
+        self.len = 0;
+    }
+
+    /// Checks that `len` tokens at `index_pos` continue what is held and fit into the context.
+    pub(super) fn check(&self, index_pos: usize, len: usize) -> Result<()> {
+        if index_pos != self.len {
+            bail!("index_pos: expected {}, the number of positions in the cache, found {index_pos}", self.len)
+        }
+        match index_pos.checked_add(len) {
+            Some(end) if end <= self.max_len => Ok(()),
+            _ => bail!("expected at most {} positions (max_position_embeddings), found {index_pos} + {len}", self.max_len),
+        }
+    }
+
+    /// cos and sin of positions `start..start + len`: (len, head_dim / 2) each. The tables double when they are too short.
+    pub(super) fn tables(
+        &mut self,
+        (start, len): (usize, usize),
+        model_dtype: DType,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<(Tensor, Tensor)> {
+        let end = start + len;
+        let (cos, sin) = match self.tables.take() {
+            Some(tables) if tables.0.dim(0)? >= end && tables.0.dtype() == dtype => tables,
+            _ => {
+                let len = if self.use_kv_cache { capacity(end, self.max_len) } else { end };
+                rope::tables(&self.inv_freq, len, model_dtype, dtype, device)?
+            }
+        };
+        let (cos, sin) = self.tables.insert((cos, sin));
+        Ok((cos.narrow(0, start, len)?, sin.narrow(0, start, len)?))
+    }
+
+    /// The cache of layer `i`, when keys and values are kept.
+    pub(super) fn layer(&mut self, i: usize) -> Option<KvSlot<'_>> {
+        let (len, max_len) = (self.len, self.max_len);
+        let layer = self.layers.get_mut(i).filter(|_| self.use_kv_cache)?;
+        Some(KvSlot { layer, len, max_len })
+    }
+
+    /// Every layer has appended `len` positions.
+    pub(super) fn advance(&mut self, len: usize) {
+        if self.use_kv_cache {
+            self.len += len;
+        }
+    }
+}
+
+/// Keys and values of one layer: two (B,KV,capacity,D) buffers, the front of which is in use.
+#[derive(Debug, Default)]
+struct KvCache(Option<(Tensor, Tensor)>);
+
+/// One layer's buffers, and how much of them is in use.
+pub(super) struct KvSlot<'a> {
+    layer: &'a mut KvCache,
+    len: usize,
+    max_len: usize,
+}
+
+impl KvSlot<'_> {
+    /// k, v (B,KV,T,D) -> all keys and values so far, (B,KV,len+T,D), as views of the buffers.
+    pub(super) fn append(self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let end = self.len + k.dim(2)?;
+        let batch = k.dim(0)?;
+        let (keys, values) = match &self.layer.0 {
+            Some((keys, _)) if self.len > 0 && keys.dim(0)? != batch => {
+                bail!("tokens: expected a batch of {}, as in the cache, found {batch}", keys.dim(0)?)
+            }
+            Some((keys, values)) if self.len > 0 => {
+                (grown(keys, self.len, end, self.max_len)?, grown(values, self.len, end, self.max_len)?)
+            }
+            _ => (empty_like(k, capacity(end, self.max_len))?, empty_like(v, capacity(end, self.max_len))?),
+        };
+        keys.slice_set(&k.contiguous()?, 2, self.len)?;
+        values.slice_set(&v.contiguous()?, 2, self.len)?;
+        let (keys, values) = self.layer.0.insert((keys, values));
+        Ok((keys.narrow(2, 0, end)?, values.narrow(2, 0, end)?))
+    }
+}
+
+/// `buffer`, or one of at least twice its size with the same front when it has no room for `end` positions.
+fn grown(buffer: &Tensor, len: usize, end: usize, max_len: usize) -> Result<Tensor> {
+    if end <= buffer.dim(2)? {
+        return Ok(buffer.clone());
+    }
+    let larger = empty_like(buffer, capacity(end, max_len))?;
+    larger.slice_set(&buffer.narrow(2, 0, len)?.contiguous()?, 2, 0)?;
+    Ok(larger)
+}
+
+fn empty_like(like: &Tensor, capacity: usize) -> Result<Tensor> {
+    let (batch, heads, _, head_dim) = like.dims4()?;
+    Tensor::zeros((batch, heads, capacity, head_dim), like.dtype(), like.device())
+}
+
+/// Room for `end` positions: a power of two, so that growing copies each position about once in all.
+fn capacity(end: usize, max_len: usize) -> usize {
+    end.max(256).next_power_of_two().min(max_len)
+}

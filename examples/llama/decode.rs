@@ -1,0 +1,103 @@
+//! Attention of a single position on the CPU, in one pass. A batched product would start one small gemm per key head and
+//! wake every thread for each, which costs more than the arithmetic.
+
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+
+use super::softmax::{for_each_row, softmax_row};
+
+/// Whether [`attend_one`] takes these queries: one position, f32 on the CPU, no gradient asked for.
+pub fn is_fused(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
+    let tracked = q.track_op() || k.track_op() || v.track_op();
+    q.dims().get(2) == Some(&1) && q.dtype() == DType::F32 && q.device().is_cpu() && !tracked
+}
+
+/// q (B,H,1,D), k and v (B,KV,S,D) -> softmax(q·kᵀ)·v (B,H,1,D)
+pub fn attend_one(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    q.contiguous()?.apply_op3_no_bwd(k, v, &AttendOne)
+}
+
+struct AttendOne;
+
+impl CustomOp3 for AttendOne {
+    fn name(&self) -> &'static str {
+        "attend-one"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        lq: &Layout,
+        k: &CpuStorage,
+        lk: &Layout,
+        v: &CpuStorage,
+        lv: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (batch, heads, _, head_dim) = lq.shape().dims4()?;
+        let (_, kv_heads, keys, _) = lk.shape().dims4()?;
+        let group = heads / kv_heads;
+        let q = &q.as_slice::<f32>()?[lq.start_offset()..];
+        let (k, v) = (Heads::new(k.as_slice()?, lk)?, Heads::new(v.as_slice()?, lv)?);
+        let mut out = vec![0f32; batch * heads * head_dim];
+        // one row of the loop is one key head with its group of queries
+        for_each_row(&mut out, group * head_dim, group * head_dim * keys, |row, out| {
+            let q = &q[row * group * head_dim..][..group * head_dim];
+            let (k, v) = (k.head(row / kv_heads, row % kv_heads), v.head(row / kv_heads, row % kv_heads));
+            attend_group(q, k, v, head_dim, out);
+        });
+        Ok((CpuStorage::F32(out), lq.shape().clone()))
+    }
+}
+
+/// q (G,D), k and v (S,D) -> out (G,D), which is zero before
+fn attend_group(q: &[f32], k: &[f32], v: &[f32], head_dim: usize, out: &mut [f32]) {
+    let keys = k.len() / head_dim;
+    let mut scores = vec![0f32; keys];
+    let mut p = vec![0f32; keys];
+    for (q, out) in q.chunks(head_dim).zip(out.chunks_mut(head_dim)) {
+        for (score, k) in scores.iter_mut().zip(k.chunks(head_dim)) {
+            *score = dot(q, k);
+        }
+        softmax_row(&scores, &mut p);
+        for (p, v) in p.iter().zip(v.chunks(head_dim)) {
+            for (out, v) in out.iter_mut().zip(v) {
+                *out += p * v;
+            }
+        }
+    }
+}
+
+/// In 8 independent sums, so that the compiler can keep them in vector registers.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0f32; 8];
+    let (a, b) = (a.chunks_exact(8), b.chunks_exact(8));
+    let tail: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a.zip(b) {
+        for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().sum::<f32>() + tail
+}
+
+/// Keys or values (B,KV,S,D) of which each head (S,D) lies in one piece, as it does in the cache.
+struct Heads<'a> {
+    data: &'a [f32],
+    strides: (usize, usize),
+    len: usize,
+}
+
+impl<'a> Heads<'a> {
+    fn new(data: &'a [f32], layout: &Layout) -> Result<Self> {
+        let (_, _, keys, head_dim) = layout.shape().dims4()?;
+        match *layout.stride() {
+            [batch, head, row, 1] if row == head_dim || keys == 1 => {
+                Ok(Self { data: &data[layout.start_offset()..], strides: (batch, head), len: keys * head_dim })
+            }
+            _ => bail!("attend-one: expected contiguous heads, found strides {:?}", layout.stride()),
+        }
+    }
+
+    fn head(&self, batch: usize, head: usize) -> &'a [f32] {
+        &self.data[batch * self.strides.0 + head * self.strides.1..][..self.len]
+    }
+}

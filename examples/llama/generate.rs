@@ -1,0 +1,198 @@
+//! From prompt to text: the tokenizer, the sampler, and the loop that feeds each token back.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use candle_core::{Device, Tensor};
+use candle_transformers::generation::{LogitsProcessor, Sampling};
+use candle_transformers::utils::apply_repeat_penalty;
+use tokenizers::{
+    DecodeStream, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer,
+};
+
+use crate::model::{Cache, Llama, LlamaConfig};
+
+/// The tokenizer of a checkpoint. Truncation and padding, which some files ask for, are switched off: a prompt is used whole.
+pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
+    ensure!(path.is_file(), "{}: no such file; the checkpoint needs its tokenizer", path.display());
+    let mut tokenizer = Tokenizer::from_file(path).map_err(|error| anyhow!("{}: not a tokenizer: {error}", path.display()))?;
+    tokenizer.with_truncation(None).map_err(|error| anyhow!("{}: {error}", path.display()))?;
+    tokenizer.with_padding(None);
+    Ok(tokenizer)
+}
+
+/// The prompt's token ids, with the special tokens that the tokenizer puts around a text; checked against the model.
+pub fn encode(tokenizer: &Tokenizer, prompt: &str, cfg: &LlamaConfig) -> Result<Vec<u32>> {
+    let encoding = tokenizer.encode(prompt, true).map_err(|error| anyhow!("cannot tokenize the prompt: {error}"))?;
+    let mut ids = encoding.get_ids().to_vec();
+    if ids.is_empty() {
+        ids.extend(cfg.bos_token_id);
+    }
+    ensure!(!ids.is_empty(), "the prompt is empty, and the model has no token to begin a text with");
+    let (len, context) = (ids.len(), cfg.max_position_embeddings);
+    ensure!(len <= context, "the prompt has {len} tokens, the model's context only {context}");
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= cfg.vocab_size) {
+        bail!("the tokenizer gave token id {id}, the model's vocabulary has only {} (vocab_size)", cfg.vocab_size)
+    }
+    Ok(ids)
+}
+
+/// Token ids in, text out, complete characters only.
+pub struct TextStream<'a> {
+    tokenizer: &'a Tokenizer,
+    stream: DecodeStream<'a, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>,
+    /// Ids whose text is still held back.
+    pending: Vec<u32>,
+}
+
+impl<'a> TextStream<'a> {
+    /// A stream that goes on after `prompt`, whose text is not repeated.
+    pub fn after(tokenizer: &'a Tokenizer, prompt: &[u32]) -> Result<Self> {
+        let mut text = Self { tokenizer, stream: tokenizer.decode_stream(true), pending: Vec::new() };
+        for &id in prompt {
+            text.push(id)?;
+        }
+        text.pending.clear();
+        Ok(text)
+    }
+
+    /// The text that `id` completes, often empty while a character is spread over several tokens.
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        self.pending.push(id);
+        let text = match self.stream.step(id) {
+            Ok(None) => return Ok(String::new()),
+            Ok(Some(text)) => text,
+            Err(_) => self.restart(id)?,
+        };
+        self.pending.clear();
+        Ok(text)
+    }
+
+    /// Bytes that never became a character can change how the text before them decodes (byte fallback), and then the
+    /// stream gives up. What has been said stays: the text of the pending tokens, and a new stream that knows `last`.
+    fn restart(&mut self, last: u32) -> Result<String> {
+        self.stream = self.tokenizer.decode_stream(true);
+        self.stream.step(last).map_err(|error| anyhow!("cannot decode token {last}: {error}"))?;
+        self.pending_text()
+    }
+
+    /// What is still held back: the beginning of a character that was never completed.
+    pub fn finish(self) -> Result<String> {
+        self.pending_text()
+    }
+
+    fn pending_text(&self) -> Result<String> {
+        self.tokenizer.decode(&self.pending, true).map_err(|error| anyhow!("cannot decode {:?}: {error}", self.pending))
+    }
+}
+
+/// How the next token is chosen.
+#[derive(Debug, Clone)]
+pub struct SamplingArgs {
+    /// 0 is greedy.
+    pub temperature: f64,
+    pub top_p: Option<f64>,
+    pub top_k: Option<usize>,
+    pub seed: u64,
+    /// 1 is none.
+    pub repeat_penalty: f32,
+    pub repeat_last_n: usize,
+}
+
+impl SamplingArgs {
+    fn processor(&self) -> LogitsProcessor {
+        let temperature = self.temperature;
+        let sampling = match (self.top_k, self.top_p) {
+            _ if temperature == 0.0 => Sampling::ArgMax,
+            (None, None) => Sampling::All { temperature },
+            (Some(k), None) => Sampling::TopK { k, temperature },
+            (None, Some(p)) => Sampling::TopP { p, temperature },
+            (Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
+        };
+        LogitsProcessor::from_sampling(self.seed, sampling)
+    }
+
+    /// logits (1,vocab), after `tokens` -> logits (vocab) on the CPU, with what was said lately made less likely
+    fn penalized(&self, logits: &Tensor, tokens: &[u32]) -> Result<Tensor> {
+        let logits = logits.squeeze(0)?.to_device(&Device::Cpu)?;
+        ensure!(
+            !logits.to_vec1::<f32>()?.iter().any(|logit| logit.is_nan()),
+            "the model's logits are not numbers: the weights are broken, or too large for the dtype"
+        );
+        if self.repeat_penalty == 1.0 {
+            return Ok(logits);
+        }
+        let start = tokens.len().saturating_sub(self.repeat_last_n);
+        Ok(apply_repeat_penalty(&logits, self.repeat_penalty, &tokens[start..])?)
+    }
+}
+
+/// Why a text ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The model said so.
+    Eos,
+    /// As many tokens as were asked for.
+    SampleLen,
+    /// The context is full.
+    Context,
+    /// Nobody listens any more.
+    Closed,
+}
+
+/// What one text took.
+#[derive(Debug)]
+pub struct Stats {
+    /// The time until the first token.
+    pub prompt: Duration,
+    /// Tokens generated, an end token included.
+    pub generated: usize,
+    /// The time for all but the first of them.
+    pub generation: Duration,
+    pub end: End,
+}
+
+/// Generates up to `sample_len` tokens after `prompt`, handing each to `on_token` as it comes.
+///
+/// Without `use_kv_cache` the whole text is computed again for each token.
+pub fn generate(
+    model: &Llama,
+    prompt: &[u32],
+    sample_len: usize,
+    args: &SamplingArgs,
+    use_kv_cache: bool,
+    mut on_token: impl FnMut(u32) -> Result<ControlFlow<()>>,
+) -> Result<Stats> {
+    let cfg = model.config();
+    let room = cfg.max_position_embeddings.saturating_sub(prompt.len());
+    let (limit, end) = if sample_len <= room { (sample_len, End::SampleLen) } else { (room, End::Context) };
+    let mut stats = Stats { prompt: Duration::ZERO, generated: 0, generation: Duration::ZERO, end };
+    let mut cache = Cache::new(use_kv_cache, cfg);
+    let mut processor = args.processor();
+    let mut tokens = prompt.to_vec();
+    let mut start = Instant::now();
+    while stats.generated < limit {
+        let index_pos = cache.positions();
+        let input = Tensor::new(&tokens[index_pos..], model.device())?.unsqueeze(0)?; // (1,T)
+        let logits = model.forward(&input, index_pos, &mut cache)?; // (1,vocab)
+        let next = processor.sample(&args.penalized(&logits, &tokens)?).context("cannot sample a token")?;
+        tokens.push(next);
+        stats.generated += 1;
+        if stats.generated == 1 {
+            stats.prompt = start.elapsed();
+            start = Instant::now();
+        }
+        if cfg.eos_token_ids.contains(&next) {
+            stats.end = End::Eos;
+            break;
+        }
+        if on_token(next)?.is_break() {
+            stats.end = End::Closed;
+            break;
+        }
+    }
+    stats.generation = if stats.generated > 0 { start.elapsed() } else { Duration::ZERO };
+    Ok(stats)
+}

@@ -1,0 +1,199 @@
+//! Whole models: the example's LLaMA against Hugging Face transformers (`tests/golden/models`) and against
+//! candle-transformers' own LLaMA, on the same checkpoints.
+
+#![allow(missing_docs)]
+
+mod common;
+#[path = "../examples/llama/model.rs"]
+mod model;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{D, DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_swiglu::Checkpoint;
+use common::Golden;
+use model::{Cache, Llama, LlamaConfig};
+
+const MODELS: [&str; 6] =
+    ["bias_f32", "gelu_tanh_f32", "gqa_tied_llama3_bf16", "new_rope_keys", "odd_f16", "old_rope_keys"];
+
+/// The two prompts of each reference: twelve tokens, and one.
+const PROMPTS: [&str; 2] = ["", "single_"];
+
+fn dir(name: &str) -> PathBuf {
+    common::golden_dir().join("models").join(name)
+}
+
+fn load(dir: &Path, dtype: DType) -> Result<Llama> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let cfg = LlamaConfig::from_json(checkpoint.config())?;
+    Ok(Llama::load(checkpoint.var_builder(dtype, &Device::Cpu), &cfg)?)
+}
+
+fn ids(tensor: &Tensor) -> Result<Vec<u32>> {
+    let ids = tensor.flatten_all()?.to_vec1::<i64>()?;
+    ids.into_iter().map(|id| Ok(u32::try_from(id)?)).collect()
+}
+
+/// (1,T)
+fn row(tokens: &[u32]) -> Result<Tensor> {
+    Ok(Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?)
+}
+
+/// The token with the largest logit, for each of `count` steps; stops after a token of `ends`.
+fn greedy(model: &Llama, prompt: &[u32], count: usize, use_kv_cache: bool, ends: &[u32]) -> Result<Vec<u32>> {
+    let mut cache = Cache::new(use_kv_cache, model.config());
+    let mut tokens = prompt.to_vec();
+    while tokens.len() < prompt.len() + count {
+        let start = cache.positions();
+        let logits = model.forward(&row(&tokens[start..])?, start, &mut cache)?;
+        tokens.push(logits.argmax(D::Minus1)?.to_vec1::<u32>()?[0]);
+        if tokens.last().is_some_and(|token| ends.contains(token)) {
+            break;
+        }
+    }
+    Ok(tokens.split_off(prompt.len()))
+}
+
+fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
+    ensure!(a.dims() == b.dims(), "{:?} against {:?}", a.dims(), b.dims());
+    let difference = (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?;
+    Ok(difference.flatten_all()?.max(0)?.to_scalar::<f64>()?)
+}
+
+#[test]
+fn every_reference_is_tested() -> Result<()> {
+    let entries = std::fs::read_dir(common::golden_dir().join("models"))?.collect::<std::io::Result<Vec<_>>>()?;
+    let mut names: Vec<String> = entries.into_iter().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    assert_eq!(names, MODELS);
+    Ok(())
+}
+
+/// In f32 the two programs differ by the order of sums alone; 1e-4 is ten times what transformers' own f32 logits differ from
+/// its f64 ones (1.6e-5, in the metadata), and the smallest effect of misreading a config field is 3.6e-3.
+#[test]
+fn f32_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
+    for name in MODELS {
+        let golden = Golden::load(&dir(name).join("reference.safetensors"))?;
+        let model = load(&dir(name), DType::F32)?;
+        for prompt in PROMPTS {
+            let tokens = ids(golden.tensor(&format!("{prompt}prompt"))?)?;
+            let logits = model.forward_all(&row(&tokens)?)?;
+            let difference = largest_difference(&logits, golden.tensor(&format!("{prompt}logits_f32"))?)?;
+            println!("{name} {prompt}: logits within {difference:.1e}");
+            assert!(difference < 1e-4, "{name} {prompt}: {difference}");
+            let expected = ids(golden.tensor(&format!("{prompt}greedy_f32"))?)?;
+            for use_kv_cache in [true, false] {
+                let found = greedy(&model, &tokens, expected.len(), use_kv_cache, &[])?;
+                assert_eq!(found, expected, "{name} {prompt} cache: {use_kv_cache}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// In the checkpoint's own dtype both programs are off the f32 logits by their roundings; ours by at most twice what
+/// transformers is off by, which is far below the margin of every greedy choice (metadata `margin_native`).
+#[test]
+fn native_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
+    for name in MODELS {
+        let golden = Golden::load(&dir(name).join("reference.safetensors"))?;
+        let model = load(&dir(name), golden.dtype()?)?;
+        let bound = 2.0 * golden.text("max_abs_native_minus_f32")?.parse::<f64>()?.max(5e-5);
+        for prompt in PROMPTS {
+            let tokens = ids(golden.tensor(&format!("{prompt}prompt"))?)?;
+            let logits = model.forward_all(&row(&tokens)?)?;
+            let error = largest_difference(&logits, golden.tensor(&format!("{prompt}logits_f32"))?)?;
+            println!("{name} {prompt}: off f32 by {error:.1e}, transformers by {:.1e}", bound / 2.0);
+            assert!(error <= bound, "{name} {prompt}: {error} > {bound}");
+            let expected = ids(golden.tensor(&format!("{prompt}greedy_native"))?)?;
+            assert_eq!(greedy(&model, &tokens, expected.len(), true, &[])?, expected, "{name} {prompt}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn any_of_several_end_tokens_ends_the_text() -> Result<()> {
+    for name in ["new_rope_keys", "old_rope_keys"] {
+        let golden = Golden::load(&dir(name).join("reference.safetensors"))?;
+        let model = load(&dir(name), DType::F32)?;
+        let expected = ids(golden.tensor("greedy_stopped")?)?;
+        let ends = model.config().eos_token_ids.clone();
+        assert!(ends.len() > 1, "{name}: {ends:?}");
+        assert_eq!(greedy(&model, &ids(golden.tensor("prompt")?)?, 24, true, &ends)?, expected, "{name}");
+    }
+    Ok(())
+}
+
+/// However the text is cut into calls, the last logits are the same up to the order of sums.
+#[test]
+fn prefill_in_pieces_gives_the_same_logits() -> Result<()> {
+    for name in MODELS {
+        let golden = Golden::load(&dir(name).join("reference.safetensors"))?;
+        let model = load(&dir(name), DType::F32)?;
+        let tokens = ids(golden.tensor("prompt")?)?;
+        let whole = model.forward(&row(&tokens)?, 0, &mut Cache::new(true, model.config()))?;
+        for piece in [1, 2, 5, 7] {
+            let mut cache = Cache::new(true, model.config());
+            let mut last = None;
+            for part in tokens.chunks(piece) {
+                last = Some(model.forward(&row(part)?, cache.positions(), &mut cache)?);
+            }
+            let difference = largest_difference(&last.context("no piece")?, &whole)?;
+            assert!(difference < 1e-4, "{name} in pieces of {piece}: {difference}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn tokens_and_positions_out_of_range_are_errors() -> Result<()> {
+    let model = load(&dir("bias_f32"), DType::F32)?;
+    let (vocab, context) = (model.config().vocab_size as u32, model.config().max_position_embeddings);
+    let error = |tokens: &[u32], start| -> Result<String> {
+        let found = model.forward(&row(tokens)?, start, &mut Cache::new(true, model.config()));
+        Ok(found.err().context("expected an error")?.to_string())
+    };
+    let message = error(&[1, vocab], 0)?;
+    assert!(message.contains(&vocab.to_string()) && message.contains("vocabulary"), "{message}");
+    let message = error(&vec![1; context + 1], 0)?;
+    assert!(message.contains(&context.to_string()), "{message}");
+    error(&[1], 3)?;
+    Ok(())
+}
+
+/// candle-transformers' LLaMA, with the same cut: logits of the last position.
+fn candle_greedy(dir: &Path, prompt: &[u32], count: usize) -> Result<Vec<u32>> {
+    use candle_transformers::models::llama;
+    let cfg: llama::LlamaConfig = serde_json::from_slice(&std::fs::read(dir.join("config.json"))?)?;
+    let cfg = cfg.into_config(false);
+    let bytes = std::fs::read(dir.join("model.safetensors"))?;
+    let vb = VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu)?;
+    let model = llama::Llama::load(vb, &cfg)?;
+    let mut cache = llama::Cache::new(true, DType::F32, &cfg, &Device::Cpu)?;
+    let (mut tokens, mut start) = (prompt.to_vec(), 0);
+    for _ in 0..count {
+        let logits = model.forward(&row(&tokens[start..])?, start, &mut cache)?;
+        start = tokens.len();
+        tokens.push(logits.argmax(D::Minus1)?.to_vec1::<u32>()?[0]);
+    }
+    Ok(tokens.split_off(prompt.len()))
+}
+
+/// The drop-in promise: on one checkpoint, candle's own LLaMA and ours write the same text.
+#[test]
+fn candle_transformers_llama_gives_the_same_greedy_tokens() -> Result<()> {
+    let stories = Path::new(env!("CARGO_MANIFEST_DIR")).join("weights");
+    let tokenizer = tokenizers::Tokenizer::from_file(stories.join("tokenizer.json")).map_err(anyhow::Error::msg)?;
+    let story = tokenizer.encode("Once upon a time", true).map_err(anyhow::Error::msg)?.get_ids().to_vec();
+    let golden = Golden::load(&dir("old_rope_keys").join("reference.safetensors"))?;
+    for (dir, prompt) in [(stories, story), (dir("old_rope_keys"), ids(golden.tensor("prompt")?)?)] {
+        let expected = candle_greedy(&dir, &prompt, 64)?;
+        assert_eq!(greedy(&load(&dir, DType::F32)?, &prompt, 64, true, &[])?, expected, "{}", dir.display());
+    }
+    Ok(())
+}
