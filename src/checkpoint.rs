@@ -242,7 +242,8 @@ impl Contents {
         let json = read_json(index)?;
         let broken = |reason: String| Error::Index { path: index.to_path_buf(), reason };
         let map = json.get("weight_map").and_then(Value::as_object);
-        let map = map.ok_or_else(|| broken("expected an object weight_map, found none".into()))?;
+        let map = map.filter(|map| !map.is_empty());
+        let map = map.ok_or_else(|| broken("expected an object weight_map with tensors in it, found none".into()))?;
         let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for (tensor, shard) in map {
             let shard = shard.as_str().filter(|name| is_file_name(name));
@@ -268,6 +269,7 @@ impl Contents {
 
     /// Reads and checks one file's header and adds the tensors that `take` accepts.
     fn add_file(&mut self, path: PathBuf, take: impl Fn(&str) -> bool) -> Result<()> {
+        check_file(&path)?;
         let file = File::open(&path).map_err(Error::io(&path))?;
         let (data_start, metadata) = read_header(&path, &file)?;
         for (name, info) in metadata.tensors() {
@@ -322,7 +324,18 @@ fn is_file_name(name: &str) -> bool {
     matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
 }
 
+/// Neither a directory nor a pipe, which would be waited for.
+fn check_file(path: &Path) -> Result<()> {
+    let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
+    if metadata.is_file() {
+        return Ok(());
+    }
+    let found = if metadata.is_dir() { "a directory" } else { "a special file" };
+    Err(Error::NotAFile { path: path.to_path_buf(), found })
+}
+
 fn read_json(path: &Path) -> Result<Value> {
+    check_file(path)?;
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     serde_json::from_slice(&bytes).map_err(|source| Error::Json { path: path.to_path_buf(), source })
 }
@@ -400,7 +413,7 @@ impl Element for f16 {
         f16::from_f32(value)
     }
     fn from_f64(value: f64) -> Self {
-        f16::from_f64(value)
+        f16::from_f32(round_to_odd(value))
     }
 }
 
@@ -413,7 +426,7 @@ impl Element for bf16 {
         bf16::from_f32(value)
     }
     fn from_f64(value: f64) -> Self {
-        bf16::from_f64(value)
+        bf16::from_f32(round_to_odd(value))
     }
 }
 
@@ -445,6 +458,17 @@ impl Element for f64 {
     fn from_f64(value: f64) -> Self {
         value
     }
+}
+
+/// The f32 next to `value` on the side of zero, its last bit set if it is not exact: rounding this once more to a narrower
+/// format gives what rounding `value` itself would (half's own `from_f64` drops the lower half of the bits).
+fn round_to_odd(value: f64) -> f32 {
+    let near = value as f32;
+    if near.is_nan() || f64::from(near) == value {
+        return near;
+    }
+    let beyond = f64::from(near).abs() > value.abs();
+    f32::from_bits((near.to_bits() - u32::from(beyond)) | 1)
 }
 
 /// Through f32, which holds f16 and bf16 exactly; through f64 where one side is f64, so that there is one rounding.

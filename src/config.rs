@@ -93,7 +93,7 @@ impl FfnConfig {
 
     /// The block that a Hugging Face `config.json` (or Meta's `params.json`) describes.
     ///
-    /// Read are: `hidden_size` (`d_model`, `dim`), `intermediate_size` (`d_ff`, `ffn_hidden_size`, `hidden_dim`, or Meta's
+    /// Read are: `hidden_size` (`d_model`, `dim`, `n_embd`), `intermediate_size` (`d_ff`, `ffn_hidden_size`, `hidden_dim`, `n_inner`, or Meta's
     /// rule from `dim`, `multiple_of` and `ffn_dim_multiplier`), `hidden_activation` or `hidden_act` (SiLU when absent; in Gemma
     /// `gelu` means the tanh form), T5's `feed_forward_proj`, the bias flags, `mlp_multipliers`, gpt-oss's `swiglu_limit` and
     /// `swiglu_alpha`. Other fields do
@@ -103,13 +103,15 @@ impl FfnConfig {
     /// A missing size; a field of the wrong type; an unknown activation; a field that changes the formula in a way this crate
     /// does not compute (quantized weights, activation sparsity, a limit outside gpt-oss, biases on some projections only).
     pub fn from_json(json: &Value) -> Result<Self> {
+        let whole = json;
         let json = match json.get("text_config") {
             Some(text) if json.get("hidden_size").is_none() => text,
             _ => json,
         };
         let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or_default();
+        refuse(whole, model_type)?;
         refuse(json, model_type)?;
-        let hidden_size = required(json, &["hidden_size", "d_model", "dim"], "hidden_size")?;
+        let hidden_size = required(json, &["hidden_size", "d_model", "dim", "n_embd"], "hidden_size")?;
         let cfg = Self::new(hidden_size, intermediate_size(json, hidden_size, model_type)?)
             .with_activation(activation(json, model_type)?)
             .with_bias(bias(json, model_type)?);
@@ -187,14 +189,15 @@ fn refuse(json: &Value, model_type: &str) -> Result<()> {
         unsupported("activation_sparsity_pattern", "the gate would be made sparse")?;
     }
     match (flag(json, "mlp_fc1_bias")?, flag(json, "mlp_fc2_bias")?) {
-        (a, b) if a == b => Ok(()),
+        (fc1, fc2) if fc1 == fc2 => Ok(()),
+        (None, _) => unsupported("mlp_fc2_bias", "there is no mlp_fc1_bias; biases are on all projections or on none"),
         _ => unsupported("mlp_fc1_bias", "it differs from mlp_fc2_bias; biases are on all projections or on none"),
     }
 }
 
 fn intermediate_size(json: &Value, hidden_size: usize, model_type: &str) -> Result<usize> {
     const FIELD: &str = "intermediate_size";
-    if let Some(n) = size(json, &[FIELD, "d_ff", "ffn_hidden_size", "hidden_dim"])? {
+    if let Some(n) = size(json, &[FIELD, "d_ff", "ffn_hidden_size", "hidden_dim", "n_inner"])? {
         // Qwen-1 counts gate and up together.
         return Ok(if model_type == "qwen" { n / 2 } else { n });
     }
@@ -257,7 +260,8 @@ fn with_model_formula(cfg: FfnConfig, json: &Value, model_type: &str) -> Result<
         "gpt_oss" => {
             let limit = field(json, "swiglu_limit").map_or(Ok(7.0), |value| number("swiglu_limit", value))?;
             let beta = field(json, "swiglu_alpha").map_or(Ok(1.702), |value| number("swiglu_alpha", value))?;
-            cfg.with_activation(GluActivation::Swish { beta }).with_limit(limit).with_up_offset(1.0)
+            let cfg = cfg.with_activation(GluActivation::Swish { beta }).with_limit(limit).with_up_offset(1.0);
+            cfg.with_family(Family::Interleaved)
         }
         "qwen" => cfg.with_family(Family::Qwen1),
         _ => cfg,

@@ -159,6 +159,14 @@ pub enum Error {
         /// What it is.
         found: &'static str,
     },
+    /// The path of a file of the checkpoint is not one.
+    #[error("{}: expected a file, found {found}", path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
     /// The directory holds no weights.
     #[error("{}: no model.safetensors, model.safetensors.index.json or consolidated*.safetensors in it", dir.display())]
     NoWeights {

@@ -58,7 +58,7 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// `out = act(min(m·gate, limit)) ⊙ (clamp(up, ±limit) + c)`
 ///
 /// with gate multiplier m (Falcon-H1), limit and up offset c (gpt-oss: 7 and 1, with Swish of β = 1.702). By default m = 1, no
-/// limit, c = 0. The gradient passes up to the limit and is 0 beyond it, as PyTorch's clamp has it.
+/// limit, c = 0. The gradient passes below the limit and is 0 at it and beyond, as PyTorch 2.15's clamp has it.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -132,7 +132,7 @@ impl Glu {
 fn bound_above(x: &Tensor, limit: Option<f32>) -> candle_core::Result<Tensor> {
     match limit {
         None => Ok(x.clone()),
-        Some(limit) => x.gt(f64::from(limit))?.where_cond(&x.ones_like()?.affine(f64::from(limit), 0.0)?, x),
+        Some(limit) => x.ge(f64::from(limit))?.where_cond(&x.ones_like()?.affine(f64::from(limit), 0.0)?, x),
     }
 }
 

@@ -91,7 +91,8 @@ pub fn glu_grad(glu: &Glu, gate: f64, up: f64, dy: f64) -> (f64, f64) {
 fn glu_inputs(glu: &Glu, gate: f64, up: f64) -> (f64, f64, (bool, bool)) {
     let limit = glu.limit.map_or(f64::INFINITY, f64::from);
     let scaled = gate * f64::from(glu.gate_multiplier);
-    let (beyond_gate, beyond_up) = (scaled > limit, up.abs() > limit);
+    let beyond = |x: f64| glu.limit.is_some() && x >= limit;
+    let (beyond_gate, beyond_up) = (beyond(scaled), beyond(up.abs()));
     let g = if beyond_gate { limit } else { scaled };
     let u = bounded(up, limit) + f64::from(glu.up_offset);
     (g, u, (!beyond_gate, !beyond_up))

@@ -120,9 +120,10 @@ impl Family {
         let complete = |family: &Family| present(family) == family.weight_names().len();
         let candidates: Vec<Family> = Self::ALL.into_iter().filter(|f| !f.must_be_named() && complete(f)).collect();
         match candidates[..] {
-            [Family::Meta] if !prefix_is_meta(&vb.prefix()) => Err(ambiguous(vb)),
+            [Family::Meta] if !prefix_is_meta(&vb.prefix()) => Err(ambiguous(vb, &[Family::Meta, Family::Xformers])),
             [family] => Ok(family),
-            _ => {
+            [_, _, ..] => Err(ambiguous(vb, &candidates)),
+            [] => {
                 // Incomplete: the family most of whose names are there, so that the error names what is missing.
                 let partial = Self::ALL.into_iter().filter(|f| !f.must_be_named() && present(f) > 0);
                 Ok(partial.max_by_key(|f| (present(f), *f == Family::Llama)).unwrap_or(Family::Llama))
@@ -141,11 +142,21 @@ fn prefix_is_meta(prefix: &str) -> bool {
     prefix.split('.').any(|part| part == "feed_forward" || part == "experts")
 }
 
-fn ambiguous(vb: &VarBuilder) -> Error {
-    Error::AmbiguousNames {
-        prefix: vb.prefix(),
-        names: Family::Meta.weight_names(),
-        families: vec!["Family::Meta: w1 gate, w3 up, w2 down".into(), "Family::Xformers: w1 gate, w2 up, w3 down".into()],
+fn ambiguous(vb: &VarBuilder, families: &[Family]) -> Error {
+    let mut names: Vec<String> = families.iter().flat_map(|family| family.weight_names()).collect();
+    names.sort();
+    names.dedup();
+    let families = families.iter().map(|family| format!("{family:?}: {}", family.names())).collect();
+    Error::AmbiguousNames { prefix: vb.prefix(), names, families }
+}
+
+/// Which name is which, in words.
+impl std::fmt::Display for Names {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Names::Pair { gate, up, down } => write!(f, "{gate} gate, {up} up, {down} down"),
+            Names::Packed { gate_up, down, order } => write!(f, "{gate_up} {order:?}, {down} down"),
+        }
     }
 }
 
@@ -292,7 +303,7 @@ fn get(vb: &VarBuilder, shape: &[usize], name: &str, hint: Init) -> Result<Tenso
     vb.get_with_hints(shape, name, hint).map_err(|error| {
         let full = format!("{}.{name}", vb.prefix());
         match strip_backtrace(error) {
-            E::CannotFindTensor { .. } => {
+            E::CannotFindTensor { .. } | E::SafeTensor(safetensors::SafeTensorError::TensorNotFound(_)) => {
                 Error::MissingTensor { prefix: vb.prefix(), tried: vec![name.to_string()], present: vec![], location: None }
             }
             E::UnexpectedShape { expected, got, .. } => {

@@ -16,8 +16,7 @@ use candle_swiglu::Checkpoint;
 use common::Golden;
 use model::{Cache, Llama, LlamaConfig};
 
-const MODELS: [&str; 6] =
-    ["bias_f32", "gelu_tanh_f32", "gqa_tied_llama3_bf16", "new_rope_keys", "odd_f16", "old_rope_keys"];
+const MODELS: [&str; 6] = ["bias_f32", "gelu_tanh_f32", "gqa_tied_llama3_bf16", "new_rope_keys", "odd_f16", "old_rope_keys"];
 
 /// The two prompts of each reference: twelve tokens, and one.
 const PROMPTS: [&str; 2] = ["", "single_"];

@@ -11,14 +11,14 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer, TokenizerBuilder};
 
 /// Begins every text.
-pub const BOS: u32 = 0;
+pub(crate) const BOS: u32 = 0;
 /// Ends every text.
-pub const EOS: u32 = 1;
+pub(crate) const EOS: u32 = 1;
 const BOS_TEXT: &str = "<|begin_of_text|>";
 const EOS_TEXT: &str = "<|end_of_text|>";
 
 /// Learns merges from the texts; the vocabulary has `vocab_size` tokens at most.
-pub fn train(vocab_size: usize, texts: impl Iterator<Item = String> + Send) -> Result<Tokenizer> {
+pub(crate) fn train(vocab_size: usize, texts: impl Iterator<Item = String> + Send) -> Result<Tokenizer> {
     let special = [BOS_TEXT, EOS_TEXT].map(|text| AddedToken::from(text, true)).to_vec();
     let mut trainer = BpeTrainer::builder()
         .vocab_size(vocab_size)
@@ -50,7 +50,7 @@ fn begins_with_bos() -> Result<TemplateProcessing> {
 }
 
 /// Writes `tokenizer.json`, and what transformers reads beside it.
-pub fn save(tokenizer: &Tokenizer, dir: &Path) -> Result<()> {
+pub(crate) fn save(tokenizer: &Tokenizer, dir: &Path) -> Result<()> {
     let path = dir.join("tokenizer.json");
     tokenizer.save(&path, true).map_err(anyhow::Error::msg).with_context(|| path.display().to_string())?;
     let config = json!({

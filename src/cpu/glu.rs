@@ -95,7 +95,7 @@ impl<A: Activation> Formula for Modified<'_, A> {
     fn value<S: Simd>(self, s: S, gate: S::F, up: S::F) -> S::F {
         s.mul(self.0.value(s, bounded_gate(s, self.1, gate)), bounded_up(s, self.1, up))
     }
-    /// As PyTorch's clamp: the gradient passes up to and at the limit, and is 0 beyond it. NaN is within.
+    /// As PyTorch's clamp: the gradient passes below the limit, and is 0 at it and beyond. NaN is within.
     #[inline(always)]
     fn gradients<S: Simd>(self, s: S, gate: S::F, up: S::F, dy: S::F) -> (S::F, S::F) {
         let m = s.splat(self.1.gate_multiplier);
@@ -106,11 +106,13 @@ impl<A: Activation> Formula for Modified<'_, A> {
     }
 }
 
-/// The gradient where x ≤ limit or x is NaN, else 0.
+/// The gradient where x < limit, x is NaN or there is no limit, else 0.
 #[inline(always)]
 fn within<S: Simd>(s: S, op: &Glu, x: S::F, gradient: S::F) -> S::F {
-    let limit = s.splat(op.limit.unwrap_or(f32::INFINITY));
-    s.select(s.le(x, limit), gradient, s.select(s.le(limit, x), s.splat(0.0), gradient))
+    match op.limit {
+        Some(limit) => s.select(s.le(s.splat(limit), x), s.splat(0.0), gradient),
+        None => gradient,
+    }
 }
 
 /// min(m·gate, limit)

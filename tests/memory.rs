@@ -1,0 +1,102 @@
+//! The heap while a checkpoint is loaded: the weights themselves and one chunk of 1 MiB more, whatever the dtypes.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+use candle_core::{DType, Device, Tensor};
+use candle_swiglu::{Checkpoint, FfnConfig, SwiGluFfn};
+
+static NOW: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+/// The system's allocator, with a count of the bytes in use. The trait's own `realloc` goes through these two.
+struct Counting;
+
+#[allow(unsafe_code)]
+// SAFETY: every call is handed to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let now = NOW.fetch_add(layout.size(), SeqCst) + layout.size();
+        PEAK.fetch_max(now, SeqCst);
+        // SAFETY: the caller's promise is the one that `System` asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        NOW.fetch_sub(layout.size(), SeqCst);
+        // SAFETY: the pointer came from `System.alloc` with this layout.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+const H: usize = 512;
+const I: usize = 1536;
+const LAYERS: usize = 3;
+const MIB: usize = 1 << 20;
+/// Names, shapes, the config, the header: no tensor's data.
+const SMALL: usize = 64 << 10;
+
+fn write(dir: &std::path::Path, dtype: DType, packed: bool) {
+    let mut tensors = HashMap::new();
+    let mut add = |layer, name, shape: [usize; 2]| {
+        let tensor = Tensor::full(0.5f32, &shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        tensors.insert(format!("layers.{layer}.mlp.{name}.weight"), tensor.contiguous().unwrap());
+    };
+    for layer in 0..LAYERS {
+        if packed {
+            add(layer, "gate_up_proj", [2 * I, H]);
+        } else {
+            add(layer, "gate_proj", [I, H]);
+            add(layer, "up_proj", [I, H]);
+        }
+        add(layer, "down_proj", [H, I]);
+    }
+    candle_core::safetensors::save(&tensors, dir.join("model.safetensors")).unwrap();
+    let config = serde_json::json!({"hidden_size": H, "intermediate_size": I});
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+}
+
+fn load(checkpoint: &Checkpoint, dtype: DType) -> Vec<SwiGluFfn> {
+    let cfg = FfnConfig::from_json(checkpoint.config()).unwrap();
+    let vb = checkpoint.var_builder(dtype, &Device::Cpu).pp("layers");
+    (0..LAYERS).map(|layer| SwiGluFfn::new(&cfg, vb.pp(layer).pp("mlp")).unwrap()).collect()
+}
+
+/// One test: the counters are the process's.
+#[test]
+fn peak_of_loading() {
+    for (in_file, in_memory, packed) in [
+        (DType::BF16, DType::BF16, false),
+        (DType::BF16, DType::F32, false),
+        (DType::F32, DType::BF16, false),
+        (DType::F32, DType::F32, true),
+        (DType::F64, DType::F16, true),
+    ] {
+        let case = format!("{in_file:?} as {in_memory:?}, packed: {packed}");
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), in_file, packed);
+        drop(load(&Checkpoint::open(dir.path()).unwrap(), in_memory)); // what is set up once is set up
+
+        let before = NOW.load(SeqCst);
+        PEAK.store(before, SeqCst);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert!(PEAK.load(SeqCst) - before < SMALL, "{case}: opening reads no tensor data");
+        let blocks = load(&checkpoint, in_memory);
+        let (peak, after) = (PEAK.load(SeqCst) - before, NOW.load(SeqCst) - before);
+
+        let element = in_memory.size_in_bytes();
+        let weights = LAYERS * 3 * H * I * element;
+        let largest = if packed { 2 } else { 1 } * H * I * in_file.size_in_bytes().min(element);
+        assert!(largest > MIB, "{case}: one chunk must not be a whole tensor");
+        assert!((weights..weights + SMALL).contains(&after), "{case}: {after} B stay for {weights} B of weights");
+        assert!(peak <= weights + largest, "{case}: the issue's bound, {peak} B for {weights} B of weights");
+        assert!(peak <= weights + MIB + SMALL, "{case}: the documented bound, {peak} B for {weights} B of weights");
+        drop((blocks, checkpoint));
+        assert!(NOW.load(SeqCst) < before + SMALL, "{case}: everything is given back");
+    }
+}
