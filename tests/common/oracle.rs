@@ -46,14 +46,15 @@ impl Near {
     }
 }
 
-/// The documented relative error of act(g)·up in units of u. Swish has one |βg| more, for a β that was rounded to f32.
+/// The documented relative error of act(g)·up in units of u. Swish has one |βg| more, for a β that was rounded to f32. Where
+/// the exponential has vanished (e⁻⁷⁵⁰ is 0 in f64) the error grows no further.
 pub(crate) fn glu_units(activation: GluActivation, g: f64) -> f64 {
     match activation {
         GluActivation::Silu | GluActivation::Sigmoid => 8.0,
-        GluActivation::Swish { beta } => 8.0 + 2.0 * (f64::from(beta) * g).abs(),
+        GluActivation::Swish { beta } => 8.0 + 2.0 * (f64::from(beta) * g).abs().min(750.0),
         GluActivation::Relu | GluActivation::Identity => 1.0,
         GluActivation::Gelu => 14.0,
-        GluActivation::GeluTanh => 8.0 + 4.0 * (1.6 * g + 0.0714 * g * g * g).abs(),
+        GluActivation::GeluTanh => 8.0 + 4.0 * (1.6 * g + 0.0714 * g * g * g).abs().min(750.0),
     }
 }
 
