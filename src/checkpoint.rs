@@ -21,6 +21,14 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
+pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// `consolidated*.safetensors`, Meta's name.
+pub(crate) fn is_consolidated(name: &str) -> bool {
+    name.starts_with("consolidated") && name.ends_with(".safetensors")
+}
+
 /// An opened checkpoint. Cloning is cheap.
 ///
 /// ```no_run
@@ -210,8 +218,8 @@ impl SimpleBackend for Checkpoint {
 impl Contents {
     /// Adds the weights' files: a single one wins over an index, as in transformers.
     fn add_weights(&mut self) -> Result<()> {
-        let single = self.dir.join("model.safetensors");
-        let index = self.dir.join("model.safetensors.index.json");
+        let single = self.dir.join(SINGLE);
+        let index = self.dir.join(INDEX);
         if single.exists() {
             return self.add_file(single, |_| true);
         }
@@ -230,7 +238,7 @@ impl Contents {
         for entry in std::fs::read_dir(&self.dir).map_err(Error::io(&self.dir))? {
             let path = entry.map_err(Error::io(&self.dir))?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if name.starts_with("consolidated") && name.ends_with(".safetensors") {
+            if is_consolidated(name) {
                 paths.push(path);
             }
         }
@@ -239,16 +247,9 @@ impl Contents {
     }
 
     fn add_indexed(&mut self, index: &Path) -> Result<()> {
-        let json = read_json(index)?;
-        let broken = |reason: String| Error::Index { path: index.to_path_buf(), reason };
-        let map = json.get("weight_map").and_then(Value::as_object);
-        let map = map.filter(|map| !map.is_empty());
-        let map = map.ok_or_else(|| broken("expected an object weight_map with tensors in it, found none".into()))?;
+        let homes = read_index(index)?;
         let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for (tensor, shard) in map {
-            let shard = shard.as_str().filter(|name| is_file_name(name));
-            let shard =
-                shard.ok_or_else(|| broken(format!("weight_map.{tensor}: expected a file name, found {}", map[tensor])))?;
+        for (tensor, shard) in &homes {
             shards.entry(shard).or_default().push(tensor);
         }
         for (shard, tensors) in shards {
@@ -258,7 +259,7 @@ impl Contents {
                 return Err(Error::MissingShard { index: index.to_path_buf(), shard, tensor });
             }
             // A tensor that the index places in another shard is not taken from this one.
-            self.add_file(path, |name| map.get(name).is_none_or(|home| home == shard))?;
+            self.add_file(path, |name| homes.get(name).is_none_or(|home| home == shard))?;
             if let Some(tensor) = tensors.iter().find(|tensor| !self.tensors.contains_key(**tensor)) {
                 let (shard, tensor) = (shard.to_string(), tensor.to_string());
                 return Err(Error::NotInShard { index: index.to_path_buf(), shard, tensor });
@@ -319,6 +320,19 @@ impl Contents {
 }
 
 /// One plain component: an index cannot point outside its directory.
+/// The shard of every tensor, checked to be plain file names.
+pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    let json = read_json(path)?;
+    let broken = |reason: String| Error::Index { path: path.to_path_buf(), reason };
+    let map = json.get("weight_map").and_then(Value::as_object).filter(|map| !map.is_empty());
+    let map = map.ok_or_else(|| broken("expected an object weight_map with tensors in it, found none".into()))?;
+    let shard_of = |(tensor, shard): (&String, &Value)| match shard.as_str().filter(|name| is_file_name(name)) {
+        Some(name) => Ok((tensor.clone(), name.to_string())),
+        None => Err(broken(format!("weight_map.{tensor}: expected a file name, found {shard}"))),
+    };
+    map.iter().map(shard_of).collect()
+}
+
 fn is_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))

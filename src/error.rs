@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, DeviceLocation};
 
 /// What every fallible function of this crate returns.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Everything that can go wrong between a file and a forward pass.
 #[derive(Debug, thiserror::Error)]

@@ -149,7 +149,14 @@ fn checkpoint_dir(model_id: Option<&str>, revision: &str) -> Result<PathBuf> {
 #[cfg(feature = "hub")]
 fn download(model_id: &str, revision: &str) -> Result<PathBuf> {
     note(format_args!("downloading {model_id} ({revision})"));
-    Ok(candle_swiglu::hub::download(model_id, revision)?)
+    let bar = byte_bar("downloading", 0)?;
+    let progress = bar.clone();
+    let dir = candle_swiglu::hub::download(model_id, revision, move |done, total| {
+        progress.set_length(total);
+        progress.set_position(done);
+    });
+    bar.finish_and_clear();
+    Ok(dir?)
 }
 
 #[cfg(not(feature = "hub"))]
@@ -211,14 +218,19 @@ fn sampling_args(args: &Args) -> SamplingArgs {
 
 /// The model, with a progress bar while its bytes are read.
 fn load(checkpoint: Checkpoint, cfg: &LlamaConfig, dtype: DType, device: &Device) -> Result<Llama> {
-    let target = if io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let bar = ProgressBar::with_draw_target(Some(checkpoint.data_bytes()), target)
-        .with_style(ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}")?);
+    let bar = byte_bar("loading", checkpoint.data_bytes())?;
     let progress = bar.clone();
     let checkpoint = checkpoint.with_progress(move |bytes| progress.inc(bytes));
     let model = Llama::load(checkpoint.var_builder(dtype, device), cfg);
     bar.finish_and_clear();
     Ok(model?)
+}
+
+/// Shown on a terminal only.
+fn byte_bar(verb: &'static str, total: u64) -> Result<ProgressBar> {
+    let target = if io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}")?;
+    Ok(ProgressBar::with_draw_target(Some(total), target).with_style(style).with_message(verb))
 }
 
 fn report(prompt_tokens: usize, stats: &Stats, context: usize) {

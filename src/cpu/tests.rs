@@ -1,4 +1,5 @@
 //! Every kernel the machine has, against the f64 definition and against each other.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use candle_core::{CpuStorage, Layout, Shape};
 use half::{bf16, f16};
