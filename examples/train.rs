@@ -40,7 +40,7 @@ struct Args {
     /// Stream of the training stories, and of the initial weights; the held-out stream is the next one.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    #[arg(long, default_value_t = 4000)]
+    #[arg(long, default_value_t = 3400)]
     steps: u64,
     /// Stories per step.
     #[arg(long, default_value_t = 16)]

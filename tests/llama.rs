@@ -15,6 +15,7 @@ use candle_nn::VarBuilder;
 use candle_swiglu::Checkpoint;
 use common::Golden;
 use model::{Cache, Llama, LlamaConfig};
+use tokenizers::Tokenizer;
 
 const MODELS: [&str; 6] = ["bias_f32", "gelu_tanh_f32", "gqa_tied_llama3_bf16", "new_rope_keys", "odd_f16", "old_rope_keys"];
 
@@ -195,4 +196,34 @@ fn candle_transformers_llama_gives_the_same_greedy_tokens() -> Result<()> {
         assert_eq!(greedy(&load(&dir, DType::F32)?, &prompt, 64, true, &[])?, expected, "{}", dir.display());
     }
     Ok(())
+}
+
+/// The checkpoint of `weights/` in both programs: the same ids and the same text (`tests/golden/stories.py`).
+#[test]
+fn stories_are_those_of_transformers() -> Result<()> {
+    let weights = Path::new(env!("CARGO_MANIFEST_DIR")).join("weights");
+    let model = load(&weights, DType::F32)?;
+    let ends = model.config().eos_token_ids.clone();
+    let tokenizer = Tokenizer::from_file(weights.join("tokenizer.json")).map_err(anyhow::Error::msg)?;
+    let encode =
+        |text: &str| Ok::<_, anyhow::Error>(tokenizer.encode(text, true).map_err(anyhow::Error::msg)?.get_ids().to_vec());
+    let stories: Vec<Story> = serde_json::from_slice(&std::fs::read(common::golden_dir().join("stories.json"))?)?;
+    ensure!(stories.len() == 4);
+    for story in stories {
+        // Two programs' f32 logits differ by less than 1e-4 each.
+        ensure!(story.smallest_margin > 1e-3, "{}: margin {}", story.prompt, story.smallest_margin);
+        let mut tokens = encode(&story.prompt)?;
+        tokens.extend(greedy(&model, &tokens, 240, true, &ends)?);
+        assert_eq!(tokens, story.ids, "{}", story.prompt);
+        assert_eq!(tokenizer.decode(&tokens, true).map_err(anyhow::Error::msg)?, story.text);
+    }
+    Ok(())
+}
+
+#[derive(serde::Deserialize)]
+struct Story {
+    prompt: String,
+    ids: Vec<u32>,
+    text: String,
+    smallest_margin: f64,
 }

@@ -3,7 +3,8 @@
     python tests/golden/stories.py          # writes tests/golden/stories.json
 
 Tokenizer and model are loaded from the directory as any user would, the weights widened to float32. The smallest margin
-between the best and the second logit is recorded: where it is far above 1e-4, equality of the texts is a well-posed test.
+between the best and the second logit is recorded: the prompts are chosen so that it is far above the 1e-4 by which two
+programs may differ in float32, else equality of the texts would be a matter of luck.
 """
 
 import json
@@ -17,7 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE.parent.parent / "weights"
-PROMPTS = ["Once upon a time", "In a tiny cottage by the sea", "One windy morning, Lily", "The dog said, \"Café?\""]
+PROMPTS = [
+    "Once upon a time",
+    "Once upon a time, there was a brave little fox",
+    "Once there was a little bird who",
+    'The dog said, "Café?"',
+]
 NEW_TOKENS = 240
 
 
