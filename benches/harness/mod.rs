@@ -45,7 +45,8 @@ pub fn machine_facts() -> String {
     let _ = writeln!(facts, "cpu      {} family {} model {}", line("model name"), line("cpu family"), line("model\t"));
     let _ = writeln!(facts, "features {}", flags.join(" "));
     let _ = writeln!(facts, "threads  {}", candle_core::utils::get_num_threads());
-    let _ = writeln!(facts, "os       {} {}", std::env::consts::OS, read("/proc/sys/kernel/osrelease").trim());
+    let release = read("/proc/sys/kernel/osrelease");
+    let _ = writeln!(facts, "os       {} {}", std::env::consts::OS, release.split('-').next().unwrap_or_default().trim());
     let _ = writeln!(facts, "crate    candle-swiglu {}, candle-core 0.11.1", env!("CARGO_PKG_VERSION"));
     facts
 }
