@@ -8,6 +8,8 @@
 #![allow(unreachable_pub, reason = "nobody else uses a program's items")]
 
 mod generate;
+#[cfg(test)]
+mod generate_tests;
 mod model;
 
 use std::fmt::Display;
