@@ -1,5 +1,7 @@
 //! From prompt to text and back, with the checkpoint in `weights/`.
 
+#![allow(clippy::unwrap_used)]
+
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
