@@ -251,6 +251,24 @@ pub enum Error {
         /// The other.
         second: PathBuf,
     },
+    /// A row that a matrix does not have was asked for.
+    #[error("row {row}: expected one of the weight's {rows} rows")]
+    RowOutOfRange {
+        /// The row.
+        row: usize,
+        /// How many there are.
+        rows: usize,
+    },
+    /// The environment asks for a kernel that this machine does not have.
+    #[error("{variable}: expected one of {}, found {found}", available.join(", "))]
+    UnknownKernel {
+        /// The environment variable.
+        variable: &'static str,
+        /// What it says.
+        found: String,
+        /// The kernels this machine can run, best first.
+        available: Vec<&'static str>,
+    },
     /// A checkpoint cannot be downloaded.
     #[error("hub: {model_id}: {reason}")]
     Hub {

@@ -1,25 +1,38 @@
 //! The block.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 use crate::config::FfnConfig;
-use crate::cpu;
+use crate::cpu::{self, Part};
 use crate::error::{Error, Result};
 use crate::glu::{Glu, check_float, check_same};
 use crate::linear::{Linear, over_rows};
-use crate::weights::{GateUp, PackedOrder, Weights};
+use crate::packed::{Packed, Packer, Sizes, can_pack};
+use crate::weights::{GateUp, PackedOrder, Piece, Weights, split};
 
 /// The SwiGLU feed-forward block, `y = (silu(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ`, and its relatives ([`FfnConfig`]).
 ///
 /// # Shapes
 /// x (…,H) of any rank ≥ 1 and any layout -> y (…,H) in x's dtype. gate_proj, up_proj (I,H), down_proj (H,I).
 ///
+/// # Kernels
+/// On the CPU, weights in f32, bf16 or f16 through which no gradient is tracked are packed once, each before the next is read,
+/// and the packed copy is the only one that is kept. gate, up and the activation are one sweep over them, down a second; gate
+/// and up are never written. Everything else (weights from a `VarMap`, f64, other devices) runs as candle's matmuls around
+/// [`crate::glu_mul`]. [`SwiGluFfn::kernel`] says which.
+///
 /// # Accuracy
-/// Products are candle's matmuls. Between them the gate is computed in f32 (f64 for f64) and rounded once ([`crate::glu_mul`]).
+/// Products are summed in f32 in the order of k, whatever the number of rows and threads; h and y are rounded once each. (f64
+/// in f64; candle's matmuls round gate and up too.)
+///
+/// # Memory
+/// Beyond y, a call borrows scratch of at most `rows·(H + I + 256)·a + threads·(rows·NR·4 B + 64 KiB)`, rows ≤ 512: longer inputs
+/// go through in chunks. `a` is 2 B where the kernel multiplies bf16 as it is, else 4 B; NR ≤ 64. It is kept for the next call.
 ///
 /// # Training
-/// Every step is differentiable. Weights from a `VarMap` are used where they lie, so an optimizer's steps are seen.
+/// Every step is differentiable. Weights from a `VarMap` are used where they lie, so an optimizer's steps are seen; packed
+/// weights are constants, through which x still gets its gradient.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -40,12 +53,20 @@ use crate::weights::{GateUp, PackedOrder, Weights};
 pub struct SwiGluFfn {
     hidden_size: usize,
     intermediate_size: usize,
-    glu: Glu,
-    gate_up: Projections,
-    down: Linear,
-    down_multiplier: f32,
+    dtype: DType,
+    device: Device,
+    form: Form,
     kernel: String,
     span: tracing::Span,
+}
+
+/// Who computes it.
+#[derive(Clone, Debug)]
+enum Form {
+    /// Our kernels.
+    Packed(Packed),
+    /// candle's matmuls around the fused gate.
+    Plain { gate_up: Projections, glu: Glu, down: Linear, down_multiplier: f32 },
 }
 
 /// gate and up, by two products or by one
@@ -63,7 +84,9 @@ impl SwiGluFfn {
     /// A size of zero, a missing tensor, another shape, names that fit several families, a bias that the config does not ask for.
     pub fn new(cfg: &FfnConfig, vb: VarBuilder) -> Result<Self> {
         check_sizes(cfg)?;
-        Self::from_weights(cfg, Weights::load(cfg, &vb)?)
+        let mut builder = Builder::new(cfg, vb.dtype(), vb.device().clone())?;
+        Weights::load_each(cfg, &vb, |piece| builder.take(piece))?;
+        builder.finish()
     }
 
     /// SwiGLU without biases from gate_proj (I,H), up_proj (I,H), down_proj (H,I).
@@ -90,38 +113,28 @@ impl SwiGluFfn {
         Self::from_weights(&FfnConfig::new(hidden_size, intermediate_size), weights)
     }
 
-    /// From tensors in any of the layouts of [`GateUp`], with the formula of `cfg`. The tensors keep their storage; a view
-    /// whose rows are not contiguous (every second row, say) is copied once, unless a gradient is tracked through it.
+    /// From tensors in any of the layouts of [`GateUp`], with the formula of `cfg`. Where they are not packed the tensors keep
+    /// their storage; a view whose rows are not contiguous (every second row, say) is copied once, unless a gradient is tracked
+    /// through it.
     ///
     /// # Errors
     /// As [`SwiGluFfn::from_tensors`], and biases where the config has none or none where it has them.
     pub fn from_weights(cfg: &FfnConfig, weights: Weights) -> Result<Self> {
         check_sizes(cfg)?;
         check_weights(cfg, &weights)?;
-        let cpu = weights.down_proj.device().is_cpu();
-        let gate_up = match weights.gate_up {
-            GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => Projections::Separate {
-                gate: Linear::from_tensors(gate_proj, gate_bias)?,
-                up: Linear::from_tensors(up_proj, up_bias)?,
-            },
-            GateUp::Packed { gate_up_proj, bias, order } => {
-                Projections::Packed { gate_up: Linear::from_tensors(gate_up_proj, bias)?, order }
-            }
-        };
-        Ok(Self {
-            hidden_size: cfg.hidden_size,
-            intermediate_size: cfg.intermediate_size,
-            glu: cfg.glu(),
-            gate_up,
-            down: Linear::from_tensors(weights.down_proj, weights.down_bias)?,
-            down_multiplier: cfg.down_multiplier,
-            kernel: if cpu { format!("plain-{}", cpu::best().name) } else { "plain".to_string() },
-            span: tracing::span!(tracing::Level::TRACE, "swiglu-ffn"),
-        })
+        let (dtype, device) = (weights.down_proj.dtype(), weights.down_proj.device().clone());
+        let mut builder = Builder::new(cfg, dtype, device)?;
+        let pieces = weights.into_pieces();
+        if !pieces.iter().flat_map(Piece::tensors).all(can_pack) {
+            builder.packer = None;
+        }
+        pieces.into_iter().try_for_each(|piece| builder.take(piece))?;
+        builder.finish()
     }
 
-    /// The name of the kernel that will run: `plain-<instruction set>` on the CPU (candle's matmuls around the fused gate
-    /// in that instruction set), `plain` on other devices (candle's operations).
+    /// The name of the kernel that will run: on the CPU an instruction set (`avx512bf16`, `avx512`, `avx2`, `scalar`; the
+    /// environment variable `CANDLE_SWIGLU_KERNEL` forces one), with `plain-` before it where only the gate is ours; `plain` on
+    /// other devices.
     pub fn kernel(&self) -> &str {
         &self.kernel
     }
@@ -138,19 +151,119 @@ impl SwiGluFfn {
 
     /// x (M,H) -> y (M,H)
     fn forward_rows(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let (gate, up) = self.gate_up.forward(x)?; // (M,I) each
-        let h = self.glu.mul(&gate, &up)?;
+        let (gate_up, glu, down, down_multiplier) = match &self.form {
+            Form::Packed(packed) => return packed.forward(x),
+            Form::Plain { gate_up, glu, down, down_multiplier } => (gate_up, glu, down, *down_multiplier),
+        };
+        let (gate, up) = gate_up.forward(x)?; // (M,I) each
+        let h = glu.mul(&gate, &up)?;
         drop((gate, up));
-        let y = self.down.project(&h)?;
-        if self.down_multiplier == 1.0 { Ok(y) } else { y * f64::from(self.down_multiplier) }
+        let y = down.project(&h)?;
+        if down_multiplier == 1.0 { Ok(y) } else { y * f64::from(down_multiplier) }
     }
 }
 
 impl Module for SwiGluFfn {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let _enter = self.span.enter();
-        over_rows(x, self.hidden_size, self.hidden_size, self.down.weight(), |rows| self.forward_rows(rows))
+        let sizes = (self.hidden_size, self.hidden_size);
+        over_rows(x, sizes, self.dtype, &self.device, |rows| self.forward_rows(rows))
     }
+}
+
+/// A block while its weights arrive.
+struct Builder<'a> {
+    cfg: &'a FfnConfig,
+    dtype: DType,
+    device: Device,
+    /// Takes what can be packed.
+    packer: Option<Packer>,
+    packed: Vec<Part>,
+    /// What cannot.
+    pieces: Vec<Piece>,
+}
+
+impl<'a> Builder<'a> {
+    fn new(cfg: &'a FfnConfig, dtype: DType, device: Device) -> Result<Self> {
+        let sizes = (cfg.hidden_size, cfg.intermediate_size);
+        let packer = if device.is_cpu() { Packer::block(dtype, sizes, cfg.glu(), cfg.down_multiplier)? } else { None };
+        Ok(Self { cfg, dtype, device, packer, packed: vec![], pieces: vec![] })
+    }
+
+    fn take(&mut self, piece: Piece) -> Result<()> {
+        let Some(packer) = self.packer.as_mut().filter(|_| piece.tensors().all(can_pack)) else {
+            self.pieces.push(piece);
+            return Ok(());
+        };
+        let mut set = |part, weight: &Tensor, bias: Option<&Tensor>| {
+            self.packed.push(part);
+            packer.set(part, weight, bias)
+        };
+        match &piece {
+            Piece::Gate(weight, bias) => set(Part::Gate, weight, bias.as_ref()),
+            Piece::Up(weight, bias) => set(Part::Up, weight, bias.as_ref()),
+            Piece::Down(weight, bias) => set(Part::Down, weight, bias.as_ref()),
+            Piece::GateUp(weight, bias, order) => {
+                let (gate, up) = split(weight, *order)?;
+                let bias = bias.as_ref().map(|bias| split(bias, *order)).transpose()?;
+                set(Part::Gate, &gate, bias.as_ref().map(|(gate, _)| gate))?;
+                set(Part::Up, &up, bias.as_ref().map(|(_, up)| up))
+            }
+        }
+    }
+
+    fn finish(mut self) -> Result<SwiGluFfn> {
+        let cfg = self.cfg;
+        let (hidden_size, intermediate_size) = (cfg.hidden_size, cfg.intermediate_size);
+        let (glu, down_multiplier) = (cfg.glu(), cfg.down_multiplier);
+        let sizes = Sizes::Block { hidden_size, intermediate_size, glu, down_multiplier };
+        let packed = self.packer.take().map(|packer| packer.finish(self.dtype, sizes));
+        let form = match packed {
+            Some(packed) if self.pieces.is_empty() => Form::Packed(packed),
+            packed => {
+                // Some tracked and some not: those that were packed are constants of the plain form.
+                for part in std::mem::take(&mut self.packed) {
+                    let Some(packed) = &packed else { continue };
+                    let (weight, bias) = (packed.weight(part)?, packed.bias(part)?);
+                    self.pieces.push(match part {
+                        Part::Gate => Piece::Gate(weight, bias),
+                        Part::Up => Piece::Up(weight, bias),
+                        Part::Down | Part::Whole => Piece::Down(weight, bias),
+                    });
+                }
+                let (gate_up, down) = plain(self.pieces)?;
+                Form::Plain { gate_up, glu, down, down_multiplier }
+            }
+        };
+        let kernel = match (&form, self.device.is_cpu()) {
+            (Form::Packed(_), _) => cpu::selected()?.name.to_string(),
+            (_, true) => format!("plain-{}", cpu::selected()?.name),
+            (_, false) => "plain".to_string(),
+        };
+        let (dtype, device) = (self.dtype, self.device);
+        let span = tracing::span!(tracing::Level::TRACE, "swiglu-ffn");
+        Ok(SwiGluFfn { hidden_size, intermediate_size, dtype, device, form, kernel, span })
+    }
+}
+
+/// The projections of the plain form.
+fn plain(pieces: Vec<Piece>) -> Result<(Projections, Linear)> {
+    let (mut gate, mut up, mut gate_up, mut down) = (None, None, None, None);
+    for piece in pieces {
+        match piece {
+            Piece::Gate(weight, bias) => gate = Some(Linear::plain(weight, bias)?),
+            Piece::Up(weight, bias) => up = Some(Linear::plain(weight, bias)?),
+            Piece::GateUp(weight, bias, order) => gate_up = Some((Linear::plain(weight, bias)?, order)),
+            Piece::Down(weight, bias) => down = Some(Linear::plain(weight, bias)?),
+        }
+    }
+    let projections = match (gate, up, gate_up) {
+        (Some(gate), Some(up), None) => Some(Projections::Separate { gate, up }),
+        (None, None, Some((gate_up, order))) => Some(Projections::Packed { gate_up, order }),
+        _ => None,
+    };
+    let all = projections.zip(down);
+    all.ok_or_else(|| Error::Candle(candle_core::Error::Msg("a block has gate, up and down".into())))
 }
 
 impl Projections {

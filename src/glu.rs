@@ -4,7 +4,7 @@
 //! layout; nothing but the inputs is kept for the backward pass. On other devices the same formula is composed of candle's
 //! differentiable operations.
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor};
 
 use crate::activation::GluActivation;
 use crate::cpu;
@@ -114,6 +114,12 @@ impl Glu {
         if gate.device().is_cpu() { Ok(gate.apply_op2(up, *self)?) } else { Ok(self.compose(gate, up)?) }
     }
 
+    /// dgate and dup under dy, on the CPU.
+    pub(crate) fn gradients(&self, gate: &Tensor, up: &Tensor, dy: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+        let gradients = gate.apply_op3(up, dy, GluGradient(*self))?;
+        Ok((gradients.get(0)?, gradients.get(1)?))
+    }
+
     /// The same formula in candle's operations, computed in f32 for f16 and bf16; differentiable on every device.
     pub(crate) fn compose(&self, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
         let dtype = gate.dtype();
@@ -182,13 +188,24 @@ pub(crate) fn check_float(name: &str, tensor: &Tensor) -> Result<()> {
 
 /// `tensor` has the dtype and the device of `other`.
 pub(crate) fn check_same(name: &'static str, tensor: &Tensor, other_name: &'static str, other: &Tensor) -> Result<()> {
-    let (expected, found) = (other.device().location(), tensor.device().location());
+    check_like(name, tensor, other_name, other.dtype(), other.device())
+}
+
+/// `tensor` has this dtype and this device, which are those of `other`.
+pub(crate) fn check_like(
+    name: &'static str,
+    tensor: &Tensor,
+    other: &'static str,
+    dtype: DType,
+    device: &Device,
+) -> Result<()> {
+    let (expected, found) = (device.location(), tensor.device().location());
     if expected != found {
-        return Err(Error::DeviceMismatch { name, other: other_name, expected, found });
+        return Err(Error::DeviceMismatch { name, other, expected, found });
     }
-    let (expected, found) = (other.dtype(), tensor.dtype());
+    let (expected, found) = (dtype, tensor.dtype());
     if expected != found {
-        return Err(Error::DTypeMismatch { name, other: other_name, expected, found });
+        return Err(Error::DTypeMismatch { name, other, expected, found });
     }
     Ok(())
 }
@@ -200,7 +217,7 @@ impl CustomOp2 for Glu {
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((cpu::forward(cpu::best(), self, (s1, l1), (s2, l2))?, l1.shape().clone()))
+        Ok((cpu::forward(cpu::selected()?, self, (s1, l1), (s2, l2))?, l1.shape().clone()))
     }
 
     fn bwd(
@@ -210,8 +227,8 @@ impl CustomOp2 for Glu {
         _out: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let gradients = gate.apply_op3(up, dy, GluGradient(*self))?;
-        Ok((Some(gradients.get(0)?), Some(gradients.get(1)?)))
+        let (dgate, dup) = self.gradients(gate, up, dy)?;
+        Ok((Some(dgate), Some(dup)))
     }
 }
 
@@ -232,7 +249,7 @@ impl CustomOp3 for GluGradient {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let storage = cpu::backward(cpu::best(), &self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
+        let storage = cpu::backward(cpu::selected()?, &self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
         let dims: Vec<usize> = std::iter::once(2).chain(l1.dims().iter().copied()).collect();
         Ok((storage, Shape::from(dims)))
     }

@@ -11,6 +11,7 @@ mod glu;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod linear;
+mod packed;
 pub mod reference;
 mod weights;
 

@@ -1,16 +1,26 @@
 //! One projection, `y = x·Wᵀ + b`.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use candle_nn::{Module, VarBuilder};
 
+use crate::cpu::{self, Part};
 use crate::error::{Error, Result};
-use crate::glu::{check_float, check_same};
+use crate::glu::{check_float, check_like, check_same};
+use crate::packed::{Packed, Packer, Sizes, can_pack};
 use crate::weights::load_projection;
 
 /// A linear layer `y = x·Wᵀ + b` with W (out, in) and an optional b (out).
 ///
 /// # Shapes
 /// x (…, in) of any rank ≥ 1 and any layout -> y (…, out) in x's dtype.
+///
+/// # Weights
+/// On the CPU a weight in f32, bf16 or f16 through which no gradient is tracked is packed for the kernels of this crate: then
+/// the packed copy is the only one that the layer keeps. x still gets its gradient. Any other weight is used where it lies,
+/// by candle's matmul, and gets its own gradient (a `VarMap`'s, say).
+///
+/// # Accuracy
+/// Packed: products are summed in f32 in the order of k, whatever the number of rows and threads, and rounded once.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -23,8 +33,16 @@ use crate::weights::load_projection;
 /// ```
 #[derive(Clone, Debug)]
 pub struct Linear {
-    weight: Weight,
-    bias: Option<Tensor>,
+    out_dim: usize,
+    in_dim: usize,
+    device: Device,
+    form: Form,
+}
+
+#[derive(Clone, Debug)]
+enum Form {
+    Packed(Packed),
+    Plain { weight: Weight, bias: Option<Tensor> },
 }
 
 impl Linear {
@@ -46,47 +64,132 @@ impl Linear {
         Self::from_tensors(weight, bias)
     }
 
-    /// From weight (out, in) and bias (out), which keep their storage, and their gradients if they have any.
+    /// From weight (out, in) and bias (out), and with their gradients if they have any.
     ///
     /// # Errors
     /// Wrong rank, shapes that do not fit, a dtype that is not a float, mixed dtypes or devices.
     pub fn from_tensors(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        let Ok((out_dim, _)) = weight.dims2() else {
-            return Err(Error::Rank { name: "weight", expected: "rank 2 (out, in)", found: weight.dims().to_vec() });
-        };
-        check_float("weight", &weight)?;
-        if let Some(bias) = &bias {
-            if bias.dims() != [out_dim] {
-                let found = bias.dims().to_vec();
-                return Err(Error::Shape { name: "bias".into(), expected: vec![out_dim], found, location: None });
-            }
-            check_same("bias", bias, "weight", &weight)?;
+        let (out_dim, in_dim) = check_tensors(&weight, bias.as_ref())?;
+        if !can_pack(&weight) || !bias.as_ref().is_none_or(can_pack) {
+            return Self::plain(weight, bias);
         }
-        Ok(Self { weight: Weight::new(weight)?, bias })
+        let dtype = weight.dtype();
+        let Some(mut packer) = Packer::linear(dtype, out_dim, in_dim)? else {
+            return Self::plain(weight, bias);
+        };
+        packer.set(Part::Whole, &weight, bias.as_ref())?;
+        let packed = packer.finish(dtype, Sizes::Linear { out_dim, in_dim });
+        Ok(Self { out_dim, in_dim, device: Device::Cpu, form: Form::Packed(packed) })
     }
 
-    /// W (out, in)
-    pub fn weight(&self) -> &Tensor {
-        &self.weight.0
+    /// Never packed.
+    pub(crate) fn plain(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+        let (out_dim, in_dim) = check_tensors(&weight, bias.as_ref())?;
+        let device = weight.device().clone();
+        Ok(Self { out_dim, in_dim, device, form: Form::Plain { weight: Weight::new(weight)?, bias } })
+    }
+
+    /// W (out, in); unpacked into a new tensor if it is packed.
+    ///
+    /// # Errors
+    /// None but candle's.
+    pub fn weight(&self) -> Result<Tensor> {
+        match &self.form {
+            Form::Packed(packed) => Ok(packed.weight(Part::Whole)?),
+            Form::Plain { weight, .. } => Ok(weight.0.clone()),
+        }
     }
 
     /// b (out)
-    pub fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref()
+    ///
+    /// # Errors
+    /// None but candle's.
+    pub fn bias(&self) -> Result<Option<Tensor>> {
+        match &self.form {
+            Form::Packed(packed) => Ok(packed.bias(Part::Whole)?),
+            Form::Plain { bias, .. } => Ok(bias.clone()),
+        }
+    }
+
+    /// Rows of W: ids (…) u32 -> (…, in). With the weight that a model ties to its embedding, this is the embedding, and the
+    /// model keeps one copy of it.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// let weight = Tensor::new(&[[1f32, 2.0], [3.0, 4.0], [5.0, 6.0]], &Device::Cpu)?;
+    /// let lm_head = candle_swiglu::Linear::from_tensors(weight, None)?;
+    /// let x = lm_head.embed(&Tensor::new(&[2u32, 0], &Device::Cpu)?)?;
+    /// assert_eq!(x.to_vec2::<f32>()?, [[5.0, 6.0], [1.0, 2.0]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// An id that is not a row of W; ids that are not u32.
+    pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let mut dims = ids.dims().to_vec();
+        dims.push(self.in_dim);
+        let flat = ids.flatten_all()?;
+        let rows = match &self.form {
+            Form::Plain { weight, .. } => weight.0.index_select(&flat, 0)?,
+            Form::Packed(packed) => {
+                let ids = flat.to_vec1::<u32>()?;
+                if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.out_dim) {
+                    return Err(Error::RowOutOfRange { row: id as usize, rows: self.out_dim });
+                }
+                packed.select(Part::Whole, &mut ids.into_iter().map(|id| id as usize))?
+            }
+        };
+        Ok(rows.reshape(dims)?)
+    }
+
+    /// The name of the kernel that will run, as [`crate::SwiGluFfn::kernel`].
+    pub fn kernel(&self) -> &str {
+        match &self.form {
+            Form::Packed(_) => cpu::selected().map_or("plain", |kernel| kernel.name),
+            Form::Plain { .. } => "plain",
+        }
     }
 
     /// x (M,in) -> y (M,out)
     pub(crate) fn project(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let y = self.weight.product(x)?;
-        self.bias.as_ref().map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
+        match &self.form {
+            Form::Packed(packed) => packed.forward(x),
+            Form::Plain { weight, bias } => {
+                let y = weight.product(x)?;
+                bias.as_ref().map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
+            }
+        }
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
+        match &self.form {
+            Form::Packed(packed) => packed.dtype(),
+            Form::Plain { weight, .. } => weight.0.dtype(),
+        }
     }
 }
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let (out_dim, in_dim) = self.weight.0.dims2()?;
-        over_rows(x, in_dim, out_dim, &self.weight.0, |rows| self.project(rows))
+        let sizes = (self.in_dim, self.out_dim);
+        over_rows(x, sizes, self.dtype(), &self.device, |rows| self.project(rows))
     }
+}
+
+/// (out, in), if the tensors fit.
+fn check_tensors(weight: &Tensor, bias: Option<&Tensor>) -> Result<(usize, usize)> {
+    let Ok((out_dim, in_dim)) = weight.dims2() else {
+        return Err(Error::Rank { name: "weight", expected: "rank 2 (out, in)", found: weight.dims().to_vec() });
+    };
+    check_float("weight", weight)?;
+    if let Some(bias) = bias {
+        if bias.dims() != [out_dim] {
+            let found = bias.dims().to_vec();
+            return Err(Error::Shape { name: "bias".into(), expected: vec![out_dim], found, location: None });
+        }
+        check_same("bias", bias, "weight", weight)?;
+    }
+    Ok((out_dim, in_dim))
 }
 
 /// A weight in a layout that candle's matmul takes as it lies.
@@ -116,25 +219,29 @@ fn is_matrix(weight: &Tensor) -> bool {
 /// Flattens x (…,in) to (M,in), applies `f` -> (M,out), and gives it x's leading dimensions back.
 pub(crate) fn over_rows(
     x: &Tensor,
-    in_dim: usize,
-    out_dim: usize,
-    weight: &Tensor,
+    (in_dim, out_dim): (usize, usize),
+    dtype: DType,
+    device: &Device,
     f: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
 ) -> candle_core::Result<Tensor> {
-    check_input(x, in_dim, weight)?;
+    match x.dims().last() {
+        None => return Err(Error::Rank { name: "x", expected: "rank 1 or more", found: vec![] }.into()),
+        Some(&width) if width != in_dim => {
+            return Err(Error::InputWidth { expected: in_dim, found: x.dims().to_vec() }.into());
+        }
+        Some(_) => check_like("x", x, "the weights", dtype, device)?,
+    }
+    if x.elem_count() == 0 {
+        let mut dims = x.dims().to_vec();
+        let last = dims.len() - 1;
+        dims[last] = out_dim;
+        return Tensor::zeros(dims, x.dtype(), x.device());
+    }
+    if let &[_, _] = x.dims() {
+        return f(x);
+    }
     let mut dims = x.dims().to_vec();
     let last = dims.len() - 1;
     dims[last] = out_dim;
-    if x.elem_count() == 0 {
-        return Tensor::zeros(dims, x.dtype(), x.device());
-    }
     f(&x.reshape(((), in_dim))?)?.reshape(dims)
-}
-
-fn check_input(x: &Tensor, in_dim: usize, weight: &Tensor) -> Result<()> {
-    match x.dims().last() {
-        None => Err(Error::Rank { name: "x", expected: "rank 1 or more", found: vec![] }),
-        Some(&width) if width != in_dim => Err(Error::InputWidth { expected: in_dim, found: x.dims().to_vec() }),
-        Some(_) => check_same("x", x, "the weights", weight),
-    }
 }

@@ -196,25 +196,73 @@ pub struct Weights {
     pub down_bias: Option<Tensor>,
 }
 
+/// One projection's tensors, or both of gate and up.
+pub(crate) enum Piece {
+    Gate(Tensor, Option<Tensor>),
+    Up(Tensor, Option<Tensor>),
+    GateUp(Tensor, Option<Tensor>, PackedOrder),
+    Down(Tensor, Option<Tensor>),
+}
+
+impl Piece {
+    /// The tensors.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let (Self::Gate(weight, bias) | Self::Up(weight, bias) | Self::GateUp(weight, bias, _) | Self::Down(weight, bias)) =
+            self;
+        std::iter::once(weight).chain(bias)
+    }
+}
+
+/// Views of gate's and up's rows of a packed weight (2I,H), or of a packed bias (2I).
+pub(crate) fn split(packed: &Tensor, order: PackedOrder) -> candle_core::Result<(Tensor, Tensor)> {
+    let i = packed.dim(0)? / 2;
+    let half = |start| packed.narrow(0, start, i);
+    match order {
+        PackedOrder::GateFirst => Ok((half(0)?, half(i)?)),
+        PackedOrder::UpFirst => Ok((half(i)?, half(0)?)),
+        PackedOrder::Interleaved => {
+            let mut dims = vec![i, 2];
+            dims.extend(&packed.dims()[1..]);
+            let pairs = packed.reshape(dims)?;
+            Ok((pairs.narrow(1, 0, 1)?.squeeze(1)?, pairs.narrow(1, 1, 1)?.squeeze(1)?))
+        }
+    }
+}
+
 impl Weights {
-    /// Finds and loads the weights under `vb`'s prefix.
-    pub(crate) fn load(cfg: &FfnConfig, vb: &VarBuilder) -> Result<Self> {
+    /// Finds the weights under `vb`'s prefix and hands them over one projection after the other, each before the next is read.
+    pub(crate) fn load_each(cfg: &FfnConfig, vb: &VarBuilder, mut take: impl FnMut(Piece) -> Result<()>) -> Result<()> {
         let (h, i) = (cfg.hidden_size, cfg.intermediate_size);
         let family = cfg.family.map_or_else(|| Family::detect(vb), Ok)?;
         let loader = Loader { vb, family, named: cfg.family.is_some(), bias: cfg.bias };
-        let (gate_up, down) = match family.names() {
+        let down = match family.names() {
             Names::Pair { gate, up, down } => {
-                let (gate_proj, gate_bias) = loader.projection(gate, i, h)?;
-                let (up_proj, up_bias) = loader.projection(up, i, h)?;
-                (GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias }, down)
+                let (weight, bias) = loader.projection(gate, i, h)?;
+                take(Piece::Gate(weight, bias))?;
+                let (weight, bias) = loader.projection(up, i, h)?;
+                take(Piece::Up(weight, bias))?;
+                down
             }
             Names::Packed { gate_up, down, order } => {
-                let (gate_up_proj, bias) = loader.projection(gate_up, 2 * i, h)?;
-                (GateUp::Packed { gate_up_proj, bias, order }, down)
+                let (weight, bias) = loader.projection(gate_up, 2 * i, h)?;
+                take(Piece::GateUp(weight, bias, order))?;
+                down
             }
         };
-        let (down_proj, down_bias) = loader.projection(down, h, i)?;
-        Ok(Self { gate_up, down_proj, down_bias })
+        let (weight, bias) = loader.projection(down, h, i)?;
+        take(Piece::Down(weight, bias))
+    }
+
+    /// As pieces.
+    pub(crate) fn into_pieces(self) -> Vec<Piece> {
+        let mut pieces = match self.gate_up {
+            GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => {
+                vec![Piece::Gate(gate_proj, gate_bias), Piece::Up(up_proj, up_bias)]
+            }
+            GateUp::Packed { gate_up_proj, bias, order } => vec![Piece::GateUp(gate_up_proj, bias, order)],
+        };
+        pieces.push(Piece::Down(self.down_proj, self.down_bias));
+        pieces
     }
 
     /// The tensors with their names and the shapes that the config asks of them.

@@ -118,6 +118,20 @@ impl Simd for Avx2 {
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
         }
     }
+    /// The even element of each pair is the lower half of 32 bits.
+    #[inline(always)]
+    unsafe fn load_bf16_even(self, src: *const bf16) -> __m256 {
+        // SAFETY: `self` proves the instructions, the caller gives 16 readable elements.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_loadu_si256(src.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_odd(self, src: *const bf16) -> __m256 {
+        // SAFETY: `self` proves the instructions, the caller gives 16 readable elements.
+        unsafe {
+            let upper = _mm256_set1_epi32(0xffff_0000u32 as i32);
+            _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(src.cast()), upper))
+        }
+    }
     /// Add 0x7fff and the last kept bit, then cut; the saturating pack works on each 128-bit half, the permute rejoins them.
     #[inline(always)]
     unsafe fn store_bf16(self, value: __m256, dst: *mut bf16) {

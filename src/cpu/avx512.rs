@@ -104,6 +104,20 @@ impl Simd for Avx512 {
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
         }
     }
+    /// The even element of each pair is the lower half of 32 bits.
+    #[inline(always)]
+    unsafe fn load_bf16_even(self, src: *const bf16) -> __m512 {
+        // SAFETY: `self` proves the instructions, the caller gives 32 readable elements.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(src.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_odd(self, src: *const bf16) -> __m512 {
+        // SAFETY: `self` proves the instructions, the caller gives 32 readable elements.
+        unsafe {
+            let upper = _mm512_set1_epi32(0xffff_0000u32 as i32);
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(src.cast()), upper))
+        }
+    }
     /// Integer arithmetic, since `vcvtneps2bf16` flushes denormals: add 0x7fff and the last kept bit, then cut.
     #[inline(always)]
     unsafe fn store_bf16(self, value: __m512, dst: *mut bf16) {
@@ -128,4 +142,27 @@ impl Simd for Avx512 {
         // SAFETY: `self` proves the instructions, the caller gives 16 writable elements.
         unsafe { _mm256_storeu_si256(dst.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)) }
     }
+}
+
+/// acc + a₀·b₀ + a₁·b₁ in every lane, a pair of bf16 from `a` with each pair of `b` (`vdpbf16ps`: denormals count as 0).
+///
+/// # Safety
+/// The CPU has avx512bf16.
+#[inline(always)]
+pub(super) unsafe fn dot_bf16(acc: __m512, a: __m512, b: __m512) -> __m512 {
+    // SAFETY: the caller's contract; both types are 64 bytes without invalid patterns.
+    unsafe {
+        let (a, b) = (std::mem::transmute::<__m512, __m512bh>(a), std::mem::transmute::<__m512, __m512bh>(b));
+        _mm512_dpbf16_ps(acc, a, b)
+    }
+}
+
+/// A pair of bf16 in every lane.
+///
+/// # Safety
+/// The CPU has avx512f; `src` points to two readable bf16, at any alignment.
+#[inline(always)]
+pub(super) unsafe fn splat_pair(src: *const bf16) -> __m512 {
+    // SAFETY: the caller's contract.
+    unsafe { _mm512_set1_ps(src.cast::<f32>().read_unaligned()) }
 }

@@ -5,11 +5,11 @@
 //!    into a buffer of at most 512 elements (transposed, interleaved and broadcast operands).
 //! 3. The kernel runs on each segment.
 
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use candle_core::{CpuStorage, Layout};
 
+use super::threads::SendPtr;
 use super::{Functions, Kernel, pages};
 use crate::error::{Error, Result};
 use crate::glu::Glu;
@@ -110,22 +110,6 @@ fn run_backward<T: Copy + Send + Sync>(f: &Functions<T>, op: &Glu, data: [&[T]; 
     // SAFETY: the segments cover 0..n in both halves and the kernel writes every element of its outputs.
     unsafe { out.set_len(2 * n) };
     out
-}
-
-/// The output, lent to the threads in disjoint pieces.
-struct SendPtr<T>(*mut T);
-
-// SAFETY: only `slice` uses the pointer, and its callers keep the pieces disjoint.
-unsafe impl<T: Send> Sync for SendPtr<T> {}
-
-impl<T> SendPtr<T> {
-    /// # Safety
-    /// `at..at + len` lies within the allocation, and no other live slice overlaps it.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn slice(&self, at: usize, len: usize) -> &mut [MaybeUninit<T>] {
-        // SAFETY: the caller's contract; MaybeUninit<T> has T's layout and needs no initialisation.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(at).cast(), len) }
-    }
 }
 
 /// Calls `f` on ranges that partition 0..n: on this thread if n is small, else on candle's threads.

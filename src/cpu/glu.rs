@@ -10,36 +10,150 @@ use super::simd::{Element, MAX_LANES, Simd};
 use crate::activation::GluActivation;
 use crate::glu::Glu;
 
+/// `$body` with `$act` bound to the activation of `$op` as a type of its own.
+macro_rules! with_activation {
+    ($op:expr, $act:ident => $body:expr) => {
+        match $op.activation {
+            GluActivation::Silu => with_activation!(Swish(1.0), $act, $body),
+            GluActivation::Swish { beta } => with_activation!(Swish(beta), $act, $body),
+            GluActivation::Sigmoid => with_activation!(Sigmoid, $act, $body),
+            GluActivation::Relu => with_activation!(Relu, $act, $body),
+            GluActivation::Gelu => with_activation!(Gelu, $act, $body),
+            GluActivation::GeluTanh => with_activation!(GeluTanh, $act, $body),
+            GluActivation::Identity => with_activation!(Identity, $act, $body),
+        }
+    };
+    ($value:expr, $act:ident, $body:expr) => {{
+        let $act = $value;
+        $body
+    }};
+}
+
 /// gate, up (n) -> out (n)
 #[inline(always)]
 pub(super) fn forward<S: Simd, T: Element>(s: S, op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
-    match op.activation {
-        GluActivation::Silu => forward_with(s, op, Swish(1.0), gate, up, out),
-        GluActivation::Swish { beta } => forward_with(s, op, Swish(beta), gate, up, out),
-        GluActivation::Sigmoid => forward_with(s, op, Sigmoid, gate, up, out),
-        GluActivation::Relu => forward_with(s, op, Relu, gate, up, out),
-        GluActivation::Gelu => forward_with(s, op, Gelu, gate, up, out),
-        GluActivation::GeluTanh => forward_with(s, op, GeluTanh, gate, up, out),
-        GluActivation::Identity => forward_with(s, op, Identity, gate, up, out),
-    }
+    with_activation!(op, act => forward_with(s, act, op, gate, up, out))
 }
 
 /// gate, up, dy (n) -> dgate, dup (n)
 #[inline(always)]
 pub(super) fn backward<S: Simd, T: Element>(s: S, op: &Glu, inputs: [&[T]; 3], outputs: [&mut [MaybeUninit<T>]; 2]) {
-    match op.activation {
-        GluActivation::Silu => backward_with(s, op, Swish(1.0), inputs, outputs),
-        GluActivation::Swish { beta } => backward_with(s, op, Swish(beta), inputs, outputs),
-        GluActivation::Sigmoid => backward_with(s, op, Sigmoid, inputs, outputs),
-        GluActivation::Relu => backward_with(s, op, Relu, inputs, outputs),
-        GluActivation::Gelu => backward_with(s, op, Gelu, inputs, outputs),
-        GluActivation::GeluTanh => backward_with(s, op, GeluTanh, inputs, outputs),
-        GluActivation::Identity => backward_with(s, op, Identity, inputs, outputs),
+    with_activation!(op, act => backward_with(s, act, op, inputs, outputs))
+}
+
+/// Sums of one panel (rows, NR), gate in the first NR/2 columns -> h (rows, NR/2), rounded once to T.
+///
+/// # Safety
+/// The CPU has the instructions. `tile.sums` points to rows·NV·LANES f32, `tile.bias` to NV·LANES, if any; `h` to `rows` rows,
+/// `h_stride` apart, of NV/2·LANES writable elements.
+#[inline(always)]
+pub(super) unsafe fn tile<S: Simd, T: Element, H: Hidden<T>, const NV: usize>(
+    s: S,
+    op: &Glu,
+    tile: Tile,
+    h: *mut H,
+    h_stride: usize,
+) {
+    // SAFETY: the caller's contract.
+    unsafe { with_activation!(op, act => tile_with::<S, T, H, _, NV>(s, act, op, tile, h, h_stride)) }
+}
+
+/// The sums of one panel.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    /// (rows, NR)
+    pub(super) sums: *const f32,
+    pub(super) rows: usize,
+    /// (NR), or null
+    pub(super) bias: *const f32,
+}
+
+impl Tile {
+    /// Vector v of a row, with its bias.
+    ///
+    /// # Safety
+    /// The CPU has the instructions; the vector lies within the tile.
+    #[inline(always)]
+    pub(super) unsafe fn vector<S: Simd, const NV: usize>(&self, s: S, row: usize, v: usize) -> S::F {
+        // SAFETY: the caller's contract; a bias is as wide as a row.
+        unsafe {
+            let sum = s.load_f32(self.sums.add((row * NV + v) * S::LANES));
+            if self.bias.is_null() { sum } else { s.add(sum, s.load_f32(self.bias.add(v * S::LANES))) }
+        }
+    }
+}
+
+/// What h of dtype T is kept as until the down projection: T itself, or f32 after it was rounded to T.
+pub(super) trait Hidden<T: Element>: Copy {
+    /// # Safety
+    /// The CPU has the instructions; `dst` has LANES writable elements.
+    unsafe fn keep<S: Simd>(s: S, value: S::F, dst: *mut Self);
+}
+
+impl<T: Element> Hidden<T> for f32 {
+    #[inline(always)]
+    unsafe fn keep<S: Simd>(s: S, value: S::F, dst: *mut Self) {
+        let mut rounded = [T::default(); MAX_LANES];
+        // SAFETY: the buffer has MAX_LANES >= LANES elements; `dst` by the caller's contract.
+        unsafe {
+            T::store(s, value, rounded.as_mut_ptr());
+            s.store_f32(T::load(s, rounded.as_ptr()), dst);
+        }
+    }
+}
+
+impl Hidden<half::bf16> for half::bf16 {
+    #[inline(always)]
+    unsafe fn keep<S: Simd>(s: S, value: S::F, dst: *mut Self) {
+        // SAFETY: the caller's contract.
+        unsafe { Self::store(s, value, dst) }
+    }
+}
+
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn tile_with<S: Simd, T: Element, H: Hidden<T>, A: Activation, const NV: usize>(
+    s: S,
+    act: A,
+    op: &Glu,
+    tile: Tile,
+    h: *mut H,
+    h_stride: usize,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if op.is_plain() {
+            tile_rows::<S, T, H, _, NV>(s, Plain(act), tile, h, h_stride);
+        } else {
+            tile_rows::<S, T, H, _, NV>(s, Modified(act, op), tile, h, h_stride);
+        }
+    }
+}
+
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn tile_rows<S: Simd, T: Element, H: Hidden<T>, F: Formula, const NV: usize>(
+    s: S,
+    formula: F,
+    tile: Tile,
+    h: *mut H,
+    h_stride: usize,
+) {
+    for row in 0..tile.rows {
+        for v in 0..NV / 2 {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let (gate, up) = (tile.vector::<S, NV>(s, row, v), tile.vector::<S, NV>(s, row, NV / 2 + v));
+                H::keep(s, formula.value(s, gate, up), h.add(row * h_stride + v * S::LANES));
+            }
+        }
     }
 }
 
 #[inline(always)]
-fn forward_with<S: Simd, T: Element, A: Activation>(s: S, op: &Glu, act: A, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
+fn forward_with<S: Simd, T: Element, A: Activation>(s: S, act: A, op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
     if op.is_plain() {
         map_pair(s, Plain(act), gate, up, out);
     } else {
@@ -50,8 +164,8 @@ fn forward_with<S: Simd, T: Element, A: Activation>(s: S, op: &Glu, act: A, gate
 #[inline(always)]
 fn backward_with<S: Simd, T: Element, A: Activation>(
     s: S,
-    op: &Glu,
     act: A,
+    op: &Glu,
     inputs: [&[T]; 3],
     outputs: [&mut [MaybeUninit<T>]; 2],
 ) {

@@ -1,20 +1,26 @@
-//! CPU kernels: the list of them, best first, and the drivers that run one over candle's storages.
+//! CPU kernels: the list of them, best first, and the choice.
 //!
 //! A [`Kernel`] exists only after its instruction set was detected, so its functions are safe to call. Production takes
-//! [`best`]; tests and benchmarks take all of [`available`].
+//! [`selected`]; tests and benchmarks take all of [`available`].
 
 mod activation;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod buffer;
 mod elementwise;
+mod gemm;
 mod glu;
+mod layer;
+mod micro;
+mod pack;
 mod pages;
 mod scalar;
 mod simd;
 #[cfg(test)]
 mod tests;
+mod threads;
 
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
@@ -22,7 +28,10 @@ use std::sync::OnceLock;
 use half::{bf16, f16};
 
 pub(crate) use elementwise::{backward, forward};
+pub(crate) use layer::{Layer, Part, block, linear};
 
+use self::gemm::{Gemm, GemmElement};
+use crate::error::{Error, Result};
 use crate::glu::Glu;
 
 /// gate, up (n) -> out (n)
@@ -30,7 +39,7 @@ type Forward<T> = fn(&Glu, &[T], &[T], &mut [MaybeUninit<T>]);
 /// gate, up, dy (n) -> dgate, dup (n)
 type Backward<T> = fn(&Glu, [&[T]; 3], [&mut [MaybeUninit<T>]; 2]);
 
-/// The functions of one kernel for one dtype.
+/// The elementwise functions of one kernel for one dtype.
 #[derive(Clone, Copy)]
 struct Functions<T: 'static> {
     forward: Forward<T>,
@@ -44,43 +53,159 @@ pub(crate) struct Kernel {
     f32: Functions<f32>,
     bf16: Functions<bf16>,
     f16: Functions<f16>,
+    gemm_f32: Gemm<f32>,
+    gemm_bf16: Gemm<bf16>,
+    gemm_f16: Gemm<f16>,
 }
 
-/// Makes `kernel()`, which gives the [`Kernel`] of one instruction set if `$proof::new()` detects it.
+impl GemmElement for f32 {
+    fn gemm(kernel: &Kernel) -> &Gemm<Self> {
+        &kernel.gemm_f32
+    }
+}
+
+impl GemmElement for bf16 {
+    fn gemm(kernel: &Kernel) -> &Gemm<Self> {
+        &kernel.gemm_bf16
+    }
+}
+
+impl GemmElement for f16 {
+    fn gemm(kernel: &Kernel) -> &Gemm<Self> {
+        &kernel.gemm_f16
+    }
+}
+
+/// Makes `kernel()`, which gives the [`Kernel`] of one instruction set if `$detected`.
+///
+/// `$nv` vectors make a panel, `$mr` are the heights of the microkernel; $mr·$nv sums, $nv columns of B and one of A are to fit
+/// the registers. `$bf16` is the product for bf16, `$widen` whether many rows of it take widened weights.
 macro_rules! instantiate {
-    ($module:ident, $name:literal, $proof:path, $features:literal) => {
+    (
+        $module:ident, $name:literal, $proof:path, $detected:expr, $([$features:literal],)?
+        nv $nv:literal, mr [$($mr:literal),*], bf16 $bf16:ty, $native:literal
+    ) => {
         mod $module {
             use super::*;
+            use super::glu::{Hidden, Tile};
+            use super::micro::{Call, Micro, Product, Widen};
+            use super::pack::Packable;
+            use super::simd::{Element, Simd};
 
-            #[target_feature(enable = $features)]
-            fn forward_body<T: simd::Element>(op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
+            $(#[target_feature(enable = $features)])?
+            fn forward_body<T: Element>(op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
                 // SAFETY: the target features of this function are those the proof stands for.
                 glu::forward(unsafe { <$proof>::assume() }, op, gate, up, out)
             }
 
-            #[target_feature(enable = $features)]
-            fn backward_body<T: simd::Element>(op: &Glu, inputs: [&[T]; 3], outputs: [&mut [MaybeUninit<T>]; 2]) {
+            $(#[target_feature(enable = $features)])?
+            fn backward_body<T: Element>(op: &Glu, inputs: [&[T]; 3], outputs: [&mut [MaybeUninit<T>]; 2]) {
                 // SAFETY: the target features of this function are those the proof stands for.
                 glu::backward(unsafe { <$proof>::assume() }, op, inputs, outputs)
             }
 
-            fn forward<T: simd::Element>(op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
+            #[allow(unused_unsafe, reason = "the scalar kernel has no target features")]
+            fn forward<T: Element>(op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
                 // SAFETY: only `kernel` names this function, after detection.
                 unsafe { forward_body(op, gate, up, out) }
             }
 
-            fn backward<T: simd::Element>(op: &Glu, inputs: [&[T]; 3], outputs: [&mut [MaybeUninit<T>]; 2]) {
+            #[allow(unused_unsafe, reason = "the scalar kernel has no target features")]
+            fn backward<T: Element>(op: &Glu, inputs: [&[T]; 3], outputs: [&mut [MaybeUninit<T>]; 2]) {
                 // SAFETY: only `kernel` names this function, after detection.
                 unsafe { backward_body(op, inputs, outputs) }
             }
 
+            /// # Safety
+            /// As [`micro::run`].
+            $(#[target_feature(enable = $features)])?
+            unsafe fn micro<P: Product<$proof>, const MR: usize, const PREFETCH: bool>(call: Call) {
+                // SAFETY: the caller's contract, and the target features.
+                unsafe { micro::run::<$proof, P, MR, $nv, PREFETCH>(<$proof>::assume(), call) }
+            }
+
+            /// # Safety
+            /// As [`Packable::widen`].
+            $(#[target_feature(enable = $features)])?
+            unsafe fn widen<T: Packable>(b: *const T, steps: usize, out: *mut f32) {
+                // SAFETY: the caller's contract, and the target features.
+                unsafe { T::widen::<$proof, $nv>(<$proof>::assume(), b, steps, out) }
+            }
+
+            /// # Safety
+            /// As [`gemm::convert`].
+            $(#[target_feature(enable = $features)])?
+            unsafe fn convert<T: Element>(from: *const T, n: usize, to: *mut u8) {
+                // SAFETY: the caller's contract, and the target features.
+                unsafe { gemm::convert(<$proof>::assume(), from, n, to.cast()) }
+            }
+
+            /// # Safety
+            /// As [`glu::tile`].
+            $(#[target_feature(enable = $features)])?
+            unsafe fn glu_tile<T: Element, H: Hidden<T>>(op: &Glu, tile: Tile, h: *mut u8, h_stride: usize) {
+                // SAFETY: the caller's contract, and the target features.
+                unsafe { glu::tile::<$proof, T, H, $nv>(<$proof>::assume(), op, tile, h.cast(), h_stride) }
+            }
+
+            /// # Safety
+            /// As [`gemm::out_tile`].
+            $(#[target_feature(enable = $features)])?
+            unsafe fn out_tile<T: Element>(tile: Tile, factor: f32, y: *mut T, y_stride: usize, columns: usize) {
+                // SAFETY: the caller's contract, and the target features.
+                unsafe { gemm::out_tile::<$proof, T, $nv>(<$proof>::assume(), tile, factor, y, y_stride, columns) }
+            }
+
+            fn micros<P: Product<$proof>, const PREFETCH: bool>() -> Vec<Micro> {
+                vec![$(micro::<P, $mr, PREFETCH>),*]
+            }
+
+            fn functions<T: Element>() -> Functions<T> {
+                Functions { forward: forward::<T>, backward: backward::<T> }
+            }
+
+            /// A in f32; with many rows the weights are widened first, unless they are f32.
+            fn gemm_f32<T: Packable>(is_f32: bool) -> Gemm<T>
+            where
+                Widen<T>: Product<$proof, A = f32, B = T>,
+            {
+                Gemm {
+                    nr: $nv * <$proof>::LANES,
+                    a_is_f32: true,
+                    micro: micros::<Widen<T>, false>(),
+                    micro_prefetch: micros::<Widen<T>, true>(),
+                    widen: (!is_f32).then(|| (widen::<T> as _, micros::<Widen<f32>, false>())),
+                    convert: convert::<T>,
+                    glu_tile: glu_tile::<T, f32>,
+                    out_tile: out_tile::<T>,
+                }
+            }
+
+            fn gemm_bf16() -> Gemm<bf16> {
+                if !$native {
+                    return gemm_f32::<bf16>(false);
+                }
+                Gemm {
+                    a_is_f32: false,
+                    micro: micros::<$bf16, false>(),
+                    micro_prefetch: micros::<$bf16, true>(),
+                    widen: None,
+                    convert: gemm::copy_bf16,
+                    glu_tile: glu_tile::<bf16, bf16>,
+                    ..gemm_f32::<bf16>(false)
+                }
+            }
+
             pub(super) fn kernel() -> Option<Kernel> {
-                <$proof>::new()?;
-                Some(Kernel {
+                let detected: bool = $detected;
+                detected.then(|| Kernel {
                     name: $name,
-                    f32: Functions { forward: forward::<f32>, backward: backward::<f32> },
-                    bf16: Functions { forward: forward::<bf16>, backward: backward::<bf16> },
-                    f16: Functions { forward: forward::<f16>, backward: backward::<f16> },
+                    f32: functions(),
+                    bf16: functions(),
+                    f16: functions(),
+                    gemm_f32: gemm_f32::<f32>(true),
+                    gemm_bf16: gemm_bf16(),
+                    gemm_f16: gemm_f32::<f16>(false),
                 })
             }
         }
@@ -88,38 +213,53 @@ macro_rules! instantiate {
 }
 
 #[cfg(target_arch = "x86_64")]
-instantiate!(avx512_kernel, "avx512", avx512::Avx512, "avx512f,avx512bw,avx512dq");
+instantiate!(
+    avx512bf16_kernel, "avx512bf16", super::avx512::Avx512,
+    super::avx512::Avx512::new().is_some() && is_x86_feature_detected!("avx512bf16"),
+    ["avx512f,avx512bw,avx512dq,avx512bf16"],
+    nv 4, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::DotBf16, true
+);
 #[cfg(target_arch = "x86_64")]
-instantiate!(avx2_kernel, "avx2", avx2::Avx2, "avx2,fma,f16c");
-
-fn scalar_kernel() -> Kernel {
-    fn forward<T: simd::Element>(op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
-        glu::forward(scalar::Scalar, op, gate, up, out)
-    }
-    fn backward<T: simd::Element>(op: &Glu, inputs: [&[T]; 3], outputs: [&mut [MaybeUninit<T>]; 2]) {
-        glu::backward(scalar::Scalar, op, inputs, outputs)
-    }
-    Kernel {
-        name: "scalar",
-        f32: Functions { forward: forward::<f32>, backward: backward::<f32> },
-        bf16: Functions { forward: forward::<bf16>, backward: backward::<bf16> },
-        f16: Functions { forward: forward::<f16>, backward: backward::<f16> },
-    }
-}
+instantiate!(
+    avx512_kernel, "avx512", super::avx512::Avx512, super::avx512::Avx512::new().is_some(),
+    ["avx512f,avx512bw,avx512dq"], nv 4, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false
+);
+#[cfg(target_arch = "x86_64")]
+instantiate!(
+    avx2_kernel, "avx2", super::avx2::Avx2, super::avx2::Avx2::new().is_some(), ["avx2,fma,f16c"],
+    nv 2, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false
+);
+instantiate!(scalar_kernel, "scalar", super::scalar::Scalar, true, nv 8, mr [1, 2], bf16 super::micro::Widen<bf16>, false);
 
 /// Every kernel this machine can run, best first; the scalar one is always there.
 pub(crate) fn available() -> &'static [Kernel] {
     static AVAILABLE: OnceLock<Vec<Kernel>> = OnceLock::new();
     AVAILABLE.get_or_init(|| {
         #[cfg(target_arch = "x86_64")]
-        let simd = [avx512_kernel::kernel(), avx2_kernel::kernel()];
+        let simd = [avx512bf16_kernel::kernel(), avx512_kernel::kernel(), avx2_kernel::kernel()];
         #[cfg(not(target_arch = "x86_64"))]
         let simd: [Option<Kernel>; 0] = [];
-        simd.into_iter().flatten().chain([scalar_kernel()]).collect()
+        simd.into_iter().chain([scalar_kernel::kernel()]).flatten().collect()
     })
 }
 
-/// The kernel that production runs.
-pub(crate) fn best() -> &'static Kernel {
-    &available()[0]
+/// The environment variable that forces a kernel by name.
+const FORCED: &str = "CANDLE_SWIGLU_KERNEL";
+
+/// The kernel that production runs: the best one, or the one that `CANDLE_SWIGLU_KERNEL` names. Decided once.
+pub(crate) fn selected() -> Result<&'static Kernel> {
+    static SELECTED: OnceLock<std::result::Result<&'static Kernel, String>> = OnceLock::new();
+    let selected = SELECTED.get_or_init(|| match std::env::var(FORCED) {
+        Ok(name) if !name.is_empty() => by_name(&name).ok_or(name),
+        _ => Ok(&available()[0]),
+    });
+    selected.as_ref().copied().map_err(|name| Error::UnknownKernel {
+        variable: FORCED,
+        found: name.clone(),
+        available: available().iter().map(|kernel| kernel.name).collect(),
+    })
+}
+
+fn by_name(name: &str) -> Option<&'static Kernel> {
+    available().iter().find(|kernel| kernel.name == name)
 }

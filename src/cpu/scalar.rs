@@ -7,6 +7,15 @@ use super::simd::Simd;
 #[derive(Clone, Copy)]
 pub(super) struct Scalar;
 
+impl Scalar {
+    /// # Safety
+    /// None: every CPU can. The other instruction sets have this function too.
+    #[inline(always)]
+    pub(super) unsafe fn assume() -> Self {
+        Self
+    }
+}
+
 impl Simd for Scalar {
     const LANES: usize = 1;
     type F = f32;
@@ -35,6 +44,11 @@ impl Simd for Scalar {
     #[inline(always)]
     fn fma(self, a: f32, b: f32, c: f32) -> f32 {
         a.mul_add(b, c)
+    }
+    /// Two roundings: without the instruction `mul_add` is a slow function.
+    #[inline(always)]
+    fn mul_add(self, a: f32, b: f32, c: f32) -> f32 {
+        if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { a.mul_add(b, c) } else { a * b + c }
     }
     #[inline(always)]
     fn abs(self, a: f32) -> f32 {
@@ -74,6 +88,16 @@ impl Simd for Scalar {
     unsafe fn load_bf16(self, src: *const bf16) -> f32 {
         // SAFETY: the caller gives one readable element.
         unsafe { src.read_unaligned() }.to_f32()
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_even(self, src: *const bf16) -> f32 {
+        // SAFETY: the caller gives two readable elements.
+        unsafe { src.read_unaligned() }.to_f32()
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_odd(self, src: *const bf16) -> f32 {
+        // SAFETY: the caller gives two readable elements.
+        unsafe { src.add(1).read_unaligned() }.to_f32()
     }
     #[inline(always)]
     unsafe fn store_bf16(self, value: f32, dst: *mut bf16) {

@@ -22,6 +22,11 @@ pub(super) trait Simd: Copy {
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
     /// a·b + c with one rounding.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// a·b + c, with one rounding where the instruction set has that: the step of a long sum.
+    #[inline(always)]
+    fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        self.fma(a, b, c)
+    }
     fn abs(self, a: Self::F) -> Self::F;
     /// The nearest integer, ties to even.
     fn round(self, a: Self::F) -> Self::F;
@@ -40,6 +45,14 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `src` points to `LANES` readable bf16, at any alignment.
     unsafe fn load_bf16(self, src: *const bf16) -> Self::F;
+    /// Elements 0, 2, 4, ..
+    /// # Safety
+    /// `src` points to 2·`LANES` readable bf16, at any alignment.
+    unsafe fn load_bf16_even(self, src: *const bf16) -> Self::F;
+    /// Elements 1, 3, 5, ..
+    /// # Safety
+    /// `src` points to 2·`LANES` readable bf16, at any alignment.
+    unsafe fn load_bf16_odd(self, src: *const bf16) -> Self::F;
     /// Rounds to nearest even; a NaN stays a NaN.
     /// # Safety
     /// `dst` points to `LANES` writable bf16, at any alignment.

@@ -77,6 +77,7 @@ fn every_promised_kernel_is_there() {
     #[cfg(target_arch = "x86_64")]
     {
         let has = |name| names.contains(&name);
+        assert_eq!(has("avx512bf16"), is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw"));
         assert_eq!(has("avx512"), is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq"));
         assert_eq!(has("avx2"), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c"));
     }

@@ -105,10 +105,10 @@ fn linear_takes_a_bias_where_there_is_one() {
     tensors.insert("mlp.gate_proj.bias".into(), bias.clone());
     for (source, vb) in sources(&tensors) {
         let with = Linear::new(H, I, vb.pp("mlp.gate_proj")).unwrap();
-        assert_eq!(with.bias().unwrap().to_vec1::<f32>().unwrap(), bias.to_vec1::<f32>().unwrap(), "{source}");
-        assert!(Linear::with_bias(H, I, true, vb.pp("mlp.gate_proj")).unwrap().bias().is_some(), "{source}");
-        assert!(Linear::new(H, I, vb.pp("mlp.up_proj")).unwrap().bias().is_none(), "{source}");
-        assert!(Linear::with_bias(H, I, false, vb.pp("mlp.up_proj")).unwrap().bias().is_none(), "{source}");
+        assert_eq!(with.bias().unwrap().unwrap().to_vec1::<f32>().unwrap(), bias.to_vec1::<f32>().unwrap(), "{source}");
+        assert!(Linear::with_bias(H, I, true, vb.pp("mlp.gate_proj")).unwrap().bias().unwrap().is_some(), "{source}");
+        assert!(Linear::new(H, I, vb.pp("mlp.up_proj")).unwrap().bias().unwrap().is_none(), "{source}");
+        assert!(Linear::with_bias(H, I, false, vb.pp("mlp.up_proj")).unwrap().bias().unwrap().is_none(), "{source}");
     }
 }
 

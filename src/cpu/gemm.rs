@@ -1,0 +1,453 @@
+//! Products with packed weights, and the whole block: `h = glu(x·Wgᵀ, x·Wuᵀ)`, `y = h·Wdᵀ`.
+//!
+//! 1. Rows of x are copied, in the microkernel's element type and with padded strides, into scratch; at most
+//!    [`CHUNK_ROWS`] at a time, so that scratch is bounded.
+//! 2. Units of work are one panel of weights times a block of rows. Threads claim them in order, so the weights are read as
+//!    one stream. The sums of a unit, (rows, NR) in f32, lie in its thread's scratch.
+//! 3. Up to MR rows take one sweep along the panel with the sums in registers (decode). More take the panel in blocks of k
+//!    that stay in cache while all rows pass by (prefill). Sums run over k in the same order either way.
+//! 4. An epilogue turns the sums into h or y while they are in cache; gate and up are never written.
+//! 5. Threads go on to the down projection when all of h is there.
+
+use std::mem::MaybeUninit;
+
+use half::bf16;
+
+use super::buffer::{Buffer, Scratch};
+use super::glu::Tile;
+use super::micro::{Call, Micro};
+use super::pack::{Matrix, Packable, Packed, Place};
+use super::threads::{self, Phase, SendPtr};
+use super::{Kernel, pages};
+use crate::glu::Glu;
+
+/// Rows of x that are worked on at a time. Scratch of a block is `rows·(H + I + 128)·a + threads·(rows·NR + 64 KiB)·4 B` with
+/// a = 2 B where the kernel multiplies bf16 as it is, else 4 B; rows ≤ 512.
+pub(super) const CHUNK_ROWS: usize = 512;
+/// Bytes of B that pass all rows before the next ones. 8 KiB leave room for the sums in L1, 64 KiB are a small part of L2.
+const FEW_ROWS_BLOCK: usize = 8 << 10;
+const BLOCK: usize = 64 << 10;
+/// Up to so many rows the smaller block is faster (measured: 1.2 times at 16 rows, the same at 32).
+const FEW_ROWS: usize = 24;
+/// Elements between the rows of A beyond their length: rows a power of two apart would share cache sets.
+const PAD: usize = 64;
+/// Below this many multiply-adds per thread one thread is faster than waking another.
+const SERIAL: usize = 1 << 16;
+
+/// The functions of one kernel for weights of dtype T.
+pub(super) struct Gemm<T> {
+    /// Columns of a panel.
+    pub(super) nr: usize,
+    /// A holds f32, else T.
+    pub(super) a_is_f32: bool,
+    /// Microkernels for 1, 2, .., MR rows over panels as they are packed.
+    pub(super) micro: Vec<Micro>,
+    /// The same, prefetching.
+    pub(super) micro_prefetch: Vec<Micro>,
+    /// Where T has to be widened: once per block of k, for these microkernels, when there are more rows than MR.
+    pub(super) widen: Option<(WidenSteps<T>, Vec<Micro>)>,
+    /// x (n) -> A (n), both contiguous.
+    pub(super) convert: unsafe fn(*const T, usize, *mut u8),
+    /// Sums of a gate-up panel -> h: operation, sums, first element of h, stride of h.
+    pub(super) glu_tile: unsafe fn(&Glu, Tile, *mut u8, usize),
+    /// Sums of a panel times a factor -> y: sums, factor, first element of y, stride of y, columns.
+    pub(super) out_tile: unsafe fn(Tile, f32, *mut T, usize, usize),
+}
+
+/// Packed steps, how many, f32 out.
+type WidenSteps<T> = unsafe fn(*const T, usize, *mut f32);
+
+/// A dtype that the kernels multiply.
+pub(super) trait GemmElement: Packable {
+    /// The kernel's functions for this dtype.
+    fn gemm(kernel: &Kernel) -> &Gemm<Self>;
+}
+
+/// A projection's packed weight and bias.
+pub(super) struct Projection<T> {
+    pub(super) weight: Packed<T>,
+    /// (panels·NR), in the order of the packed columns
+    bias: Option<Buffer>,
+    /// out
+    pub(super) columns: usize,
+}
+
+impl<T: GemmElement> Projection<T> {
+    /// Of zeros: (columns, k).
+    pub(super) fn new(kernel: &Kernel, columns: usize, k: usize) -> Self {
+        Self { weight: Packed::zeroed(columns, k, T::gemm(kernel).nr), bias: None, columns }
+    }
+
+    /// Zeros for gate and up, (intermediate_size, k) each.
+    pub(super) fn new_pair(kernel: &Kernel, intermediate_size: usize, k: usize) -> Self {
+        let nr = T::gemm(kernel).nr;
+        let columns = 2 * intermediate_size.next_multiple_of(nr / 2);
+        Self { weight: Packed::zeroed(columns, k, nr), bias: None, columns: intermediate_size }
+    }
+
+    pub(super) fn set_weight(&mut self, place: Place, weight: Matrix<T>) {
+        self.weight.fill(place, weight);
+    }
+
+    pub(super) fn set_bias(&mut self, place: Place, bias: &[f32]) {
+        let len = self.weight.panels * self.weight.nr();
+        let buffer = self.bias.get_or_insert_with(|| Buffer::zeroed(len * size_of::<f32>()));
+        for (row, &value) in bias.iter().enumerate() {
+            let column = self.weight.column(place, row);
+            assert!(column < len);
+            // SAFETY: the buffer has `len` f32.
+            unsafe { *buffer.as_mut_ptr::<f32>().add(column) = value };
+        }
+    }
+
+    /// The bias as it was set, of the rows of `place`.
+    pub(super) fn bias(&self, place: Place) -> Option<Vec<f32>> {
+        let buffer = self.bias.as_ref()?;
+        // SAFETY: columns of existing rows lie within the buffer.
+        let at = |row| unsafe { *buffer.as_ptr::<f32>().add(self.weight.column(place, row)) };
+        Some((0..self.columns).map(at).collect())
+    }
+
+    fn tile(&self, panel: usize, rows: usize, sums: *const f32) -> Tile {
+        let bias = match &self.bias {
+            // SAFETY: the bias is as wide as all panels.
+            Some(buffer) => unsafe { buffer.as_ptr::<f32>().add(panel * self.weight.nr()) },
+            None => std::ptr::null(),
+        };
+        Tile { sums, rows, bias }
+    }
+
+    /// x (M, k) -> y (M, columns)
+    pub(super) fn forward(&self, kernel: &'static Kernel, x: Matrix<T>) -> Vec<T> {
+        let stage = Stage { projection: self, glu: None, factor: 1.0 };
+        forward(T::gemm(kernel), &[stage], x, self.columns)
+    }
+}
+
+/// The block's packed weights.
+pub(super) struct Block<T> {
+    pub(super) kernel: &'static Kernel,
+    pub(super) glu: Glu,
+    pub(super) gate_up: Projection<T>,
+    pub(super) down: Projection<T>,
+    pub(super) down_multiplier: f32,
+}
+
+impl<T: GemmElement> Block<T> {
+    /// x (M, H) -> y (M, H)
+    pub(super) fn forward(&self, x: Matrix<T>) -> Vec<T> {
+        let stages = [
+            Stage { projection: &self.gate_up, glu: Some(&self.glu), factor: 1.0 },
+            Stage { projection: &self.down, glu: None, factor: self.down_multiplier },
+        ];
+        forward(T::gemm(self.kernel), &stages, x, self.down.columns)
+    }
+}
+
+/// One product and its epilogue.
+#[derive(Clone, Copy)]
+struct Stage<'a, T> {
+    projection: &'a Projection<T>,
+    /// The columns are gate and up, and become h. Else they become y, times `factor`.
+    glu: Option<&'a Glu>,
+    factor: f32,
+}
+
+/// x (M, k) through one or two stages -> y (M, columns)
+fn forward<T: GemmElement>(gemm: &Gemm<T>, stages: &[Stage<T>], x: Matrix<T>, columns: usize) -> Vec<T> {
+    x.check();
+    let mut y: Vec<T> = Vec::with_capacity(x.rows * columns);
+    pages::advise_huge(y.as_mut_ptr(), y.capacity());
+    let out = SendPtr(y.as_mut_ptr());
+    let mut start = 0;
+    while start < x.rows {
+        let rows = CHUNK_ROWS.min(x.rows - start);
+        let part = Matrix { data: &x.data[start * x.strides.0..], rows, ..x };
+        // SAFETY: y has room for all rows, and the chunks of rows are disjoint.
+        let out = SendPtr(unsafe { out.at(start * columns) });
+        Pass::new(gemm, stages, part, out, columns).run();
+        start += rows;
+    }
+    // SAFETY: every chunk has written all its rows.
+    unsafe { y.set_len(x.rows * columns) };
+    y
+}
+
+/// One chunk of rows on its way through the stages.
+struct Pass<'a, T> {
+    gemm: &'a Gemm<T>,
+    stages: &'a [Stage<'a, T>],
+    x: Matrix<'a, T>,
+    y: SendPtr<T>,
+    y_stride: usize,
+    threads: usize,
+    /// Rows of one unit.
+    block_rows: usize,
+    scratch: Scratch,
+    /// A of the first stage, A of the second, then each thread's own: sums, and widened weights.
+    offsets: [usize; 3],
+    a_strides: [usize; 2],
+    thread_bytes: usize,
+}
+
+impl<'a, T: GemmElement> Pass<'a, T> {
+    fn new(gemm: &'a Gemm<T>, stages: &'a [Stage<'a, T>], x: Matrix<'a, T>, y: SendPtr<T>, y_stride: usize) -> Self {
+        let multiply_adds: usize = stages.iter().map(|s| s.projection.weight.len()).sum::<usize>() * x.rows;
+        let threads = if multiply_adds < SERIAL { 1 } else { threads::count() };
+        let a_bytes = if gemm.a_is_f32 { size_of::<f32>() } else { size_of::<T>() };
+        let a_strides = [0, 1].map(|i| stages.get(i).map_or(0, |s| s.projection.weight.k().next_multiple_of(gemm.nr) + PAD));
+        let offsets = [0, x.rows * a_strides[0] * a_bytes, x.rows * (a_strides[0] + a_strides[1]) * a_bytes];
+        let offsets = offsets.map(|offset| offset.next_multiple_of(64));
+        let sums = x.rows * gemm.nr * size_of::<f32>();
+        let widened = if gemm.widen.is_some() && x.rows > gemm.micro.len() { BLOCK } else { 0 };
+        let thread_bytes = (sums + widened).next_multiple_of(64);
+        let scratch = Scratch::borrow(offsets[2] + threads * thread_bytes);
+        let block_rows = x.rows;
+        Self { gemm, stages, x, y, y_stride, threads, block_rows, scratch, offsets, a_strides, thread_bytes }
+    }
+
+    fn run(mut self) {
+        let scratch = SendPtr(self.scratch.as_mut_ptr());
+        let blocks = self.x.rows.div_ceil(self.block_rows);
+        let copy = Phase::new(self.x.rows.div_ceil(COPY_ROWS));
+        let phases = [0, 1].map(|i| Phase::new(self.stages.get(i).map_or(0, |s| s.projection.weight.panels * blocks)));
+        let work = |thread: usize| {
+            // SAFETY: scratch has `threads` pieces of this size from the last offset on.
+            let own = unsafe { scratch.at(self.offsets[2] + thread * self.thread_bytes) };
+            // SAFETY: units of a phase write disjoint parts of A, h and y, and a phase begins when the one it reads is done.
+            unsafe {
+                copy.work(|unit| self.copy_rows(&scratch, unit));
+                copy.wait();
+                for (i, phase) in phases.iter().enumerate().take(self.stages.len()) {
+                    phase.work(|unit| self.unit(i, &scratch, own, unit / blocks, unit % blocks));
+                    if i + 1 < self.stages.len() {
+                        phase.wait();
+                    }
+                }
+            }
+        };
+        if self.threads == 1 { work(0) } else { threads::run(work) }
+    }
+
+    /// Copies some rows of x into A.
+    ///
+    /// # Safety
+    /// `scratch` is this pass's, and no other thread has this unit.
+    unsafe fn copy_rows(&self, scratch: &SendPtr<u8>, unit: usize) {
+        let (k, stride) = (self.x.k, self.x.strides.1);
+        let a_bytes = self.a_bytes();
+        let mut gathered: Vec<T> = Vec::new();
+        for row in unit * COPY_ROWS..self.x.rows.min((unit + 1) * COPY_ROWS) {
+            let source = &self.x.data[row * self.x.strides.0..];
+            let source = if stride == 1 {
+                &source[..k]
+            } else {
+                gathered.clear();
+                gathered.extend((0..k).map(|i| source[i * stride]));
+                &gathered[..]
+            };
+            // SAFETY: A has room for k elements and the padding in every row.
+            unsafe {
+                let a = scratch.at(row * self.a_strides[0] * a_bytes);
+                (self.gemm.convert)(source.as_ptr(), k, a);
+                // An odd k is filled up to a whole step.
+                a.add(k * a_bytes).write_bytes(0, (k.next_multiple_of(T::K_STEP) - k) * a_bytes);
+            }
+        }
+    }
+
+    /// One panel of a stage times one block of rows.
+    ///
+    /// # Safety
+    /// `scratch` is this pass's, `own` this thread's piece of it; A of this stage is complete; no other thread has this unit.
+    unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, panel: usize, block: usize) {
+        let start = block * self.block_rows;
+        let rows = self.block_rows.min(self.x.rows - start);
+        let Stage { projection, glu, factor } = self.stages[stage];
+        let (a_bytes, a_stride) = (self.a_bytes(), self.a_strides[stage]);
+        let sums = own.cast::<f32>();
+        // SAFETY: the pieces lie within scratch as `new` laid it out; y has this chunk's rows.
+        unsafe {
+            let a = scratch.at(self.offsets[stage] + start * a_stride * a_bytes);
+            let widened = own.add(self.x.rows * self.gemm.nr * size_of::<f32>()).cast();
+            product(self.gemm, &projection.weight, panel, Rows { a, a_stride, a_bytes, rows }, sums, widened);
+            let tile = projection.tile(panel, rows, sums);
+            match glu {
+                Some(glu) => {
+                    let (width, stride) = (self.gemm.nr / 2, self.a_strides[1]);
+                    let h = scratch.at(self.offsets[1] + (start * stride + panel * width) * a_bytes);
+                    (self.gemm.glu_tile)(glu, tile, h, stride);
+                    self.fill_up(scratch, panel, start..start + rows);
+                }
+                None => {
+                    let columns = self.gemm.nr.min(projection.columns - panel * self.gemm.nr);
+                    let y = self.y.at(start * self.y_stride + panel * self.gemm.nr);
+                    (self.gemm.out_tile)(tile, factor, y, self.y_stride, columns);
+                }
+            }
+        }
+    }
+
+    /// Zeros behind h where its width is no multiple of a step: 0 times a weight of 0, not NaN.
+    ///
+    /// # Safety
+    /// As [`Pass::unit`], which has just written these rows of h.
+    unsafe fn fill_up(&self, scratch: &SendPtr<u8>, panel: usize, rows: std::ops::Range<usize>) {
+        let k = self.stages[1].projection.weight.k();
+        let (padding, width, a_bytes) = (k.next_multiple_of(T::K_STEP) - k, self.gemm.nr / 2, self.a_bytes());
+        if padding > 0 && panel == (k - 1) / width {
+            for row in rows {
+                // SAFETY: a row of h has room for whole panels and PAD.
+                unsafe {
+                    let end = scratch.at(self.offsets[1] + (row * self.a_strides[1] + k) * a_bytes);
+                    end.write_bytes(0, padding * a_bytes);
+                }
+            }
+        }
+    }
+
+    fn a_bytes(&self) -> usize {
+        if self.gemm.a_is_f32 { size_of::<f32>() } else { size_of::<T>() }
+    }
+}
+
+/// Rows that a thread copies at a time.
+const COPY_ROWS: usize = 8;
+
+/// Rows of A.
+#[derive(Clone, Copy)]
+struct Rows {
+    a: *const u8,
+    a_stride: usize,
+    a_bytes: usize,
+    rows: usize,
+}
+
+impl Rows {
+    /// From row `row` and element `k` on.
+    ///
+    /// # Safety
+    /// They exist.
+    unsafe fn at(&self, row: usize, k: usize) -> *const u8 {
+        // SAFETY: the caller's contract.
+        unsafe { self.a.add((row * self.a_stride + k) * self.a_bytes) }
+    }
+}
+
+/// A (rows, k) · panel (k, NR) -> sums (rows, NR)
+///
+/// # Safety
+/// A and `sums` have the rows, A of all steps of the panel; `widened` has BLOCK bytes where the kernel widens.
+unsafe fn product<T: Packable>(gemm: &Gemm<T>, weight: &Packed<T>, panel: usize, a: Rows, sums: *mut f32, widened: *mut f32) {
+    let mr = gemm.micro.len();
+    let (steps, b) = (weight.steps(), weight.panel(panel));
+    if a.rows <= mr {
+        let call = Call { a: a.a, a_stride: a.a_stride, b: b.cast(), steps, acc: sums, first: true, next: std::ptr::null() };
+        // SAFETY: the caller's contract.
+        return unsafe { gemm.micro[a.rows - 1](call) };
+    }
+    let step_bytes = weight.step_len() * size_of::<T>();
+    let block = if a.rows <= FEW_ROWS { FEW_ROWS_BLOCK } else { BLOCK };
+    let panels = a.rows.div_ceil(mr);
+    let first_row = |panel: usize| a.rows * panel / panels;
+    let wide_bytes = gemm.nr * T::K_STEP * size_of::<f32>();
+    let block_steps = (block / if gemm.widen.is_some() { wide_bytes } else { step_bytes }).max(1);
+    let mut start = 0;
+    while start < steps {
+        let count = block_steps.min(steps - start);
+        // SAFETY: the caller's contract; the block's steps exist, and `next` is only prefetched.
+        unsafe {
+            let packed = b.add(start * weight.step_len());
+            let (block, micro, micro_steps) = match &gemm.widen {
+                Some((widen, micro)) => {
+                    widen(packed, count, widened);
+                    (widened.cast_const().cast::<u8>(), micro, count * T::K_STEP)
+                }
+                None => (packed.cast(), &gemm.micro, count),
+            };
+            let block_end = packed.cast::<u8>().wrapping_add(count * step_bytes);
+            for panel in 0..panels {
+                let (row, end) = (first_row(panel), first_row(panel + 1));
+                let ahead = panel * micro_steps * 128;
+                let prefetching = gemm.widen.is_none() && ahead < count * step_bytes;
+                let micro = if prefetching { &gemm.micro_prefetch } else { micro };
+                micro[end - row - 1](Call {
+                    a: a.at(row, start * T::K_STEP),
+                    a_stride: a.a_stride,
+                    b: block,
+                    steps: micro_steps,
+                    acc: sums.add(row * gemm.nr),
+                    first: start == 0,
+                    next: block_end.wrapping_add(ahead),
+                });
+            }
+        }
+        start += count;
+    }
+}
+
+/// Elements of x as A holds them.
+///
+/// # Safety
+/// The CPU has the instructions of S; `from` has n elements, `to` room for them.
+#[inline(always)]
+pub(super) unsafe fn convert<S: super::simd::Simd, T: super::simd::Element>(s: S, from: *const T, n: usize, to: *mut f32) {
+    let whole = n - n % S::LANES;
+    let mut i = 0;
+    // SAFETY: the caller's contract; the tail goes through a buffer of LANES elements at least.
+    unsafe {
+        while i < whole {
+            s.store_f32(T::load(s, from.add(i)), to.add(i));
+            i += S::LANES;
+        }
+        if whole < n {
+            let mut tail = [T::default(); super::simd::MAX_LANES];
+            std::ptr::copy_nonoverlapping(from.add(whole), tail.as_mut_ptr(), n - whole);
+            let mut wide = [0f32; super::simd::MAX_LANES];
+            s.store_f32(T::load(s, tail.as_ptr()), wide.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(wide.as_ptr(), to.add(whole), n - whole);
+        }
+    }
+}
+
+/// bf16 as it is.
+///
+/// # Safety
+/// `from` has n elements, `to` room for them.
+pub(super) unsafe fn copy_bf16(from: *const bf16, n: usize, to: *mut u8) {
+    // SAFETY: the caller's contract.
+    unsafe { std::ptr::copy_nonoverlapping(from, to.cast(), n) }
+}
+
+/// Sums of one panel, with their bias, times `factor`, rounded once -> y (rows, columns)
+///
+/// # Safety
+/// The CPU has the instructions. The tile has NV·LANES columns; `y` has its rows, `y_stride` apart, of `columns` writable elements.
+#[inline(always)]
+pub(super) unsafe fn out_tile<S: super::simd::Simd, T: super::simd::Element, const NV: usize>(
+    s: S,
+    tile: Tile,
+    factor: f32,
+    y: *mut T,
+    y_stride: usize,
+    columns: usize,
+) {
+    let factor = s.splat(factor);
+    for row in 0..tile.rows {
+        for v in 0..NV {
+            let at = v * S::LANES;
+            // SAFETY: the caller's contract; a vector that is not whole goes through a buffer.
+            unsafe {
+                let value = s.mul(tile.vector::<S, NV>(s, row, v), factor);
+                let out = y.add(row * y_stride + at);
+                if at + S::LANES <= columns {
+                    T::store(s, value, out);
+                } else if at < columns {
+                    let mut buffer = [MaybeUninit::<T>::uninit(); super::simd::MAX_LANES];
+                    T::store(s, value, buffer.as_mut_ptr().cast());
+                    std::ptr::copy_nonoverlapping(buffer.as_ptr().cast::<T>(), out, columns - at);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! The microkernel: `acc (MR, NR) += A (MR, k) · B (k, NR)` with the sums in registers, written once over [`Simd`].
+//!
+//! B is one panel of a packed weight (`pack.rs`): for each step of `K_STEP` values of k, NR columns of `K_STEP` neighbours.
+//! A is row-major. A step loads NV vectors of B and, for each of MR rows, broadcasts the row's element(s) and adds the
+//! products. Nothing is summed across lanes, and each sum runs over k in order: a result does not depend on how many rows or
+//! threads there are, nor on where k is cut.
+//!
+//! [`Product`] is the step for one pair of element types.
+
+use half::{bf16, f16};
+
+use super::simd::{Element, Simd};
+
+/// One step of a product.
+pub(super) trait Product<S: Simd> {
+    /// What A's rows hold.
+    type A: Copy + Default + Send + Sync;
+    /// What B holds.
+    type B;
+    /// k per step.
+    const K_STEP: usize;
+
+    /// acc (MR, NV·LANES) += a (MR, K_STEP) · b (K_STEP, NV·LANES)
+    ///
+    /// # Safety
+    /// The CPU has the instructions. `a[r] + at` points to `K_STEP` readable elements, `b` to NV·LANES·`K_STEP`.
+    unsafe fn step<const MR: usize, const NV: usize>(
+        s: S,
+        acc: &mut [[S::F; NV]; MR],
+        a: &[*const Self::A; MR],
+        at: usize,
+        b: *const Self::B,
+    );
+}
+
+/// `acc[r][v] += a[r]·b[v]` for one value of k.
+#[inline(always)]
+unsafe fn rank_one<S: Simd, const MR: usize, const NV: usize>(
+    s: S,
+    acc: &mut [[S::F; NV]; MR],
+    a: &[*const f32; MR],
+    at: usize,
+    b: [S::F; NV],
+) {
+    for r in 0..MR {
+        // SAFETY: `Product::step`'s contract.
+        let a = s.splat(unsafe { *a[r].add(at) });
+        for v in 0..NV {
+            acc[r][v] = s.mul_add(a, b[v], acc[r][v]);
+        }
+    }
+}
+
+/// f32 activations, B of one element per k: f32, or f16 widened as it is loaded.
+pub(super) struct Widen<T>(std::marker::PhantomData<T>);
+
+macro_rules! widen {
+    ($dtype:ty) => {
+        impl<S: Simd> Product<S> for Widen<$dtype> {
+            type A = f32;
+            type B = $dtype;
+            const K_STEP: usize = 1;
+
+            #[inline(always)]
+            unsafe fn step<const MR: usize, const NV: usize>(
+                s: S,
+                acc: &mut [[S::F; NV]; MR],
+                a: &[*const f32; MR],
+                at: usize,
+                b: *const $dtype,
+            ) {
+                // SAFETY: the caller's contract.
+                unsafe {
+                    let mut columns = [s.splat(0.0); NV];
+                    for (v, column) in columns.iter_mut().enumerate() {
+                        *column = <$dtype>::load(s, b.add(v * S::LANES));
+                    }
+                    rank_one(s, acc, a, at, columns);
+                }
+            }
+        }
+    };
+}
+
+widen!(f32);
+widen!(f16);
+
+/// f32 activations, pairs of bf16 widened as they are loaded: first the even, then the odd k.
+impl<S: Simd> Product<S> for Widen<bf16> {
+    type A = f32;
+    type B = bf16;
+    const K_STEP: usize = 2;
+
+    #[inline(always)]
+    unsafe fn step<const MR: usize, const NV: usize>(
+        s: S,
+        acc: &mut [[S::F; NV]; MR],
+        a: &[*const f32; MR],
+        at: usize,
+        b: *const bf16,
+    ) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let mut columns = [s.splat(0.0); NV];
+            for (v, column) in columns.iter_mut().enumerate() {
+                *column = s.load_bf16_even(b.add(v * S::LANES * 2));
+            }
+            rank_one(s, acc, a, at, columns);
+            for (v, column) in columns.iter_mut().enumerate() {
+                *column = s.load_bf16_odd(b.add(v * S::LANES * 2));
+            }
+            rank_one(s, acc, a, at + 1, columns);
+        }
+    }
+}
+
+/// Pairs of bf16 on both sides, by the instruction for them.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct DotBf16;
+
+#[cfg(target_arch = "x86_64")]
+impl Product<super::avx512::Avx512> for DotBf16 {
+    type A = bf16;
+    type B = bf16;
+    const K_STEP: usize = 2;
+
+    #[inline(always)]
+    unsafe fn step<const MR: usize, const NV: usize>(
+        s: super::avx512::Avx512,
+        acc: &mut [[std::arch::x86_64::__m512; NV]; MR],
+        a: &[*const bf16; MR],
+        at: usize,
+        b: *const bf16,
+    ) {
+        use super::avx512::{dot_bf16, splat_pair};
+        // SAFETY: the caller's contract.
+        unsafe {
+            let mut columns = [s.splat(0.0); NV];
+            for (v, column) in columns.iter_mut().enumerate() {
+                *column = s.load_f32(b.add(v * 32).cast());
+            }
+            for r in 0..MR {
+                let a = splat_pair(a[r].add(at));
+                for v in 0..NV {
+                    acc[r][v] = dot_bf16(acc[r][v], a, columns[v]);
+                }
+            }
+        }
+    }
+}
+
+/// What a microkernel is called with; the pointers' contract is at [`run`].
+#[derive(Clone, Copy)]
+pub(super) struct Call {
+    /// A (MR, k), its first element
+    pub(super) a: *const u8,
+    /// Elements from one row of A to the next.
+    pub(super) a_stride: usize,
+    /// B (k, NR), packed
+    pub(super) b: *const u8,
+    pub(super) steps: usize,
+    /// acc (MR, NR)
+    pub(super) acc: *mut f32,
+    /// Start from zero, not from what `acc` holds.
+    pub(super) first: bool,
+    /// What to bring into the cache meanwhile: two lines a step, when the microkernel is a prefetching one.
+    pub(super) next: *const u8,
+}
+
+/// A microkernel of fixed MR.
+pub(super) type Micro = unsafe fn(Call);
+
+/// The body of every microkernel.
+///
+/// # Safety
+/// The CPU has the instructions of S and P. A has MR rows of at least `steps·K_STEP` readable elements, B `steps` packed
+/// steps of NV·LANES columns, `acc` MR·NV·LANES writable f32. `next` is never read, so it may point anywhere.
+#[inline(always)]
+pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const PREFETCH: bool>(s: S, call: Call) {
+    // SAFETY: all pointers stay within what the caller promises.
+    unsafe {
+        let mut acc = [[s.splat(0.0); NV]; MR];
+        if !call.first {
+            for r in 0..MR {
+                for v in 0..NV {
+                    acc[r][v] = s.load_f32(call.acc.add((r * NV + v) * S::LANES));
+                }
+            }
+        }
+        let mut a = [call.a.cast::<P::A>(); MR];
+        for (r, row) in a.iter_mut().enumerate() {
+            *row = row.add(r * call.a_stride);
+        }
+        let mut b = call.b.cast::<P::B>();
+        let mut next = call.next;
+        let end = call.steps * P::K_STEP;
+        let mut at = 0;
+        while at < end {
+            if PREFETCH {
+                prefetch(next);
+                prefetch(next.wrapping_add(64));
+                next = next.wrapping_add(128);
+            }
+            P::step(s, &mut acc, &a, at, b);
+            b = b.add(NV * S::LANES * P::K_STEP);
+            at += P::K_STEP;
+        }
+        for r in 0..MR {
+            for v in 0..NV {
+                s.store_f32(acc[r][v], call.acc.add((r * NV + v) * S::LANES));
+            }
+        }
+    }
+}
+
+/// Asks for the line at `p` in the second-level cache; any address will do.
+#[inline(always)]
+pub(super) fn prefetch(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing and cannot fault.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast())
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}

@@ -1,0 +1,227 @@
+//! Weights as the microkernel reads them: one linear stream.
+//!
+//! A matrix W (N, K) is cut into panels of NR rows of W, which are columns of Wᵀ. A panel holds, for each step of `K_STEP`
+//! values of k, its NR columns with the step's values side by side: `[k / K_STEP][NR][K_STEP]`. For bf16 `K_STEP` is 2, what
+//! `vdpbf16ps` takes; for f16 and f32 it is 1. The last panel and an odd K are filled up with zeros.
+//!
+//! gate_proj and up_proj (I, H) share panels: NR/2 columns of gate, then the same NR/2 channels of up, so that both halves
+//! of a channel meet in one microkernel's registers.
+
+use std::marker::PhantomData;
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+
+use super::buffer::Buffer;
+use super::micro::prefetch;
+use super::simd::{Element, Simd};
+use super::threads::{self, Phase, SendPtr};
+
+/// A dtype of packed weights.
+pub(super) trait Packable: Element + Pod {
+    /// Values of k that lie side by side.
+    const K_STEP: usize;
+
+    /// Writes packed steps of NV vectors as f32, one k after the other.
+    ///
+    /// # Safety
+    /// The CPU has the instructions; `b` has `steps` steps, `out` room for `steps·K_STEP·NV·LANES` f32.
+    unsafe fn widen<S: Simd, const NV: usize>(s: S, b: *const Self, steps: usize, out: *mut f32);
+}
+
+macro_rules! widen_one_by_one {
+    ($dtype:ty) => {
+        impl Packable for $dtype {
+            const K_STEP: usize = 1;
+
+            #[inline(always)]
+            unsafe fn widen<S: Simd, const NV: usize>(s: S, b: *const Self, steps: usize, out: *mut f32) {
+                for i in 0..steps * NV {
+                    // SAFETY: the caller's contract.
+                    unsafe {
+                        prefetch(b.wrapping_add(i * S::LANES + 4096 / size_of::<Self>()).cast());
+                        s.store_f32(Self::load(s, b.add(i * S::LANES)), out.add(i * S::LANES));
+                    }
+                }
+            }
+        }
+    };
+}
+
+widen_one_by_one!(f32);
+widen_one_by_one!(f16);
+
+impl Packable for bf16 {
+    const K_STEP: usize = 2;
+
+    #[inline(always)]
+    unsafe fn widen<S: Simd, const NV: usize>(s: S, b: *const Self, steps: usize, out: *mut f32) {
+        let width = NV * S::LANES;
+        for step in 0..steps {
+            for v in 0..NV {
+                // SAFETY: the caller's contract.
+                unsafe {
+                    let pairs = b.add((step * NV + v) * S::LANES * 2);
+                    let out = out.add(step * 2 * width + v * S::LANES);
+                    s.store_f32(s.load_bf16_even(pairs), out);
+                    s.store_f32(s.load_bf16_odd(pairs), out.add(width));
+                }
+            }
+        }
+    }
+}
+
+/// A matrix (rows, k) as it lies in a tensor.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a, T> {
+    /// From its first element on.
+    pub(super) data: &'a [T],
+    pub(super) rows: usize,
+    pub(super) k: usize,
+    pub(super) strides: (usize, usize),
+}
+
+impl<T: Copy> Matrix<'_, T> {
+    /// Every element lies within `data`.
+    pub(super) fn check(&self) {
+        let last = self.rows.saturating_sub(1) * self.strides.0 + self.k.saturating_sub(1) * self.strides.1;
+        assert!(self.rows == 0 || self.k == 0 || last < self.data.len(), "the layout reaches beyond the storage");
+    }
+}
+
+/// Which column of the packed matrix a row of W becomes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Place {
+    /// Row n becomes column n.
+    Whole,
+    /// gate_proj: the first half of each panel.
+    Gate,
+    /// up_proj: the second half of each panel.
+    Up,
+}
+
+/// A packed matrix.
+pub(super) struct Packed<T> {
+    buffer: Buffer,
+    /// K
+    k: usize,
+    nr: usize,
+    pub(super) panels: usize,
+    dtype: PhantomData<T>,
+}
+
+impl<T: Packable> Packed<T> {
+    /// Zeros for `columns` columns (a gate and an up column count as two).
+    pub(super) fn zeroed(columns: usize, k: usize, nr: usize) -> Self {
+        let panels = columns.div_ceil(nr);
+        let bytes = panels * k.div_ceil(T::K_STEP) * T::K_STEP * nr * size_of::<T>();
+        Self { buffer: Buffer::zeroed(bytes), k, nr, panels, dtype: PhantomData }
+    }
+
+    /// K
+    pub(super) fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Steps of a panel.
+    pub(super) fn steps(&self) -> usize {
+        self.k.div_ceil(T::K_STEP)
+    }
+
+    /// Elements, padding included.
+    pub(super) fn len(&self) -> usize {
+        self.panels * self.steps() * self.step_len()
+    }
+
+    /// Columns of a panel.
+    pub(super) fn nr(&self) -> usize {
+        self.nr
+    }
+
+    /// Elements of one step.
+    pub(super) fn step_len(&self) -> usize {
+        self.nr * T::K_STEP
+    }
+
+    pub(super) fn panel(&self, panel: usize) -> *const T {
+        debug_assert!(panel < self.panels);
+        // SAFETY: the buffer holds `panels` panels of this length.
+        unsafe { self.buffer.as_ptr::<T>().add(panel * self.steps() * self.step_len()) }
+    }
+
+    /// The column of row `row`.
+    pub(super) fn column(&self, place: Place, row: usize) -> usize {
+        let half = self.nr / 2;
+        match place {
+            Place::Whole => row,
+            Place::Gate => row / half * self.nr + row % half,
+            Place::Up => row / half * self.nr + half + row % half,
+        }
+    }
+
+    /// Rows of W in one panel, and the panel's column of the first.
+    fn share(&self, place: Place) -> (usize, usize) {
+        match place {
+            Place::Whole => (self.nr, 0),
+            Place::Gate => (self.nr / 2, 0),
+            Place::Up => (self.nr / 2, self.nr / 2),
+        }
+    }
+
+    /// Writes all rows of a matrix to their places.
+    pub(super) fn fill(&mut self, place: Place, source: Matrix<T>) {
+        source.check();
+        let (rows, first_column) = self.share(place);
+        assert!(source.k == self.k && source.rows.div_ceil(rows.max(1)) <= self.panels);
+        let (steps, step_len) = (self.steps(), self.step_len());
+        let data = SendPtr(self.buffer.as_mut_ptr::<T>());
+        let panels = Phase::new(source.rows.div_ceil(rows.max(1)));
+        threads::run(|_| {
+            panels.work(|panel| {
+                let rows = panel * rows..source.rows.min((panel + 1) * rows);
+                // SAFETY: panels are disjoint; each has steps·step_len elements, zeroed before.
+                unsafe { fill_panel(data.at(panel * steps * step_len), step_len, first_column, source, rows) };
+            });
+        });
+    }
+
+    /// Reads the row of W that lies at `place`, k elements.
+    pub(super) fn read_row(&self, place: Place, row: usize, out: &mut [T]) {
+        let column = self.column(place, row);
+        assert!(out.len() == self.k && column / self.nr < self.panels);
+        let panel = self.panel(column / self.nr);
+        for (k, out) in out.iter_mut().enumerate() {
+            let at = k / T::K_STEP * self.step_len() + column % self.nr * T::K_STEP + k % T::K_STEP;
+            // SAFETY: k < self.k, so the step is one of the panel's.
+            *out = unsafe { *panel.add(at) };
+        }
+    }
+}
+
+/// Writes `rows` of the source side by side into a panel, a block of steps at a time so that the block stays in L1.
+///
+/// # Safety
+/// `panel` has room for all steps of `step_len`, and for the rows from `first_column` on.
+unsafe fn fill_panel<T: Packable>(
+    panel: *mut T,
+    step_len: usize,
+    first_column: usize,
+    source: Matrix<T>,
+    rows: std::ops::Range<usize>,
+) {
+    const BLOCK: usize = 64; // values of k: 64 columns · 64 · 4 B = 16 KiB
+    let mut start = 0;
+    while start < source.k {
+        let end = source.k.min(start + BLOCK);
+        for (column, row) in rows.clone().enumerate() {
+            let from = row * source.strides.0;
+            for k in start..end {
+                let value = source.data[from + k * source.strides.1];
+                let at = k / T::K_STEP * step_len + (first_column + column) * T::K_STEP + k % T::K_STEP;
+                // SAFETY: the caller's contract.
+                unsafe { *panel.add(at) = value };
+            }
+        }
+        start = end;
+    }
+}

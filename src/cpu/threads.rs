@@ -1,0 +1,114 @@
+//! Work on candle's own threads: claimed in units, so that a slow thread does not hold up the others.
+
+use std::mem::MaybeUninit;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use candle_core::utils::barrier_pool;
+
+/// Candle's threads, the calling one included (`CANDLE_NUM_THREADS`, `RAYON_NUM_THREADS`).
+pub(super) fn count() -> usize {
+    barrier_pool().n_workers() + 1
+}
+
+/// Calls `f(i)` once for each i in 0..[`count`], on as many threads as are free: one may get several calls, one after the
+/// other, so no call may wait for another to begin.
+///
+/// From within candle's threads all calls run here. So they do when a panic elsewhere has left candle's pool unusable.
+pub(super) fn run(f: impl Fn(usize) + Sync) {
+    static UNUSABLE: AtomicBool = AtomicBool::new(false);
+    let all = || (0..count()).for_each(&f);
+    if count() == 1 || UNUSABLE.load(Ordering::Relaxed) {
+        return all();
+    }
+    let started = AtomicBool::new(false);
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        barrier_pool().execute_chunked(count(), |calls| {
+            started.store(true, Ordering::Relaxed);
+            calls.for_each(&f);
+        });
+    }));
+    match outcome {
+        Ok(()) => (),
+        Err(payload) if started.load(Ordering::Relaxed) => resume_unwind(payload),
+        Err(_) => {
+            UNUSABLE.store(true, Ordering::Relaxed);
+            all()
+        }
+    }
+}
+
+/// Units of work that threads claim one by one.
+pub(super) struct Phase {
+    units: usize,
+    next: AtomicUsize,
+    done: AtomicUsize,
+}
+
+impl Phase {
+    pub(super) fn new(units: usize) -> Self {
+        Self { units, next: AtomicUsize::new(0), done: AtomicUsize::new(0) }
+    }
+
+    /// Claims units and works on them until none is left.
+    pub(super) fn work(&self, mut f: impl FnMut(usize)) {
+        loop {
+            let unit = self.next.fetch_add(1, Ordering::Relaxed);
+            if unit >= self.units {
+                return;
+            }
+            let _finish = Finish(&self.done);
+            f(unit);
+        }
+    }
+
+    /// Waits until all units are done; those still running run on other threads.
+    pub(super) fn wait(&self) {
+        const SPINS: usize = 1 << 14;
+        let mut spins = 0;
+        while self.done.load(Ordering::Acquire) < self.units {
+            spins += 1;
+            if spins < SPINS {
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// Counts a unit as done even when it panics: who waits must not wait for ever.
+struct Finish<'a>(&'a AtomicUsize);
+
+impl Drop for Finish<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// A buffer lent to the threads in disjoint pieces.
+pub(super) struct SendPtr<T>(pub(super) *mut T);
+
+// SAFETY: whoever dereferences the pointer keeps the pieces of different threads disjoint.
+unsafe impl<T: Send> Sync for SendPtr<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for SendPtr<T> {}
+
+impl<T> SendPtr<T> {
+    /// The element `at`.
+    ///
+    /// # Safety
+    /// `at` lies within the allocation or at its end.
+    pub(super) unsafe fn at(&self, at: usize) -> *mut T {
+        // SAFETY: the caller's contract.
+        unsafe { self.0.add(at) }
+    }
+
+    /// # Safety
+    /// `at..at + len` lies within the allocation, and no other live slice overlaps it.
+    #[allow(clippy::mut_from_ref)]
+    pub(super) unsafe fn slice(&self, at: usize, len: usize) -> &mut [MaybeUninit<T>] {
+        // SAFETY: the caller's contract; MaybeUninit<T> has T's layout and needs no initialisation.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(at).cast(), len) }
+    }
+}
