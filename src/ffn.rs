@@ -139,6 +139,16 @@ impl SwiGluFfn {
         &self.kernel
     }
 
+    /// Reads the packed weights once with all threads, for benchmarks: what a decode step is measured against. The sum of their
+    /// words, 0 where nothing is packed.
+    #[doc(hidden)]
+    pub fn read_weights(&self) -> u64 {
+        match &self.form {
+            Form::Packed(packed) => packed.read(),
+            Form::Plain { .. } => 0,
+        }
+    }
+
     /// H
     pub fn hidden_size(&self) -> usize {
         self.hidden_size

@@ -83,6 +83,10 @@ impl Packed {
         if x.track_op() { x.apply_op1(self.clone()) } else { x.apply_op1_no_bwd(self) }
     }
 
+    pub(crate) fn read(&self) -> u64 {
+        self.0.layer.read()
+    }
+
     /// A weight as it was before it was packed, (rows, k).
     pub(crate) fn weight(&self, part: Part) -> candle_core::Result<Tensor> {
         let rows = self.rows_of(part);

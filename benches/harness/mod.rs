@@ -1,10 +1,14 @@
 //! Timing of competitors in turn, A B A B ..., in one process, so that the machine's drift cancels in their ratio.
 
-#![allow(unreachable_pub)]
+#![allow(unreachable_pub, dead_code, reason = "each benchmark uses a part")]
+
+mod peak;
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+pub use peak::{peak_of, peaks};
 
 /// The median seconds per call of each competitor, measured in turn until `budget` is spent (at least 5 rounds).
 pub fn interleaved(budget: Duration, competitors: &mut [&mut dyn FnMut()]) -> Vec<f64> {
@@ -26,7 +30,8 @@ fn seconds(f: &mut dyn FnMut(), repeats: usize) -> f64 {
     start.elapsed().as_secs_f64() / repeats as f64
 }
 
-fn median(mut samples: Vec<f64>) -> f64 {
+/// The middle one.
+pub fn median(mut samples: Vec<f64>) -> f64 {
     samples.sort_by(f64::total_cmp);
     samples[samples.len() / 2]
 }

@@ -32,6 +32,8 @@ pub(crate) trait Layer: Send + Sync {
     fn rows(&self, part: Part, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage;
     /// The bias (rows), if one was set.
     fn bias(&self, part: Part) -> Option<Vec<f32>>;
+    /// Reads all packed weights with all threads, as a sweep over them would: the floor of a decode step. Gives their sum mod 2⁶⁴.
+    fn read(&self) -> u64;
     /// x (M, k) of any layout -> y (M, columns)
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage>;
 }
@@ -121,6 +123,10 @@ impl<T: GemmElement + WithDType> Layer for LinearLayer<T> {
         self.projection.bias(Place::Whole)
     }
 
+    fn read(&self) -> u64 {
+        self.projection.weight.read()
+    }
+
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
         Ok(T::to_cpu_storage_owned(self.projection.forward(self.kernel, matrix(storage, layout)?)))
     }
@@ -164,6 +170,10 @@ impl<T: GemmElement + WithDType> Layer for Block<T> {
     fn bias(&self, part: Part) -> Option<Vec<f32>> {
         let (projection, place) = self.part(part);
         projection.bias(place)
+    }
+
+    fn read(&self) -> u64 {
+        self.gate_up.weight.read().wrapping_add(self.down.weight.read())
     }
 
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {

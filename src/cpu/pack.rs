@@ -8,6 +8,7 @@
 //! of a channel meet in one microkernel's registers.
 
 use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -183,6 +184,26 @@ impl<T: Packable> Packed<T> {
                 unsafe { fill_panel(data.at(panel * steps * step_len), step_len, first_column, source, rows) };
             });
         });
+    }
+
+    /// Reads everything once, in order, with all threads; the sum of its words.
+    pub(super) fn read(&self) -> u64 {
+        const LEN: usize = 32 << 10; // 256 KiB
+        let words: &[u64] = self.buffer.words();
+        let (units, sum) = (Phase::new(words.len().div_ceil(LEN)), AtomicU64::new(0));
+        threads::run(|_| {
+            units.work(|unit| {
+                let words = &words[unit * LEN..words.len().min((unit + 1) * LEN)];
+                // Independent sums in vectors; the loop must not be slower than the memory.
+                let mut sums = [0u64; 32];
+                for chunk in words.chunks_exact(32) {
+                    sums.iter_mut().zip(chunk).for_each(|(sum, &word)| *sum = sum.wrapping_add(word));
+                }
+                let part = sums.iter().fold(0u64, |a, &b| a.wrapping_add(b));
+                sum.fetch_add(part, Ordering::Relaxed);
+            });
+        });
+        sum.into_inner()
     }
 
     /// Reads the row of W that lies at `place`, k elements.
