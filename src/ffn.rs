@@ -27,7 +27,7 @@ use crate::weights::{GateUp, PackedOrder, Piece, Weights, split};
 /// in f64; candle's matmuls round gate and up too.)
 ///
 /// # Memory
-/// Beyond y, a call borrows scratch of at most `rows·(H + I + 256)·a + threads·(rows·NR·4 B + 64 KiB)`, rows ≤ 512: longer inputs
+/// Beyond y, a call borrows scratch of at most `rows·(H + I + 256)·a + threads·(rows·NR·4 B + 256 KiB)`, rows ≤ 512: longer inputs
 /// go through in chunks. `a` is 2 B where the kernel multiplies bf16 as it is, else 4 B; NR ≤ 64. It is kept for the next call.
 ///
 /// # Training

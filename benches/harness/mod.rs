@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+#[allow(unused_imports, reason = "each benchmark uses a part")]
 pub use peak::{peak_of, peaks};
 
 /// The median seconds per call of each competitor, measured in turn until `budget` is spent (at least 5 rounds).

@@ -21,12 +21,14 @@ use super::threads::{self, Phase, SendPtr};
 use super::{Kernel, pages};
 use crate::glu::Glu;
 
-/// Rows of x that are worked on at a time. Scratch of a block is `rows·(H + I + 128)·a + threads·(rows·NR + 64 KiB)·4 B` with
-/// a = 2 B where the kernel multiplies bf16 as it is, else 4 B; rows ≤ 512.
+/// Rows of x that are worked on at a time. Scratch of a block is at most
+/// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes, with a = 2 where the kernel multiplies bf16 as it is, else 4;
+/// rows ≤ 512.
 pub(super) const CHUNK_ROWS: usize = 512;
-/// Bytes of B that pass all rows before the next ones. 8 KiB leave room for the sums in L1, 64 KiB are a small part of L2.
-const FEW_ROWS_BLOCK: usize = 8 << 10;
-const BLOCK: usize = 64 << 10;
+/// Bytes of B that pass all rows before the next ones. 16 KiB leave room for the sums in L1; 256 KiB are a quarter of L2, and
+/// carry the sums in and out of registers so rarely that it no longer shows (64 KiB: 3 % slower in f32).
+const FEW_ROWS_BLOCK: usize = 16 << 10;
+const BLOCK: usize = 256 << 10;
 /// Up to so many rows the smaller block is faster (measured: 1.2 times at 16 rows, the same at 32).
 const FEW_ROWS: usize = 24;
 /// Elements between the rows of A beyond their length: rows a power of two apart would share cache sets.

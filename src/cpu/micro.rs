@@ -181,9 +181,9 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
     unsafe {
         let mut acc = [[s.splat(0.0); NV]; MR];
         if !call.first {
-            for r in 0..MR {
-                for v in 0..NV {
-                    acc[r][v] = s.load_f32(call.acc.add((r * NV + v) * S::LANES));
+            for (r, row) in acc.iter_mut().enumerate() {
+                for (v, sum) in row.iter_mut().enumerate() {
+                    *sum = s.load_f32(call.acc.add((r * NV + v) * S::LANES));
                 }
             }
         }
@@ -205,9 +205,9 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
             b = b.add(NV * S::LANES * P::K_STEP);
             at += P::K_STEP;
         }
-        for r in 0..MR {
-            for v in 0..NV {
-                s.store_f32(acc[r][v], call.acc.add((r * NV + v) * S::LANES));
+        for (r, row) in acc.into_iter().enumerate() {
+            for (v, sum) in row.into_iter().enumerate() {
+                s.store_f32(sum, call.acc.add((r * NV + v) * S::LANES));
             }
         }
     }
