@@ -11,6 +11,8 @@ mod avx512;
 mod buffer;
 mod elementwise;
 mod gemm;
+#[cfg(test)]
+mod gemm_tests;
 mod glu;
 mod layer;
 mod micro;

@@ -23,7 +23,7 @@ const ACTIVATIONS: [GluActivation; 8] = [
     GluActivation::Identity,
 ];
 
-fn ops() -> Vec<Glu> {
+pub(super) fn ops() -> Vec<Glu> {
     let plain = ACTIVATIONS.map(Glu::new);
     let gpt_oss = Glu::new(GluActivation::Swish { beta: 1.702 }).with_limit(7.0).with_up_offset(1.0);
     let falcon = Glu::new(GluActivation::Silu).with_gate_multiplier(0.6875);
@@ -31,7 +31,7 @@ fn ops() -> Vec<Glu> {
 }
 
 /// The documented relative error of act(g), in units of 2⁻²⁴.
-fn activation_bound(activation: GluActivation, g: f64) -> f64 {
+pub(super) fn activation_bound(activation: GluActivation, g: f64) -> f64 {
     match activation {
         GluActivation::Silu | GluActivation::Sigmoid => 6.0,
         GluActivation::Swish { beta } => 6.0 + (f64::from(beta) * g).abs(),

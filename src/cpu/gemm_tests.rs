@@ -1,0 +1,380 @@
+//! The packed block and the linear layer, every kernel the machine has, against the f64 definition and against themselves.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use candle_core::{CpuStorage, DType, Layout, Shape, WithDType};
+use half::{bf16, f16};
+
+use super::tests::{activation_bound, ops};
+use super::{Kernel, Layer, Part, available, block, linear};
+use crate::activation::GluActivation;
+use crate::glu::Glu;
+use crate::reference;
+
+/// Unit roundoff of f32, the type of all sums.
+const U: f64 = 1.0 / (1 << 24) as f64;
+/// What a product with a denormal factor may lose: `vdpbf16ps` takes denormals for 0.
+const FLUSHED: f64 = 1.2e-38;
+
+/// Unit roundoff, and half the smallest denormal, of the dtype that h and y are rounded to.
+fn roundoff(dtype: DType) -> (f64, f64) {
+    match dtype {
+        DType::BF16 => (2f64.powi(-8), FLUSHED),
+        DType::F16 => (2f64.powi(-11), 2f64.powi(-25)),
+        _ => (U, 2f64.powi(-150)),
+    }
+}
+
+/// A matrix (rows, columns) of numbers that are exact in a dtype.
+#[derive(Clone)]
+struct Matrix {
+    rows: usize,
+    columns: usize,
+    data: Vec<f64>,
+}
+
+impl Matrix {
+    /// Uniform in ±√3·scale.
+    fn random<T: WithDType>(rows: usize, columns: usize, scale: f64, seed: u64) -> Self {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (rows * 31 + columns) as u64;
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            ((state >> 40) as f64 / f64::from(1 << 23) - 1.0) * scale * 3f64.sqrt()
+        };
+        let data = (0..rows * columns).map(|_| T::from_f64(next()).to_f64()).collect();
+        Self { rows, columns, data }
+    }
+
+    fn row(&self, row: usize) -> &[f64] {
+        &self.data[row * self.columns..(row + 1) * self.columns]
+    }
+
+    fn storage<T: WithDType>(&self) -> (CpuStorage, Layout) {
+        let data: Vec<T> = self.data.iter().map(|&v| T::from_f64(v)).collect();
+        (T::to_cpu_storage_owned(data), Layout::contiguous(Shape::from((self.rows, self.columns))))
+    }
+
+    fn rows(&self, range: std::ops::Range<usize>) -> Self {
+        let data = self.data[range.start * self.columns..range.end * self.columns].to_vec();
+        Self { rows: range.len(), columns: self.columns, data }
+    }
+}
+
+/// A computed number's value and how far from it rounding may lead.
+type Near = (f64, f64);
+
+/// Σ a·b + bias, where a carries an error, in f32 in any order.
+fn dot(a: &[Near], b: &[f64], bias: f64) -> Near {
+    let (mut sum, mut size, mut carried) = (bias, bias.abs(), 0.0);
+    for (&(a, error), b) in a.iter().zip(b) {
+        sum += a * b;
+        size += (a.abs() + error) * b.abs();
+        carried += error * b.abs();
+    }
+    let roundings = (a.len() + 3) as f64;
+    (sum, carried + roundings * (U * size + FLUSHED))
+}
+
+/// act(min(m·gate, limit)) · (clamp(up) + c): the activation is nowhere steeper than 1.13.
+fn glu_near(op: &Glu, gate: Near, up: Near, dtype: DType) -> Near {
+    let m = f64::from(op.gate_multiplier);
+    let limit = op.limit.map_or(f64::INFINITY, f64::from);
+    let (g, g_error) = ((m * gate.0).min(limit), m.abs() * gate.1 + U * (m * gate.0).abs());
+    let (act, _) = reference::activation(op.activation, g);
+    let act_error = 1.13 * g_error + U * activation_bound(op.activation, g) * act.abs();
+    let u = up.0.clamp(-limit, limit) + f64::from(op.up_offset);
+    let u_error = up.1 + U * u.abs();
+    let (exact, (half_ulp, smallest)) = (act * u, roundoff(dtype));
+    let error = act_error * (u.abs() + u_error) + act.abs() * u_error + U * exact.abs();
+    (exact, error + half_ulp * (exact.abs() + error) + smallest)
+}
+
+fn rounded((value, error): Near, dtype: DType) -> Near {
+    let (half_ulp, smallest) = roundoff(dtype);
+    (value, error + half_ulp * (value.abs() + error) + smallest)
+}
+
+/// A block's weights and biases, and what it computes.
+struct Case {
+    op: Glu,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    biases: Option<[Matrix; 3]>,
+    down_multiplier: f32,
+}
+
+impl Case {
+    fn new<T: WithDType>(op: Glu, h: usize, i: usize, bias: bool) -> Self {
+        let scale = |k: usize| (k as f64).powf(-0.5);
+        let biases = || [(i, 5), (i, 6), (h, 7)].map(|(n, seed)| Matrix::random::<T>(1, n, 0.5, seed));
+        Self {
+            op,
+            gate: Matrix::random::<T>(i, h, scale(h), 1),
+            up: Matrix::random::<T>(i, h, scale(h), 2),
+            down: Matrix::random::<T>(h, i, scale(i), 3),
+            biases: bias.then(biases),
+            down_multiplier: 1.0,
+        }
+    }
+
+    fn layer<T: WithDType>(&self, kernel: &'static Kernel) -> Box<dyn Layer> {
+        let sizes = (self.down.rows, self.gate.rows);
+        let mut layer = block(kernel, T::DTYPE, sizes, self.op, self.down_multiplier).unwrap();
+        let weights = [(Part::Gate, &self.gate), (Part::Up, &self.up), (Part::Down, &self.down)];
+        for (i, (part, weight)) in weights.into_iter().enumerate() {
+            let (storage, layout) = weight.storage::<T>();
+            layer.set_weight(part, &storage, &layout).unwrap();
+            if let Some(biases) = &self.biases {
+                layer.set_bias(part, &biases[i].data.iter().map(|&v| v as f32).collect::<Vec<_>>());
+            }
+        }
+        layer
+    }
+
+    fn expected(&self, x: &Matrix, dtype: DType) -> Vec<Near> {
+        let bias = |which: usize, at: usize| self.biases.as_ref().map_or(0.0, |biases| biases[which].data[at]);
+        let mut y = vec![];
+        for row in 0..x.rows {
+            let x: Vec<Near> = x.row(row).iter().map(|&v| (v, 0.0)).collect();
+            let project = |w: &Matrix, which, channel| dot(&x, w.row(channel), bias(which, channel));
+            let channel = |c| glu_near(&self.op, project(&self.gate, 0, c), project(&self.up, 1, c), dtype);
+            let h: Vec<Near> = (0..self.gate.rows).map(channel).collect();
+            let scaled = |(value, error): Near| {
+                let factor = f64::from(self.down_multiplier);
+                (value * factor, error * factor.abs() + U * (value * factor).abs())
+            };
+            y.extend((0..self.down.rows).map(|c| rounded(scaled(dot(&h, self.down.row(c), bias(2, c))), dtype)));
+        }
+        y
+    }
+
+    /// Every kernel's y within the bound.
+    fn check<T: WithDType>(&self, x: &Matrix) {
+        let expected = self.expected(x, T::DTYPE);
+        for kernel in available() {
+            let y = run::<T>(&*self.layer::<T>(kernel), x);
+            assert_eq!(y.len(), expected.len());
+            for (at, (&y, &(exact, error))) in y.iter().zip(&expected).enumerate() {
+                let case = format!("{} {:?} {:?}", kernel.name, T::DTYPE, self.op);
+                let sizes = (x.rows, self.down.rows, self.gate.rows);
+                assert!((y - exact).abs() <= error, "{case} (M, H, I) = {sizes:?} at {at}: {y}, exact {exact} ± {error}");
+            }
+        }
+    }
+}
+
+fn run<T: WithDType>(layer: &dyn Layer, x: &Matrix) -> Vec<f64> {
+    let (storage, layout) = x.storage::<T>();
+    values::<T>(layer.forward(&storage, &layout).unwrap())
+}
+
+fn values<T: WithDType>(storage: CpuStorage) -> Vec<f64> {
+    T::cpu_storage_as_slice(&storage).unwrap().iter().map(|v| v.to_f64()).collect()
+}
+
+fn silu() -> Glu {
+    Glu::new(GluActivation::Silu)
+}
+
+/// Rows around the heights of microkernels (6), of the smaller block (24) and of chunks (512); H and I around the widths of
+/// vectors and panels, odd, and longer than a block of k (64 steps with few rows, 2048 values with many).
+fn sizes() -> Vec<(usize, usize, usize)> {
+    let small = [(1, 1), (7, 5), (33, 65), (64, 32), (67, 129)];
+    let mut sizes: Vec<_> = (1..=13).flat_map(|m| small.map(|(h, i)| (m, h, i))).collect();
+    sizes.extend([23, 24, 25, 47, 48, 49].map(|m| (m, 67, 70)));
+    sizes.extend([127, 128, 129, 511, 512, 513].map(|m| (m, 35, 37)));
+    sizes.extend([(3, 2051, 33), (3, 33, 2051), (11, 521, 35), (26, 2051, 33), (26, 33, 4099), (1030, 5, 6)]);
+    sizes
+}
+
+macro_rules! per_dtype {
+    ($module:ident, $dtype:ty) => {
+        mod $module {
+            use super::*;
+            type T = $dtype;
+
+            #[test]
+            fn every_size_meets_the_definition() {
+                for (m, h, i) in sizes() {
+                    Case::new::<T>(silu(), h, i, false).check::<T>(&Matrix::random::<T>(m, h, 1.0, 4));
+                }
+            }
+
+            #[test]
+            fn every_activation_meets_the_definition() {
+                for op in ops() {
+                    for (bias, m) in [(false, 2), (true, 1), (true, 9)] {
+                        let mut case = Case::new::<T>(op, 45, 53, bias);
+                        case.down_multiplier = if bias { 0.375 } else { 1.0 };
+                        case.check::<T>(&Matrix::random::<T>(m, 45, 1.5, 4));
+                    }
+                }
+            }
+
+            #[test]
+            fn linear_meets_the_definition() {
+                let columns = [1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130];
+                for (n, k, m) in columns.into_iter().flat_map(|n| [(n, 77, 1), (n, 130, 7), (n, 9, 40)]) {
+                    let (weight, bias) = (Matrix::random::<T>(n, k, 0.3, 1), Matrix::random::<T>(1, n, 0.3, 2));
+                    let x = Matrix::random::<T>(m, k, 1.0, 4);
+                    for (kernel, with_bias) in available().iter().flat_map(|kernel| [(kernel, false), (kernel, true)]) {
+                        let mut layer = linear(kernel, T::DTYPE, n, k).unwrap();
+                        let (storage, layout) = weight.storage::<T>();
+                        layer.set_weight(Part::Whole, &storage, &layout).unwrap();
+                        if with_bias {
+                            layer.set_bias(Part::Whole, &bias.data.iter().map(|&v| v as f32).collect::<Vec<_>>());
+                        }
+                        let y = run::<T>(&*layer, &x);
+                        for (at, y) in y.into_iter().enumerate() {
+                            let a: Vec<Near> = x.row(at / n).iter().map(|&v| (v, 0.0)).collect();
+                            let bias = if with_bias { bias.data[at % n] } else { 0.0 };
+                            let (exact, error) = rounded(dot(&a, weight.row(at % n), bias), T::DTYPE);
+                            assert!((y - exact).abs() <= error, "{} ({m}, {k}, {n}) at {at}: {y} {exact}", kernel.name);
+                        }
+                    }
+                }
+            }
+
+            /// Decode and prefill agree to the bit, whatever the cuts in rows and in k.
+            #[test]
+            fn a_row_does_not_depend_on_its_company() {
+                let (h, i) = (2051, 67);
+                let case = Case::new::<T>(silu(), h, i, true);
+                let x = Matrix::random::<T>(530, h, 1.0, 4);
+                for kernel in available() {
+                    let layer = case.layer::<T>(kernel);
+                    let all = run::<T>(&*layer, &x);
+                    for range in [0..1, 1..3, 3..9, 9..16, 16..41, 100..160, 511..530] {
+                        let part = run::<T>(&*layer, &x.rows(range.clone()));
+                        assert_eq!(part, all[range.start * h..range.end * h], "{} rows {range:?}", kernel.name);
+                    }
+                }
+            }
+
+            #[test]
+            fn any_layout_gives_what_a_copy_gives() {
+                let (m, h, i) = (9, 35, 41);
+                let case = Case::new::<T>(silu(), h, i, false);
+                let data = Matrix::random::<T>(1, 2 * m * h + 9, 1.0, 4);
+                let (storage, _) = data.storage::<T>();
+                let shape = Shape::from((m, h));
+                let layouts = [
+                    Layout::contiguous_with_offset((m, h), 5),
+                    Layout::new(shape.clone(), vec![2 * h, 1], 3),
+                    Layout::new(shape.clone(), vec![2 * h, 2], 1),
+                    Layout::new(shape.clone(), vec![1, m], 3),
+                    Layout::new(shape.clone(), vec![0, 1], 9),
+                    Layout::new(shape.clone(), vec![1, 0], 9),
+                    Layout::new(shape, vec![0, 0], 2),
+                ];
+                for (kernel, layout) in available().iter().flat_map(|kernel| layouts.iter().map(move |layout| (kernel, layout)))
+                {
+                    let (s, o) = (layout.stride(), layout.start_offset());
+                    let copy = (0..m * h).map(|at| data.data[o + at / h * s[0] + at % h * s[1]]).collect();
+                    let layer = case.layer::<T>(kernel);
+                    let copied = run::<T>(&*layer, &Matrix { rows: m, columns: h, data: copy });
+                    let strided = values::<T>(layer.forward(&storage, layout).unwrap());
+                    assert_eq!(strided, copied, "{} {layout:?}", kernel.name);
+                }
+            }
+
+            /// Weights as transposed or strided views pack to the same; and come back as they were.
+            #[test]
+            fn packing_keeps_every_weight() {
+                let (n, k) = (70, 37);
+                let matrix = Matrix::random::<T>(n, k, 1.0, 1);
+                let transposed: Vec<T> = (0..k * n).map(|at| T::from_f64(matrix.data[at % n * k + at / n])).collect();
+                let transposed = (T::to_cpu_storage_owned(transposed), Layout::new(Shape::from((n, k)), vec![1, n], 0));
+                for kernel in available() {
+                    for (storage, layout) in [&matrix.storage::<T>(), &transposed] {
+                        let mut layer = linear(kernel, T::DTYPE, n, k).unwrap();
+                        layer.set_weight(Part::Whole, storage, layout).unwrap();
+                        assert_eq!(values::<T>(layer.rows(Part::Whole, &mut (0..n))), matrix.data, "{}", kernel.name);
+                        let some = values::<T>(layer.rows(Part::Whole, &mut [69, 0, 32].into_iter()));
+                        assert_eq!(some, [matrix.row(69), matrix.row(0), matrix.row(32)].concat(), "{}", kernel.name);
+                    }
+                }
+            }
+
+            /// NaN and ∞ stay in their row, and padding makes none.
+            #[test]
+            fn what_is_not_finite_stays_in_its_row() {
+                let (m, h, i) = (40, 35, 41);
+                let case = Case::new::<T>(silu(), h, i, false);
+                let clean = Matrix::random::<T>(m, h, 1.0, 4);
+                let mut x = clean.clone();
+                (x.data[3 * h + 34], x.data[7 * h], x.data[39 * h + 1]) = (f64::NAN, f64::INFINITY, f64::NEG_INFINITY);
+                for kernel in available() {
+                    let layer = case.layer::<T>(kernel);
+                    let (expected, y) = (run::<T>(&*layer, &clean), run::<T>(&*layer, &x));
+                    for row in 0..m {
+                        let (y, expected) = (&y[row * h..(row + 1) * h], &expected[row * h..(row + 1) * h]);
+                        match row {
+                            // Every channel holds NaN, or ∞ of both signs on its way: NaN.
+                            3 | 7 | 39 => assert!(y.iter().all(|v| v.is_nan()), "{} row {row}: {y:?}", kernel.name),
+                            _ => assert_eq!(y, expected, "{} row {row}", kernel.name),
+                        }
+                    }
+                }
+            }
+
+            /// Sums that fit are not lost on the way; denormals count unless the instruction takes them for 0.
+            #[test]
+            fn the_ends_of_the_range() {
+                // 2⁷·2⁸ = 2¹⁵ and so on: the largest power of two of the dtype, by one product.
+                let (top, tiny) = match T::DTYPE {
+                    DType::F16 => (15, -24),
+                    DType::BF16 => (127, -133),
+                    _ => (127, -149),
+                };
+                for kernel in available() {
+                    let mut layer = linear(kernel, T::DTYPE, 1, 2).unwrap();
+                    let weight = Matrix { rows: 1, columns: 2, data: vec![2f64.powi(top - 7), 1.0] };
+                    let (storage, layout) = weight.storage::<T>();
+                    layer.set_weight(Part::Whole, &storage, &layout).unwrap();
+                    let y = |a: f64, b: f64| run::<T>(&*layer, &Matrix { rows: 1, columns: 2, data: vec![a, b] })[0];
+                    assert_eq!(y(128.0, 0.0), 2f64.powi(top), "{}", kernel.name);
+                    assert_eq!(y(-128.0, 0.0), -(2f64.powi(top)), "{}", kernel.name);
+                    assert_eq!(y(256.0, 0.0), f64::INFINITY, "{}", kernel.name);
+                    let flushes = kernel.name == "avx512bf16" && T::DTYPE == DType::BF16;
+                    let smallest = 2f64.powi(tiny);
+                    assert_eq!(y(0.0, smallest), if flushes { 0.0 } else { smallest }, "{}", kernel.name);
+                    assert_eq!(y(-0.0, 0.0), 0.0, "{}", kernel.name);
+                    let whole = 3.0; // 2 and 1, of many
+                    assert_eq!(
+                        run::<T>(&*layer, &Matrix { rows: 3, columns: 2, data: vec![0.0, whole, 0.0, -whole, 0.0, 0.0] }),
+                        [3.0, -3.0, 0.0]
+                    );
+                }
+            }
+        }
+    };
+}
+
+per_dtype!(in_f32, f32);
+per_dtype!(in_bf16, bf16);
+per_dtype!(in_f16, f16);
+
+/// One fused multiply-add per product, in the order of k, on every instruction set that has it: the same bits.
+#[test]
+fn vector_kernels_of_one_arithmetic_give_the_same_bits() {
+    fn bits<T: WithDType>(name: &str) -> Option<Vec<f64>> {
+        let kernel = available().iter().find(|kernel| kernel.name == name)?;
+        let case = Case::new::<T>(silu(), 131, 67, true);
+        Some(run::<T>(&*case.layer::<T>(kernel), &Matrix::random::<T>(33, 131, 1.0, 4)))
+    }
+    for name in ["avx512", "avx512bf16"] {
+        assert!(bits::<f32>(name).is_none() || bits::<f32>(name) == bits::<f32>("avx2"), "{name} f32");
+        assert!(bits::<f16>(name).is_none() || bits::<f16>(name) == bits::<f16>("avx2"), "{name} f16");
+    }
+    assert!(bits::<bf16>("avx512").is_none() || bits::<bf16>("avx512") == bits::<bf16>("avx2"), "bf16");
+}
+
+#[test]
+fn dtypes_without_a_kernel_are_left_to_the_plain_path() {
+    for kernel in available() {
+        for dtype in [DType::F64, DType::U8, DType::I64] {
+            assert!(linear(kernel, dtype, 3, 4).is_none() && block(kernel, dtype, (3, 4), silu(), 1.0).is_none());
+        }
+    }
+}
