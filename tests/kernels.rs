@@ -1,0 +1,241 @@
+//! What belongs to a process: the choice of the kernel, the number of threads, panics elsewhere. Each case runs in a child, which
+//! is this program again, asked for one of the functions of [`ROLES`].
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hasher};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::utils::barrier_pool;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::Module;
+use candle_swiglu::{Error, Linear, SwiGluFfn};
+use rayon::prelude::*;
+
+const ROLE: &str = "CANDLE_SWIGLU_TEST_ROLE";
+const FORCED: &str = "CANDLE_SWIGLU_KERNEL";
+
+type Role = fn() -> Result<()>;
+const ROLES: [(&str, Role); 5] =
+    [("names", names), ("digests", digests), ("concurrent", concurrent), ("nested", nested), ("after a panic", after_a_panic)];
+
+/// The child's side.
+#[test]
+#[ignore = "the other tests start it in processes of their own"]
+fn child() -> Result<()> {
+    let role = std::env::var(ROLE)?;
+    let (_, f) = ROLES.into_iter().find(|(name, _)| *name == role).context("no such role")?;
+    f()
+}
+
+/// What the child says after `> `, line by line; an error if it fails or hangs.
+fn run(role: &str, environment: &[(&str, &str)]) -> Result<Vec<String>> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["child", "--exact", "--ignored", "--nocapture"]).env(ROLE, role);
+    for name in [FORCED, "RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"] {
+        command.env_remove(name);
+    }
+    let mut child = command
+        .envs(environment.iter().copied())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()?;
+    let start = Instant::now();
+    while child.try_wait()?.is_none() {
+        if start.elapsed() > Duration::from_secs(300) {
+            child.kill()?;
+            bail!("{role} {environment:?}: hangs");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let output = child.wait_with_output()?;
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "{role} {environment:?}: {out}{err}");
+    Ok(out.lines().filter_map(|line| line.split_once("> ")).map(|(_, said)| said.to_string()).collect())
+}
+
+fn say(line: impl std::fmt::Display) {
+    println!("> {line}");
+}
+
+// ---------------------------------------------------------------- which kernel
+
+/// The kernel's name, or what the error lists.
+fn names() -> Result<()> {
+    let one = Tensor::ones((1, 1), DType::F32, &Device::Cpu)?;
+    match SwiGluFfn::from_tensors(one.clone(), one.clone(), one.clone()) {
+        Ok(ffn) => {
+            let linear = Linear::from_tensors(one, None)?;
+            ensure!(linear.kernel() == ffn.kernel());
+            say(ffn.kernel());
+        }
+        Err(Error::UnknownKernel { available, .. }) => {
+            let message = Linear::from_tensors(one, None).unwrap_err().to_string();
+            ensure!(message.contains(FORCED) && message.contains("sse9"), "{message}");
+            ensure!(available.iter().all(|name| message.contains(name)), "{message}");
+            available.iter().for_each(say);
+        }
+        Err(other) => return Err(other.into()),
+    }
+    Ok(())
+}
+
+/// The kernels of this machine, best first, as an unknown name's error lists them.
+fn available() -> Result<Vec<String>> {
+    run("names", &[(FORCED, "sse9")])
+}
+
+#[test]
+fn every_kernel_of_this_machine_can_be_forced_by_name() -> Result<()> {
+    let available = available()?;
+    #[cfg(target_arch = "x86_64")]
+    let promised = [
+        ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
+        ("avx512", is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq")),
+        ("avx2", is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")),
+        ("scalar", true),
+    ];
+    #[cfg(not(target_arch = "x86_64"))]
+    let promised = [("scalar", true)];
+    let promised: Vec<&str> = promised.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect();
+    assert_eq!(available, promised);
+    for name in &available {
+        assert_eq!(run("names", &[(FORCED, name)])?, [name.as_str()]);
+    }
+    for unset in [&[][..], &[(FORCED, "")]] {
+        assert_eq!(run("names", unset)?, available[..1]);
+    }
+    Ok(())
+}
+
+// ---------------------------------------------------------------- how many threads
+
+/// Deterministic numbers in ±scale.
+fn numbers(dims: (usize, usize), dtype: DType, scale: f64) -> Result<Tensor> {
+    let number = |i: usize| ((i * 2_654_435_761) % 1_000_003) as f64 / 500_001.5 - 1.0;
+    let numbers: Vec<f64> = (0..dims.0 * dims.1).map(|i| scale * number(i)).collect();
+    Ok(Tensor::from_vec(numbers, dims, &Device::Cpu)?.to_dtype(dtype)?)
+}
+
+fn block(h: usize, i: usize, dtype: DType) -> Result<SwiGluFfn> {
+    let weights = [(i, h), (i, h), (h, i)].map(|dims| numbers(dims, dtype, 0.3));
+    let [gate, up, down] = weights;
+    Ok(SwiGluFfn::from_tensors(gate?, up?, down?)?)
+}
+
+fn digest(y: &Tensor) -> Result<u64> {
+    let mut hasher = DefaultHasher::new();
+    for value in y.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()? {
+        ensure!(value.is_finite());
+        hasher.write_u32(value.to_bits());
+    }
+    Ok(hasher.finish())
+}
+
+/// One hash for each dtype and number of rows.
+fn digests() -> Result<()> {
+    say(candle_core::utils::get_num_threads());
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let ffn = block(190, 333, dtype)?;
+        for rows in [1, 5, 16, 77, 600] {
+            say(digest(&ffn.forward(&numbers((rows, 190), dtype, 1.0)?)?)?);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_number_of_threads_does_not_show() -> Result<()> {
+    for kernel in available()? {
+        let mut seen = BTreeSet::new();
+        for threads in ["1", "2", "3", "7"] {
+            let said = run("digests", &[("RAYON_NUM_THREADS", threads), (FORCED, &kernel)])?;
+            assert_eq!(said[0], threads);
+            assert_eq!(said.len(), 1 + 15);
+            seen.insert(said[1..].to_vec());
+        }
+        assert_eq!(seen.len(), 1, "{kernel}: {seen:?}");
+    }
+    Ok(())
+}
+
+// ---------------------------------------------------------------- many callers
+
+/// A block with its inputs and their outputs.
+fn cases() -> Result<Vec<(SwiGluFfn, Tensor, u64)>> {
+    let mut cases = vec![];
+    for dtype in [DType::F32, DType::BF16] {
+        let ffn = block(96, 200, dtype)?;
+        for rows in [1, 3, 40, 150] {
+            let x = numbers((rows, 96), dtype, 1.0)?;
+            let y = digest(&ffn.forward(&x)?)?;
+            cases.push((ffn.clone(), x, y));
+        }
+    }
+    Ok(cases)
+}
+
+fn check((ffn, x, y): &(SwiGluFfn, Tensor, u64)) -> Result<()> {
+    ensure!(digest(&ffn.forward(x)?)? == *y, "another result among other callers");
+    Ok(())
+}
+
+/// Clones in threads, and in rayon's tasks, beside candle's own products.
+fn concurrent() -> Result<()> {
+    let cases = Arc::new(cases()?);
+    let threads: Vec<_> = (0..6)
+        .map(|start| {
+            let cases = cases.clone();
+            std::thread::spawn(move || (0..60).try_for_each(|i| check(&cases[(start + i) % cases.len()])))
+        })
+        .collect();
+    (0..200usize).into_par_iter().try_for_each(|i| {
+        if i % 5 == 0 {
+            let a = numbers((50, 60), DType::F32, 1.0)?;
+            a.matmul(&a.t()?)?;
+        }
+        check(&cases[i % cases.len()])
+    })?;
+    threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
+}
+
+/// From within a task of rayon's that others wait for.
+fn nested() -> Result<()> {
+    let cases = cases()?;
+    let (a, (b, c)) = rayon::join(
+        || cases.iter().try_for_each(check),
+        || rayon::join(|| cases.par_iter().try_for_each(check), || cases.iter().rev().try_for_each(check)),
+    );
+    a.and(b).and(c)
+}
+
+/// Somebody's task on candle's threads panicked, which leaves candle's pool locked for good.
+fn after_a_panic() -> Result<()> {
+    let cases = cases()?;
+    let panicked = std::panic::catch_unwind(|| barrier_pool().execute_chunked(64, |_| panic!("somebody else's panic")));
+    ensure!(panicked.is_err());
+    for _ in 0..3 {
+        cases.iter().try_for_each(check)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn many_callers_at_once() -> Result<()> {
+    for threads in ["1", "2", "5"] {
+        run("concurrent", &[("RAYON_NUM_THREADS", threads)])?;
+        run("nested", &[("RAYON_NUM_THREADS", threads)])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_panic_elsewhere_does_no_harm() -> Result<()> {
+    for threads in ["1", "2", "5"] {
+        run("after a panic", &[("RAYON_NUM_THREADS", threads)])?;
+    }
+    Ok(())
+}
