@@ -6,11 +6,13 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Module, Tensor};
 use candle_swiglu::{Checkpoint, FfnConfig, SwiGluFfn};
 
 static NOW: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
+/// Bytes ever asked for.
+static TOTAL: AtomicUsize = AtomicUsize::new(0);
 
 /// The system's allocator, with a count of the bytes in use. The trait's own `realloc` goes through these two.
 struct Counting;
@@ -21,6 +23,7 @@ unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let now = NOW.fetch_add(layout.size(), SeqCst) + layout.size();
         PEAK.fetch_max(now, SeqCst);
+        TOTAL.fetch_add(layout.size(), SeqCst);
         // SAFETY: the caller's promise is the one that `System` asks for.
         unsafe { System.alloc(layout) }
     }
@@ -70,7 +73,44 @@ fn load(checkpoint: &Checkpoint, dtype: DType) -> Vec<SwiGluFfn> {
 
 /// One test: the counters are the process's.
 #[test]
-fn peak_of_loading() {
+fn the_heap() {
+    forward();
+    loading();
+}
+
+/// Scratch stays within the documented bound and is kept; one row allocates its output and nothing else.
+fn forward() {
+    const TENSOR: usize = 2 << 10; // a tensor's own record, its shape and strides
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let weight = |dims: [usize; 2]| Tensor::full(0.01f32, &dims, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let ffn = SwiGluFfn::from_tensors(weight([I, H]), weight([I, H]), weight([H, I])).unwrap();
+        let threads = candle_core::utils::get_num_threads();
+        let row_bytes = H * dtype.size_in_bytes();
+        for rows in [1usize, 7, 100, 512, 513, 3000] {
+            let x = weight([rows, H]);
+            let before = NOW.load(SeqCst);
+            PEAK.store(before, SeqCst);
+            drop(ffn.forward(&x).unwrap());
+            let peak = PEAK.load(SeqCst) - before;
+            let chunk = rows.min(512);
+            let scratch = chunk * (H + I + 256) * 4 + threads * (chunk * 256 + (256 << 10));
+            let output = rows * row_bytes;
+            assert!(peak <= output + scratch + TENSOR, "{dtype:?} {rows} rows: {peak} B, output {output}, bound {scratch}");
+        }
+        let before = NOW.load(SeqCst);
+        for rows in [1usize, 512, 3, 1500, 1].repeat(5) {
+            let x = weight([rows, H]);
+            let total = TOTAL.load(SeqCst);
+            let y = ffn.forward(&x).unwrap();
+            let allocated = TOTAL.load(SeqCst) - total;
+            assert!(allocated <= rows * row_bytes + TENSOR, "{dtype:?} {rows} rows: {allocated} B allocated");
+            drop(y);
+        }
+        assert!(NOW.load(SeqCst) <= before, "{dtype:?}: repeated calls keep nothing more");
+    }
+}
+
+fn loading() {
     for (in_file, in_memory, packed) in [
         (DType::BF16, DType::BF16, false),
         (DType::BF16, DType::F32, false),
