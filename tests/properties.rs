@@ -1,0 +1,186 @@
+//! Random sizes, layouts, dtypes and formulas against the f64 oracle and its bounds. A failure prints the smallest case found.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod common;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::Module;
+use candle_swiglu::{FfnConfig, GateUp, GluActivation, Linear, PackedOrder, SwiGluFfn, Weights};
+use common::{Block, FLOATS, Numbers, check_within, pack, unit_roundoff, values, weights};
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseResult;
+
+/// How a matrix lies in its storage.
+#[derive(Clone, Copy, Debug)]
+enum Lie {
+    Contiguous,
+    Transposed,
+    /// Columns out of wider rows, not from the first.
+    Narrowed,
+    /// Every other row.
+    Skipping,
+    /// Not contiguous in its leading dimensions: two batches swapped.
+    Swapped,
+}
+
+fn lie() -> impl Strategy<Value = Lie> {
+    use Lie::*;
+    prop_oneof![Just(Contiguous), Just(Transposed), Just(Narrowed), Just(Skipping), Just(Swapped)]
+}
+
+/// The same values, lying otherwise.
+fn laid(matrix: &Tensor, lie: Lie) -> Result<Tensor> {
+    let (rows, columns) = matrix.dims2()?;
+    let zeros = |dims: (usize, usize)| Tensor::zeros(dims, matrix.dtype(), &Device::Cpu);
+    Ok(match lie {
+        Lie::Contiguous => matrix.copy()?,
+        Lie::Transposed => matrix.t()?.contiguous()?.t()?,
+        Lie::Narrowed => Tensor::cat(&[&zeros((rows, 3))?, matrix, &zeros((rows, 2))?], 1)?.narrow(1, 3, columns)?,
+        Lie::Skipping => {
+            let pairs = Tensor::stack(&[matrix, &zeros((rows, columns))?], 1)?; // (rows, 2, columns)
+            pairs.narrow(1, 0, 1)?.squeeze(1)?
+        }
+        Lie::Swapped => {
+            let halves = Tensor::stack(&[matrix, matrix], 1)?.transpose(0, 1)?.contiguous()?; // (2, rows, columns)
+            halves.get(1)?
+        }
+    })
+}
+
+fn activation() -> impl Strategy<Value = GluActivation> {
+    use GluActivation::*;
+    prop_oneof![
+        4 => Just(Silu),
+        1 => (0.25f32..2.0).prop_map(|beta| Swish { beta }),
+        1 => Just(Sigmoid),
+        1 => Just(Relu),
+        1 => Just(Gelu),
+        1 => Just(GeluTanh),
+        1 => Just(Identity),
+    ]
+}
+
+prop_compose! {
+    fn config()(
+        sizes in (1usize..90, 1usize..110),
+        activation in activation(),
+        bias: bool,
+        limit in proptest::option::weighted(0.2, 0.5f32..3.0),
+        modifiers in proptest::option::weighted(0.3, (0.25f32..2.0, -1f32..1.0, 0.25f32..2.0)),
+    ) -> FfnConfig {
+        let mut cfg = FfnConfig::new(sizes.0, sizes.1);
+        (cfg.activation, cfg.bias, cfg.limit) = (activation, bias, limit);
+        if let Some((gate, offset, down)) = modifiers {
+            (cfg.gate_multiplier, cfg.up_offset, cfg.down_multiplier) = (gate, offset, down);
+        }
+        cfg
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Input {
+    dtype: DType,
+    /// Two leading dimensions.
+    rows: (usize, usize),
+    x: Lie,
+    weights: Lie,
+    order: Option<PackedOrder>,
+    seed: u64,
+}
+
+prop_compose! {
+    fn input()(
+        dtype in prop::sample::select(FLOATS.to_vec()),
+        rows in prop_oneof![3 => (1usize..4, 1usize..6), 1 => (1usize..3, 10usize..40)],
+        x in lie(),
+        weights in lie(),
+        order in proptest::option::of(prop_oneof![
+            Just(PackedOrder::GateFirst), Just(PackedOrder::UpFirst), Just(PackedOrder::Interleaved)
+        ]),
+        seed: u64,
+    ) -> Input {
+        Input { dtype, rows, x, weights, order, seed }
+    }
+}
+
+fn passes(result: Result<()>) -> TestCaseResult {
+    result.map_err(|error| TestCaseError::fail(format!("{error:#}")))
+}
+
+/// A block from the weights as `input` lays them out.
+fn build(cfg: &FfnConfig, all: &std::collections::HashMap<String, Tensor>, input: &Input) -> Result<SwiGluFfn> {
+    let weight = |name: &str| laid(&all[&format!("{name}.weight")], input.weights);
+    let bias = |name: &str| all.get(&format!("{name}.bias")).cloned();
+    let gate_up = match input.order {
+        None => GateUp::Separate {
+            gate_proj: weight("gate_proj")?,
+            up_proj: weight("up_proj")?,
+            gate_bias: bias("gate_proj"),
+            up_bias: bias("up_proj"),
+        },
+        Some(order) => {
+            let both = pack(&all["gate_proj.weight"], &all["up_proj.weight"], order)?;
+            let bias = bias("gate_proj").zip(bias("up_proj")).map(|(gate, up)| pack(&gate, &up, order)).transpose()?;
+            GateUp::Packed { gate_up_proj: laid(&both, input.weights)?, bias, order }
+        }
+    };
+    Ok(SwiGluFfn::from_weights(cfg, Weights { gate_up, down_proj: weight("down_proj")?, down_bias: bias("down_proj") })?)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn forward_and_dx_follow_the_oracle(cfg in config(), input in input()) {
+        passes((|| {
+            let mut numbers = Numbers::new(input.seed);
+            let (u, h) = (unit_roundoff(input.dtype), cfg.hidden_size);
+            let all = weights(&cfg, &mut numbers, input.dtype)?;
+            let ffn = build(&cfg, &all, &input)?;
+            let (a, b) = input.rows;
+            let x = laid(&numbers.tensor(&[a * b, h], 1.5, input.dtype)?, input.x)?;
+            let oracle = Block::new(&cfg, &all)?;
+
+            let near = oracle.forward(&x.contiguous()?, u)?;
+            let y = ffn.forward(&x.reshape((a, b, h))?)?;
+            anyhow::ensure!(y.dims() == [a, b, h] && y.dtype() == input.dtype);
+            check_within("y", &y, &near.values(), &near.errors())?;
+            let flat = ffn.forward(&x)?;
+            anyhow::ensure!(values(&flat)? == values(&y)?, "as it lies, and copied: the same");
+
+            let (var, dy) = (Var::from_tensor(&x)?, numbers.tensor(&[a * b, h], 1.0, input.dtype)?);
+            let gradients = (ffn.forward(var.as_tensor())? * &dy)?.sum_all()?.backward()?;
+            let near = &oracle.gradients(&x.contiguous()?, &dy, u)?["dx"];
+            let dx = gradients.get(&var).ok_or_else(|| anyhow::anyhow!("no gradient of x"))?;
+            // candle adds the gradient's two parts in the dtype, and takes denormal bf16 for 0.
+            let bounds: Vec<f64> = near.errors().iter().map(|e| 2.0 * e + 1e-30).collect();
+            check_within("dx", dx, &near.values(), &bounds)?;
+            Ok(())
+        })())?;
+    }
+
+    #[test]
+    fn linear_follows_the_oracle(sizes in (1usize..150, 1usize..150), bias: bool, input in input()) {
+        passes((|| {
+            let mut numbers = Numbers::new(input.seed);
+            let (u, (k, n), m) = (unit_roundoff(input.dtype), sizes, input.rows.0 * input.rows.1);
+            let weight = numbers.tensor(&[n, k], 0.5, input.dtype)?;
+            let bias = bias.then(|| numbers.tensor(&[n], 1.0, input.dtype)).transpose()?;
+            let x = laid(&numbers.tensor(&[m, k], 1.0, input.dtype)?, input.x)?;
+            let linear = Linear::from_tensors(laid(&weight, input.weights)?, bias.clone())?;
+            anyhow::ensure!(values(&linear.weight()?)? == values(&weight)?, "the weight comes back");
+            let wide = |t: &Tensor| t.to_dtype(DType::F64);
+            let product = |x: &Tensor, w: &Tensor, b: Option<&Tensor>| -> Result<Vec<f64>> {
+                let y = wide(x)?.matmul(&wide(w)?.t()?)?;
+                values(&b.map_or(Ok(y.clone()), |b| y.broadcast_add(&wide(b)?))?)
+            };
+            let exact = product(&x, &weight, bias.as_ref())?;
+            let abs = bias.as_ref().map(Tensor::abs).transpose()?;
+            let size = product(&x.abs()?, &weight.abs()?, abs.as_ref())?;
+            let bounds: Vec<f64> = size.iter().map(|size| (k + 3) as f64 * u * size).collect();
+            check_within("y", &linear.forward(&x)?, &exact, &bounds)?;
+            Ok(())
+        })())?;
+    }
+}
