@@ -39,11 +39,13 @@ use self::cache::KvSlot;
 /// The model. Cloning it shares the weights; the state of a text lives in a [`Cache`].
 #[derive(Debug, Clone)]
 pub struct Llama {
-    /// (vocab, hidden)
-    embed_tokens: Tensor,
+    /// (vocab, hidden); none where the weight is `lm_head`'s, of which there is one copy
+    embed_tokens: Option<Tensor>,
     layers: Vec<Layer>,
     norm: Norm,
     lm_head: Linear,
+    dtype: DType,
+    device: Device,
     cfg: LlamaConfig,
 }
 
@@ -55,15 +57,18 @@ impl Llama {
     pub fn load(vb: VarBuilder, cfg: &LlamaConfig) -> Result<Self> {
         let model = vb.pp("model");
         let normal = Init::Randn { mean: 0.0, stdev: 0.02 };
-        let embed_tokens = model.pp("embed_tokens").get_with_hints((cfg.vocab_size, cfg.hidden_size), "weight", normal)?;
+        let embed_tokens = || model.pp("embed_tokens").get_with_hints((cfg.vocab_size, cfg.hidden_size), "weight", normal);
+        let (embed_tokens, lm_head) = match cfg.tie_word_embeddings {
+            true => (None, Linear::from_tensors(embed_tokens()?, None)?),
+            false => {
+                let lm_head = Linear::with_bias(cfg.hidden_size, cfg.vocab_size, false, vb.pp("lm_head"))?;
+                (Some(embed_tokens()?), lm_head)
+            }
+        };
         let layers = (0..cfg.num_hidden_layers).map(|i| Layer::load(cfg, model.pp("layers").pp(i)));
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let norm = Norm::load(cfg, model.pp("norm"))?;
-        let lm_head = match cfg.tie_word_embeddings {
-            true => Linear::from_tensors(embed_tokens.clone(), None)?,
-            false => Linear::with_bias(cfg.hidden_size, cfg.vocab_size, false, vb.pp("lm_head"))?,
-        };
-        Ok(Self { embed_tokens, layers, norm, lm_head, cfg: cfg.clone() })
+        Ok(Self { embed_tokens, layers, norm, lm_head, dtype: vb.dtype(), device: vb.device().clone(), cfg: cfg.clone() })
     }
 
     /// tokens (B,T) u32, of which the first stands at `index_pos` -> logits after the last, (B,vocab) f32.
@@ -95,11 +100,11 @@ impl Llama {
     }
 
     pub fn dtype(&self) -> DType {
-        self.embed_tokens.dtype()
+        self.dtype
     }
 
     pub fn device(&self) -> &Device {
-        self.embed_tokens.device()
+        &self.device
     }
 
     /// tokens (B,T) -> (B,T,hidden), before the last norm.
@@ -107,8 +112,10 @@ impl Llama {
         let (batch, len) = tokens.dims2()?;
         self.check_tokens(tokens)?;
         cache.check(index_pos, len)?;
-        let x = self.embed_tokens.index_select(&tokens.flatten_all()?, 0)?;
-        let mut x = x.reshape((batch, len, self.cfg.hidden_size))?;
+        let mut x = match &self.embed_tokens {
+            Some(table) => table.index_select(&tokens.flatten_all()?, 0)?.reshape((batch, len, self.cfg.hidden_size))?,
+            None => self.lm_head.embed(tokens)?,
+        };
 
         let dtype = attention_dtype(self.dtype(), self.device());
         let tables = cache.tables((index_pos, len), self.dtype(), dtype, self.device())?;
