@@ -370,6 +370,22 @@ fn vector_kernels_of_one_arithmetic_give_the_same_bits() {
     assert!(bits::<bf16>("avx512").is_none() || bits::<bf16>("avx512") == bits::<bf16>("avx2"), "bf16");
 }
 
+/// The benchmark's floor reads every word.
+#[test]
+fn reading_sums_all_words() {
+    let matrix = Matrix::random::<f32>(300, 700, 1.0, 1);
+    let (storage, layout) = matrix.storage::<f32>();
+    for kernel in available() {
+        let mut layer = linear(kernel, DType::F32, 300, 700).unwrap();
+        layer.set_weight(Part::Whole, &storage, &layout).unwrap();
+        // Words are pairs of neighbours in a step; padding adds nothing.
+        let bits = |row: usize, k: usize| u64::from((matrix.row(row)[k] as f32).to_bits());
+        let pairs = (0..300).step_by(2).flat_map(|row| (0..700).map(move |k| (row, k)));
+        let expected = pairs.fold(0u64, |sum, (row, k)| sum.wrapping_add(bits(row, k) + (bits(row + 1, k) << 32)));
+        assert_eq!(layer.read(), expected, "{}", kernel.name);
+    }
+}
+
 #[test]
 fn dtypes_without_a_kernel_are_left_to_the_plain_path() {
     for kernel in available() {

@@ -124,7 +124,7 @@ impl<T: GemmElement + WithDType> Layer for LinearLayer<T> {
     }
 
     fn read(&self) -> u64 {
-        self.projection.weight.read()
+        self.projection.weight.read(self.kernel.sum_words)
     }
 
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
@@ -173,7 +173,8 @@ impl<T: GemmElement + WithDType> Layer for Block<T> {
     }
 
     fn read(&self) -> u64 {
-        self.gate_up.weight.read().wrapping_add(self.down.weight.read())
+        let parts = [&self.gate_up, &self.down].map(|projection| projection.weight.read(self.kernel.sum_words));
+        parts[0].wrapping_add(parts[1])
     }
 
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {

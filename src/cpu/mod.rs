@@ -58,6 +58,8 @@ pub(crate) struct Kernel {
     gemm_f32: Gemm<f32>,
     gemm_bf16: Gemm<bf16>,
     gemm_f16: Gemm<f16>,
+    /// The sum of words mod 2⁶⁴, as fast as this instruction set reads.
+    sum_words: fn(&[u64]) -> u64,
 }
 
 impl GemmElement for f32 {
@@ -158,6 +160,17 @@ macro_rules! instantiate {
                 unsafe { gemm::out_tile::<$proof, T, $nv>(<$proof>::assume(), tile, factor, y, y_stride, columns) }
             }
 
+            $(#[target_feature(enable = $features)])?
+            fn sum_words_body(words: &[u64]) -> u64 {
+                pack::sum_words(words)
+            }
+
+            #[allow(unused_unsafe, reason = "the scalar kernel has no target features")]
+            fn sum_words(words: &[u64]) -> u64 {
+                // SAFETY: only `kernel` names this function, after detection.
+                unsafe { sum_words_body(words) }
+            }
+
             fn micros<P: Product<$proof>, const PREFETCH: bool>() -> Vec<Micro> {
                 vec![$(micro::<P, $mr, PREFETCH>),*]
             }
@@ -208,6 +221,7 @@ macro_rules! instantiate {
                     gemm_f32: gemm_f32::<f32>(true),
                     gemm_bf16: gemm_bf16(),
                     gemm_f16: gemm_f32::<f16>(false),
+                    sum_words,
                 })
             }
         }

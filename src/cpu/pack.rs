@@ -186,20 +186,14 @@ impl<T: Packable> Packed<T> {
         });
     }
 
-    /// Reads everything once, in order, with all threads; the sum of its words.
-    pub(super) fn read(&self) -> u64 {
-        const LEN: usize = 32 << 10; // 256 KiB
+    /// Reads everything once, in order, with all threads, each through `sum_words`; the sum of its words mod 2⁶⁴.
+    pub(super) fn read(&self, sum_words: fn(&[u64]) -> u64) -> u64 {
+        const LEN: usize = 64 << 10; // 512 KiB
         let words: &[u64] = self.buffer.words();
         let (units, sum) = (Phase::new(words.len().div_ceil(LEN)), AtomicU64::new(0));
         threads::run(|_| {
             units.work(|unit| {
-                let words = &words[unit * LEN..words.len().min((unit + 1) * LEN)];
-                // Independent sums in vectors; the loop must not be slower than the memory.
-                let mut sums = [0u64; 32];
-                for chunk in words.chunks_exact(32) {
-                    sums.iter_mut().zip(chunk).for_each(|(sum, &word)| *sum = sum.wrapping_add(word));
-                }
-                let part = sums.iter().fold(0u64, |a, &b| a.wrapping_add(b));
+                let part = sum_words(&words[unit * LEN..words.len().min((unit + 1) * LEN)]);
                 sum.fetch_add(part, Ordering::Relaxed);
             });
         });
@@ -245,4 +239,15 @@ unsafe fn fill_panel<T: Packable>(
         }
         start = end;
     }
+}
+
+/// The sum of whole lines of words mod 2⁶⁴, in enough independent vectors that the memory is what it waits for.
+#[inline(always)]
+pub(super) fn sum_words(words: &[u64]) -> u64 {
+    let (mut sums, lines) = ([0u64; 64], words.chunks_exact(64));
+    let rest: u64 = lines.remainder().iter().fold(0, |a, &b| a.wrapping_add(b));
+    for line in lines {
+        sums.iter_mut().zip(line).for_each(|(sum, &word)| *sum = sum.wrapping_add(word));
+    }
+    sums.iter().fold(rest, |a, &b| a.wrapping_add(b))
 }
