@@ -1,15 +1,26 @@
 //! The whole block against candle's own MLP (three `candle_nn::Linear`, `silu`, `*`) and against the machine's limits, in turn in
-//! one process.
+//! one process; each kernel in a process of its own.
 //!
-//! `cargo bench --bench ffn [-- --shapes 8b,1b --rows 1,4 --dtypes bf16 --seconds 2 --no-candle --record MACHINE/NAME]`
+//! ```text
+//! cargo bench --bench ffn [-- OPTIONS]
+//!   --kernels all          best (default all): names as in CANDLE_SWIGLU_KERNEL, `best` or `all`
+//!   --shapes  small,1b,8b  of (H, I) = (512, 1376), (2048, 8192), (4096, 14336)
+//!   --rows    1,4,16,128,512
+//!   --dtypes  bf16,f16,f32
+//!   --seconds 1            for a case's own samples, and as much for candle's
+//!   --no-candle
+//!   --record  MACHINE/NAME writes NAME.csv, NAME.txt and NAME.svg under benches/record
+//! ```
 //!
-//! The floor of a case is what its weights take to be read or its products to be multiplied, whichever is more, both measured in
-//! the same run: the read of the same packed weights call by call with the block, the peaks once per run.
+//! The floor of a case is what its weights take to be read or its products to be multiplied, whichever is more. Both are measured
+//! beside the case: the read of the same packed weights call by call in turn with the block, with the same threads, the peak of
+//! the multiply-add instruction in bursts in between, the best of which counts.
 
 mod harness;
 
 use std::fmt::Write as _;
 use std::hint::black_box;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -17,28 +28,37 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module};
 use candle_swiglu::SwiGluFfn;
 
+const KERNEL: &str = "CANDLE_SWIGLU_KERNEL";
+const SHAPES: [(&str, usize, usize); 3] = [("small", 512, 1376), ("1b", 2048, 8192), ("8b", 4096, 14336)];
+const HEADER: &str =
+    "kernel,dtype,shape,rows,samples,ms,min_ms,read_ms,read_share,gflops,peak_gflops,peak_share,floor_share,candle_ms,speedup";
+
 struct Options {
+    kernels: String,
     shapes: Vec<(&'static str, usize, usize)>,
     rows: Vec<usize>,
     dtypes: Vec<DType>,
     seconds: f64,
     candle: bool,
+    /// Measure with the kernel of this process and print the csv.
+    child: bool,
 }
-
-const SHAPES: [(&str, usize, usize); 3] = [("small", 512, 1376), ("1b", 2048, 8192), ("8b", 4096, 14336)];
 
 fn options() -> Result<Options> {
     let mut options = Options {
+        kernels: "all".into(),
         shapes: SHAPES.to_vec(),
         rows: vec![1, 4, 16, 128, 512],
         dtypes: vec![DType::BF16, DType::F16, DType::F32],
-        seconds: 2.0,
+        seconds: 1.0,
         candle: true,
+        child: false,
     };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg}: expected a value"));
         match arg.as_str() {
+            "--kernels" => options.kernels = value()?,
             "--shapes" => {
                 let names = value()?;
                 options.shapes = SHAPES.into_iter().filter(|(name, ..)| names.split(',').any(|n| n == *name)).collect();
@@ -47,6 +67,7 @@ fn options() -> Result<Options> {
             "--dtypes" => options.dtypes = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
             "--seconds" => options.seconds = value()?.parse()?,
             "--no-candle" => options.candle = false,
+            "--child" => options.child = true,
             "--record" => drop(value()?),
             _ => {}
         }
@@ -56,17 +77,50 @@ fn options() -> Result<Options> {
 
 fn main() -> Result<()> {
     let options = options()?;
-    let mut csv =
-        String::from("kernel,dtype,shape,rows,ms,min_ms,read_ms,share_of_read,gflops,share_of_peak,candle_ms,speedup\n");
-    print!("{}", harness::machine_facts());
-    let peaks = harness::peaks();
-    for (name, peak) in &peaks {
-        println!("peak     {name} {:.0} GFLOP/s", peak / 1e9);
+    if options.child {
+        return measure_all(&options);
     }
+    print!("{}", harness::machine_facts());
     println!(
-        "{:>10} {:>5} {:>6} {:>5} {:>9} {:>9} {:>9} {:>7} {:>8} {:>7} {:>10} {:>8}",
-        "kernel", "dtype", "shape", "rows", "ms", "min ms", "read ms", "read/t", "GFLOP/s", "of peak", "candle ms", "speedup"
+        "{:>10} {:>5} {:>6} {:>5} {:>9} {:>9} {:>7} {:>8} {:>7} {:>7} {:>10} {:>8}",
+        "kernel", "dtype", "shape", "rows", "ms", "read ms", "read/t", "GFLOP/s", "of peak", "floor/t", "candle ms", "speedup"
     );
+    let mut csv = String::from(HEADER) + "\n";
+    for kernel in kernels(&options.kernels)? {
+        csv += &run_child(kernel)?;
+    }
+    if let Some(path) = harness::record_path() {
+        harness::record(&path, &csv)?;
+        harness::roofline::draw(&path.with_extension("svg"), &csv)?;
+    }
+    Ok(())
+}
+
+/// The kernels asked for, which this machine must have.
+fn kernels(asked: &str) -> Result<Vec<&'static str>> {
+    let available = candle_swiglu::cpu_kernels();
+    match asked {
+        "all" => Ok(available),
+        "best" => Ok(available[..1].to_vec()),
+        names => {
+            let find = |name: &str| available.iter().copied().find(|a| *a == name);
+            let missing = |name| format!("--kernels: expected some of {}, found {name}", available.join(","));
+            names.split(',').map(|name| find(name).with_context(|| missing(name))).collect()
+        }
+    }
+}
+
+/// Measures with one kernel; the csv's lines.
+fn run_child(kernel: &str) -> Result<String> {
+    let mut child = Command::new(std::env::current_exe()?);
+    child.args(std::env::args().skip(1)).arg("--child").env(KERNEL, kernel).stdout(Stdio::piped());
+    let child = child.spawn()?;
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success(), "{kernel}: {}", output.status);
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn measure_all(options: &Options) -> Result<()> {
     for &dtype in &options.dtypes {
         for &(shape, h, i) in &options.shapes {
             let weights = [random(&[i, h], dtype, 1)?, random(&[i, h], dtype, 2)?, random(&[h, i], dtype, 3)?];
@@ -74,15 +128,11 @@ fn main() -> Result<()> {
             let ffn = SwiGluFfn::from_tensors(gate, up, down)?;
             let candle = options.candle.then(|| weights.map(|w| Linear::new(w, None)));
             for &rows in &options.rows {
-                let case = Case { shape, rows, dtype, ffn: &ffn, candle: candle.as_ref(), flops: 6.0 * (rows * h * i) as f64 };
-                let peak = peaks.iter().find(|(name, _)| *name == harness::peak_of(ffn.kernel(), dtype)).map_or(0.0, |p| p.1);
-                let line = case.measure(&random(&[rows, h], dtype, 4)?, peak, options.seconds)?;
-                csv += &line;
+                let flops = 6.0 * (rows * h * i) as f64;
+                let case = Case { shape, rows, dtype, ffn: &ffn, candle: candle.as_ref(), flops };
+                println!("{}", case.measure(&random(&[rows, h], dtype, 4)?, options.seconds)?);
             }
         }
-    }
-    if let Some(path) = harness::record_path() {
-        harness::record(&path, &csv)?;
     }
     Ok(())
 }
@@ -97,44 +147,53 @@ struct Case<'a> {
 }
 
 impl Case<'_> {
-    fn measure(&self, x: &Tensor, peak: f64, seconds: f64) -> Result<String> {
+    /// A line of the csv.
+    fn measure(&self, x: &Tensor, seconds: f64) -> Result<String> {
         if let Some(candle) = self.candle {
             check(&self.ffn.forward(x)?, &candle_mlp(candle, x)?)?;
         }
-        let (mut ours, mut read, mut theirs) = (vec![], vec![], vec![]);
+        let burst = harness::peak_of(self.ffn.kernel(), self.dtype);
+        let (mut ours, mut read, mut theirs, mut peak) = (vec![], vec![], vec![], f64::NAN);
         let time = |samples: &mut Vec<f64>, f: &mut dyn FnMut()| {
             let start = Instant::now();
             f();
             samples.push(start.elapsed().as_secs_f64());
         };
+        let forward = || drop(black_box(self.ffn.forward(black_box(x))));
         // Short calls are timed in groups, so that the clock's resolution does not show.
         let start = Instant::now();
-        (0..3).for_each(|_| drop(black_box(self.ffn.forward(black_box(x)))));
-        let group = (2e-4 / (start.elapsed().as_secs_f64() / 3.0)).ceil().clamp(1.0, 1000.0) as usize;
-        let start = Instant::now();
-        while start.elapsed() < Duration::from_secs_f64(seconds) || ours.len() < 5 {
-            time(&mut ours, &mut || (0..group).for_each(|_| drop(black_box(self.ffn.forward(black_box(x))))));
+        forward();
+        let first = start.elapsed().as_secs_f64();
+        let group = (2e-4 / first).ceil().clamp(1.0, 1000.0) as usize;
+        let enough = if first > 2.0 { 2 } else { 5 };
+        let (start, mut last_burst) = (Instant::now(), None::<Instant>);
+        while start.elapsed() < Duration::from_secs_f64(seconds) || ours.len() < enough {
+            time(&mut ours, &mut || (0..group).for_each(|_| forward()));
             time(&mut read, &mut || (0..group).for_each(|_| _ = black_box(self.ffn.read_weights())));
-            if let Some(candle) = self.candle.filter(|_| theirs.len() < 5 || theirs.iter().sum::<f64>() < seconds) {
+            if let Some(candle) = self.candle.filter(|_| theirs.len() < 3 || theirs.iter().sum::<f64>() < seconds) {
                 time(&mut theirs, &mut || drop(black_box(candle_mlp(candle, black_box(x)))));
+            }
+            if let Some(burst) = burst.filter(|_| last_burst.is_none_or(|at| at.elapsed() > Duration::from_millis(200))) {
+                peak = f64::max(peak, burst());
+                last_burst = Some(Instant::now());
             }
         }
         let share = harness::median(ours.iter().zip(&read).map(|(t, r)| r / t).collect());
-        let best = ours.iter().copied().fold(f64::INFINITY, f64::min) / group as f64;
+        let least = ours.iter().copied().fold(f64::INFINITY, f64::min) / group as f64;
+        let samples = ours.len();
         let [ours, read] = [ours, read].map(|samples| harness::median(samples) / group as f64);
         let theirs = if theirs.is_empty() { f64::NAN } else { harness::median(theirs) };
-        let rate = self.flops / ours;
+        let of_peak = self.flops / ours / peak;
+        let of_floor = share.max(of_peak); // the larger floor gives the larger share
         let (kernel, dtype, shape, rows) = (self.ffn.kernel(), self.dtype.as_str(), self.shape, self.rows);
-        let (ms, min, read_ms, candle_ms) = (ours * 1e3, best * 1e3, read * 1e3, theirs * 1e3);
-        let (gflops, of_peak, speedup) = (rate / 1e9, rate / peak, theirs / ours);
-        println!(
-            "{kernel:>10} {dtype:>5} {shape:>6} {rows:>5} {ms:>9.4} {min:>9.4} {read_ms:>9.4} {share:>7.3} {gflops:>8.1} {of_peak:>7.3} {candle_ms:>10.3} {speedup:>8.1}"
+        let (ms, least, read_ms, candle_ms) = (ours * 1e3, least * 1e3, read * 1e3, theirs * 1e3);
+        let (gflops, peak, speedup) = (self.flops / ours / 1e9, peak / 1e9, theirs / ours);
+        eprintln!(
+            "{kernel:>10} {dtype:>5} {shape:>6} {rows:>5} {ms:>9.4} {read_ms:>9.4} {share:>7.3} {gflops:>8.1} {of_peak:>7.3} {of_floor:>7.3} {candle_ms:>10.3} {speedup:>8.1}"
         );
-        let mut line = String::new();
-        let _ = writeln!(
-            line,
-            "{kernel},{dtype},{shape},{rows},{ms:.5},{min:.5},{read_ms:.5},{share:.4},{gflops:.1},{of_peak:.4},{candle_ms:.4},{speedup:.2}"
-        );
+        let mut line =
+            format!("{kernel},{dtype},{shape},{rows},{samples},{ms:.5},{least:.5},{read_ms:.5},{share:.4},{gflops:.1},");
+        let _ = write!(line, "{peak:.1},{of_peak:.4},{of_floor:.4},{candle_ms:.4},{speedup:.2}");
         Ok(line)
     }
 }

@@ -18,6 +18,7 @@ mod weights;
 pub use activation::GluActivation;
 pub use checkpoint::Checkpoint;
 pub use config::FfnConfig;
+pub use cpu::cpu_kernels;
 pub use error::{Error, Result};
 pub use ffn::SwiGluFfn;
 pub use glu::{Glu, glu_mul, silu_mul};

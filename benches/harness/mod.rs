@@ -3,13 +3,14 @@
 #![allow(unreachable_pub, dead_code, reason = "each benchmark uses a part")]
 
 mod peak;
+pub mod roofline;
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 #[allow(unused_imports, reason = "each benchmark uses a part")]
-pub use peak::{peak_of, peaks};
+pub use peak::peak_of;
 
 /// The median seconds per call of each competitor, measured in turn until `budget` is spent (at least 5 rounds).
 pub fn interleaved(budget: Duration, competitors: &mut [&mut dyn FnMut()]) -> Vec<f64> {

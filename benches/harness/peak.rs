@@ -5,49 +5,30 @@ use std::time::Instant;
 
 use candle_core::DType;
 
-/// The peak that bounds a kernel for a dtype.
-pub fn peak_of(kernel: &str, dtype: DType) -> &'static str {
-    match (kernel.trim_start_matches("plain-"), dtype) {
-        ("avx512bf16", DType::BF16) => "vdpbf16ps",
-        ("avx512bf16" | "avx512", _) => "f32 fma 512",
-        ("avx2", _) => "f32 fma 256",
-        _ => "none",
-    }
-}
-
-/// Flop/s of all threads together, for every instruction set that is here.
-pub fn peaks() -> Vec<(&'static str, f64)> {
+/// A burst of some 20 ms of the instruction that bounds a kernel for a dtype: flop/s of all threads together. None where the
+/// kernel has no such instruction.
+pub fn peak_of(kernel: &str, dtype: DType) -> Option<fn() -> f64> {
     #[cfg(target_arch = "x86_64")]
-    {
-        let mut peaks = vec![];
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
-            // SAFETY: just detected.
-            peaks.push(("vdpbf16ps", measure(64.0 * x86::SUMS as f64, |n| unsafe { x86::bf16(n) })));
-        }
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: just detected.
-            peaks.push(("f32 fma 512", measure(32.0 * x86::SUMS as f64, |n| unsafe { x86::f32_512(n) })));
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: just detected.
-            peaks.push(("f32 fma 256", measure(16.0 * x86::SUMS as f64, |n| unsafe { x86::f32_256(n) })));
-        }
-        peaks
+    match (kernel.trim_start_matches("plain-"), dtype) {
+        // SAFETY: the kernel's name says that the CPU has the instructions.
+        ("avx512bf16", DType::BF16) => return Some(|| burst(64.0, |n| unsafe { x86::bf16(n) })),
+        // SAFETY: as above.
+        ("avx512bf16" | "avx512", _) => return Some(|| burst(32.0, |n| unsafe { x86::f32_512(n) })),
+        // SAFETY: as above.
+        ("avx2", _) => return Some(|| burst(16.0, |n| unsafe { x86::f32_256(n) })),
+        _ => (),
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    vec![]
+    None
 }
 
-/// The best of several runs of `f(n)` on every thread, where one round of n is so many flop.
-fn measure(flop: f64, f: impl Fn(usize) + Sync) -> f64 {
-    const ROUNDS: usize = 4_000_000;
+/// `f(n)` on every thread, where each of n rounds does [`x86::SUMS`] instructions of so many flop.
+#[cfg(target_arch = "x86_64")]
+fn burst(flop: f64, f: impl Fn(usize) + Sync) -> f64 {
+    const ROUNDS: usize = 3_000_000;
     let threads = candle_core::utils::get_num_threads();
-    let run = || {
-        let start = Instant::now();
-        std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(|| f(ROUNDS)))));
-        flop * (ROUNDS * threads) as f64 / start.elapsed().as_secs_f64()
-    };
-    (0..7).map(|_| run()).fold(0.0, f64::max)
+    let start = Instant::now();
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(|| f(ROUNDS)))));
+    flop * (x86::SUMS * ROUNDS * threads) as f64 / start.elapsed().as_secs_f64()
 }
 
 #[cfg(target_arch = "x86_64")]

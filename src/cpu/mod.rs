@@ -259,6 +259,16 @@ pub(crate) fn available() -> &'static [Kernel] {
     })
 }
 
+/// The names of the CPU kernels that this machine can run, best first: of `avx512bf16`, `avx512`, `avx2` and `scalar`. The
+/// environment variable `CANDLE_SWIGLU_KERNEL` takes one of them; without it the first one runs.
+///
+/// ```
+/// assert_eq!(candle_swiglu::cpu_kernels().last(), Some(&"scalar"));
+/// ```
+pub fn cpu_kernels() -> Vec<&'static str> {
+    available().iter().map(|kernel| kernel.name).collect()
+}
+
 /// The environment variable that forces a kernel by name.
 const FORCED: &str = "CANDLE_SWIGLU_KERNEL";
 
@@ -272,7 +282,7 @@ pub(crate) fn selected() -> Result<&'static Kernel> {
     selected.as_ref().copied().map_err(|name| Error::UnknownKernel {
         variable: FORCED,
         found: name.clone(),
-        available: available().iter().map(|kernel| kernel.name).collect(),
+        available: cpu_kernels(),
     })
 }
 
