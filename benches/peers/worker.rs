@@ -1,0 +1,125 @@
+//! Our side of `benches/peers/run.py`: the block, built and timed on request, one line in and one line out.
+//!
+//! | line | what it does | answer |
+//! |---|---|---|
+//! | `facts` | nothing | the machine, several lines, then an empty one |
+//! | `make DTYPE H I M` | writes gate_proj, up_proj (I,H), down_proj (H,I) and x (M,H) to `case.safetensors` | `ok` |
+//! | `load M` | builds the block, writes y (M,H) of x's first M rows to `y-ours.f64` | `ok KERNEL` |
+//! | `time SECONDS` | calls it for so long | `ok MEDIAN MIN CALLS`, seconds per call |
+//! | `quit` | ends | nothing |
+//!
+//! Files are those of the working directory. What fails is answered with `error REASON`.
+
+#[path = "../harness/mod.rs"]
+mod harness;
+
+use std::collections::HashMap;
+use std::hint::black_box;
+use std::io::BufRead;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Tensor, safetensors};
+use candle_nn::Module;
+use candle_swiglu::SwiGluFfn;
+
+const CASE: &str = "case.safetensors";
+const RESULT: &str = "y-ours.f64";
+
+fn main() -> Result<()> {
+    if std::env::args().nth(1).as_deref() != Some("serve") {
+        println!(
+            "a worker of benches/peers/run.py, which measures other systems beside this crate: see benches/peers/README.md"
+        );
+        return Ok(());
+    }
+    let mut loaded = None;
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        if line == "quit" {
+            break;
+        }
+        match answer(&line, &mut loaded) {
+            Ok(answer) => println!("{answer}"),
+            Err(error) => println!("error {}", format!("{error:#}").replace('\n', " ")),
+        }
+    }
+    Ok(())
+}
+
+/// The block and its x (M,H).
+type Loaded = Option<(SwiGluFfn, Tensor)>;
+
+fn answer(line: &str, loaded: &mut Loaded) -> Result<String> {
+    let words: Vec<&str> = line.split(' ').collect();
+    Ok(match words[..] {
+        ["facts"] => harness::machine_facts(),
+        ["make", dtype, h, i, m] => {
+            make(dtype.parse()?, h.parse()?, i.parse()?, m.parse()?)?;
+            "ok".into()
+        }
+        ["load", m] => {
+            let (ffn, x) = loaded.insert(load(m.parse()?)?);
+            write(&ffn.forward(x)?)?;
+            format!("ok {}", ffn.kernel())
+        }
+        ["time", seconds] => {
+            let (ffn, x) = loaded.as_ref().context("`time` before `load`")?;
+            let (median, min, calls) = time(&|| drop(black_box(ffn.forward(black_box(x)))), seconds.parse()?);
+            format!("ok {median:e} {min:e} {calls}")
+        }
+        _ => bail!("unknown line `{line}`"),
+    })
+}
+
+fn make(dtype: DType, h: usize, i: usize, m: usize) -> Result<()> {
+    let weight = |dims: [usize; 2], seed| random(dims, (dims[1] as f32).powf(-0.5), seed)?.to_dtype(dtype);
+    let tensors = HashMap::from([
+        ("gate_proj", weight([i, h], 1)?),
+        ("up_proj", weight([i, h], 2)?),
+        ("down_proj", weight([h, i], 3)?),
+        ("x", random([m, h], 1.0, 4)?.to_dtype(dtype)?),
+    ]);
+    Ok(safetensors::save(&tensors, CASE)?)
+}
+
+/// Numbers of mean 0 and this deviation; the same every time.
+fn random(dims: [usize; 2], deviation: f32, seed: u64) -> candle_core::Result<Tensor> {
+    let scale = deviation * 3f32.sqrt() / (1u32 << 23) as f32;
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let numbers = (0..dims[0] * dims[1]).map(|_| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((state >> 40) as i32 - (1 << 23)) as f32 * scale
+    });
+    Tensor::from_vec(numbers.collect::<Vec<f32>>(), &dims, &Device::Cpu)
+}
+
+fn load(m: usize) -> Result<(SwiGluFfn, Tensor)> {
+    let mut tensors = safetensors::load(CASE, &Device::Cpu)?;
+    let mut take = |name: &str| tensors.remove(name).with_context(|| format!("no `{name}` in {CASE}"));
+    let x = take("x")?.narrow(0, 0, m)?.copy()?;
+    Ok((SwiGluFfn::from_tensors(take("gate_proj")?, take("up_proj")?, take("down_proj")?)?, x))
+}
+
+fn write(y: &Tensor) -> Result<()> {
+    let numbers = y.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    Ok(std::fs::write(RESULT, numbers.into_iter().flat_map(f64::to_le_bytes).collect::<Vec<u8>>())?)
+}
+
+/// Median and least seconds per call, and how many calls, after two calls that do not count. Short ones are timed in groups of
+/// 0.2 ms, so that the clock's resolution does not show.
+fn time(call: &dyn Fn(), seconds: f64) -> (f64, f64, usize) {
+    let sample = |calls: usize| {
+        let start = Instant::now();
+        (0..calls).for_each(|_| call());
+        start.elapsed().as_secs_f64() / calls as f64
+    };
+    sample(1);
+    let group = (2e-4 / sample(1)).ceil().clamp(1.0, 1000.0) as usize;
+    let (start, mut samples) = (Instant::now(), vec![]);
+    while samples.len() < 3 || start.elapsed().as_secs_f64() < seconds {
+        samples.push(sample(group));
+    }
+    let (min, calls) = (samples.iter().copied().fold(f64::INFINITY, f64::min), samples.len() * group);
+    (harness::median(samples), min, calls)
+}
