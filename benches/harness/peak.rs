@@ -21,13 +21,14 @@ pub fn peak_of(kernel: &str, dtype: DType) -> Option<fn() -> f64> {
     None
 }
 
-/// `f(n)` on every thread, where each of n rounds does [`x86::SUMS`] instructions of so many flop.
+/// `f(n)` on every thread of candle's, which the block runs on too, where each of n rounds does [`x86::SUMS`] instructions of so many flop.
 #[cfg(target_arch = "x86_64")]
 fn burst(flop: f64, f: impl Fn(usize) + Sync) -> f64 {
     const ROUNDS: usize = 3_000_000;
-    let threads = candle_core::utils::get_num_threads();
+    let pool = candle_core::utils::barrier_pool();
+    let threads = pool.n_workers() + 1;
     let start = Instant::now();
-    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(|| f(ROUNDS)))));
+    pool.execute(|_| f(ROUNDS));
     flop * (x86::SUMS * ROUNDS * threads) as f64 / start.elapsed().as_secs_f64()
 }
 

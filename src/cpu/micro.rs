@@ -2,8 +2,8 @@
 //!
 //! B is one panel of a packed weight (`pack.rs`): for each step of `K_STEP` values of k, NR columns of `K_STEP` neighbours.
 //! A is row-major. A step loads NV vectors of B and, for each of MR rows, broadcasts the row's element(s) and adds the
-//! products. Nothing is summed across lanes, and each sum runs over k in order: a result does not depend on how many rows or
-//! threads there are, nor on where k is cut.
+//! products. Nothing is summed across lanes, and each sum runs over k in order, in parts of [`Product::SUM_K`]: a result does not
+//! depend on how many rows or threads there are, nor on where `gemm.rs` cuts k.
 //!
 //! [`Product`] is the step for one pair of element types.
 
@@ -19,6 +19,9 @@ pub(super) trait Product<S: Simd> {
     type B;
     /// k per step.
     const K_STEP: usize;
+    /// Sums of this many k begin at zero in registers and then join the total: what rounding does to a sum of n then grows with
+    /// √(`SUM_K` + n / `SUM_K`), not with √n.
+    const SUM_K: usize;
 
     /// acc (MR, NV·LANES) += a (MR, K_STEP) · b (K_STEP, NV·LANES)
     ///
@@ -51,6 +54,9 @@ unsafe fn rank_one<S: Simd, const MR: usize, const NV: usize>(
     }
 }
 
+/// About √K of the models at hand, and a divisor of the k in every block of `gemm.rs`.
+pub(super) const SUM_F32: usize = 64;
+
 /// f32 activations, B of one element per k: f32, or f16 widened as it is loaded.
 pub(super) struct Widen<T>(std::marker::PhantomData<T>);
 
@@ -60,6 +66,7 @@ macro_rules! widen {
             type A = f32;
             type B = $dtype;
             const K_STEP: usize = 1;
+            const SUM_K: usize = SUM_F32;
 
             #[inline(always)]
             unsafe fn step<const MR: usize, const NV: usize>(
@@ -90,6 +97,7 @@ impl<S: Simd> Product<S> for Widen<bf16> {
     type A = f32;
     type B = bf16;
     const K_STEP: usize = 2;
+    const SUM_K: usize = SUM_F32;
 
     #[inline(always)]
     unsafe fn step<const MR: usize, const NV: usize>(
@@ -123,6 +131,8 @@ impl Product<super::avx512::Avx512> for DotBf16 {
     type A = bf16;
     type B = bf16;
     const K_STEP: usize = 2;
+    /// What bf16 rounds away at the end is a thousand times more.
+    const SUM_K: usize = usize::MAX;
 
     #[inline(always)]
     unsafe fn step<const MR: usize, const NV: usize>(
@@ -163,9 +173,23 @@ pub(super) struct Call {
     pub(super) acc: *mut f32,
     /// Start from zero, not from what `acc` holds.
     pub(super) first: bool,
-    /// What to bring into the cache meanwhile: two lines a step, when the microkernel is a prefetching one.
-    pub(super) next: *const u8,
+    /// What to bring into the cache meanwhile, see [`Ahead`]: from here on, and from the step `turn` on from there.
+    pub(super) next: [*const u8; 2],
+    pub(super) turn: usize,
 }
+
+/// How much a microkernel prefetches in each step.
+pub(super) struct Ahead;
+
+impl Ahead {
+    pub(super) const NOTHING: u8 = 0;
+    /// Two lines, of a block that several microkernels fetch together.
+    pub(super) const TWO_LINES: u8 = 1;
+    /// As much as it reads.
+    pub(super) const A_STEP: u8 = 2;
+}
+
+const LINE: usize = 64;
 
 /// A microkernel of fixed MR.
 pub(super) type Micro = unsafe fn(Call);
@@ -176,50 +200,70 @@ pub(super) type Micro = unsafe fn(Call);
 /// The CPU has the instructions of S and P. A has MR rows of at least `steps·K_STEP` readable elements, B `steps` packed
 /// steps of NV·LANES columns, `acc` MR·NV·LANES writable f32. `next` is never read, so it may point anywhere.
 #[inline(always)]
-pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const PREFETCH: bool>(s: S, call: Call) {
+pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const AHEAD: u8>(s: S, call: Call) {
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
-        let mut acc = [[s.splat(0.0); NV]; MR];
-        if !call.first {
-            for (r, row) in acc.iter_mut().enumerate() {
-                for (v, sum) in row.iter_mut().enumerate() {
-                    *sum = s.load_f32(call.acc.add((r * NV + v) * S::LANES));
-                }
-            }
-        }
         let mut a = [call.a.cast::<P::A>(); MR];
         for (r, row) in a.iter_mut().enumerate() {
             *row = row.add(r * call.a_stride);
         }
         let mut b = call.b.cast::<P::B>();
-        let mut next = call.next;
-        let end = call.steps * P::K_STEP;
-        let mut at = 0;
-        while at < end {
-            if PREFETCH {
-                prefetch(next);
-                prefetch(next.wrapping_add(64));
-                next = next.wrapping_add(128);
+        let mut next = call.next[0];
+        let (mut at, end, turn) = (0, call.steps * P::K_STEP, call.turn * P::K_STEP);
+        let mut first = call.first;
+        loop {
+            let mut acc = [[s.splat(0.0); NV]; MR];
+            let sum_end = if P::SUM_K < end - at { at + P::SUM_K } else { end };
+            let totals = call.acc;
+            if P::SUM_K == usize::MAX && !first {
+                for (r, row) in acc.iter_mut().enumerate() {
+                    for (v, sum) in row.iter_mut().enumerate() {
+                        *sum = s.load_f32(totals.add((r * NV + v) * S::LANES));
+                    }
+                }
             }
-            P::step(s, &mut acc, &a, at, b);
-            b = b.add(NV * S::LANES * P::K_STEP);
-            at += P::K_STEP;
-        }
-        for (r, row) in acc.into_iter().enumerate() {
-            for (v, sum) in row.into_iter().enumerate() {
-                s.store_f32(sum, call.acc.add((r * NV + v) * S::LANES));
+            while at < sum_end {
+                let stop = if at < turn && turn < sum_end { turn } else { sum_end };
+                while at < stop {
+                    let lines = match AHEAD {
+                        Ahead::NOTHING => 0,
+                        Ahead::TWO_LINES => 2,
+                        _ => (NV * S::LANES * P::K_STEP * size_of::<P::B>()).div_ceil(LINE),
+                    };
+                    for line in 0..lines {
+                        prefetch(next.wrapping_add(line * LINE));
+                    }
+                    next = next.wrapping_add(lines * LINE);
+                    P::step(s, &mut acc, &a, at, b);
+                    b = b.add(NV * S::LANES * P::K_STEP);
+                    at += P::K_STEP;
+                }
+                if at == turn {
+                    next = call.next[1];
+                }
+            }
+            for (r, row) in acc.into_iter().enumerate() {
+                for (v, sum) in row.into_iter().enumerate() {
+                    let total = totals.add((r * NV + v) * S::LANES);
+                    let joins = P::SUM_K != usize::MAX && !first;
+                    s.store_f32(if joins { s.add(s.load_f32(total), sum) } else { sum }, total);
+                }
+            }
+            first = false;
+            if at >= end {
+                return;
             }
         }
     }
 }
 
-/// Asks for the line at `p` in the second-level cache; any address will do.
+/// Asks for the line at `p` in the first-level cache; any address will do.
 #[inline(always)]
 pub(super) fn prefetch(p: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch reads nothing and cannot fault.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast())
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast())
     };
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;

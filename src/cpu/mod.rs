@@ -92,7 +92,7 @@ macro_rules! instantiate {
         mod $module {
             use super::*;
             use super::glu::{Hidden, Tile};
-            use super::micro::{Call, Micro, Product, Widen};
+            use super::micro::{Ahead, Call, Micro, Product, Widen};
             use super::pack::Packable;
             use super::simd::{Element, Simd};
 
@@ -123,9 +123,9 @@ macro_rules! instantiate {
             /// # Safety
             /// As [`micro::run`].
             $(#[target_feature(enable = $features)])?
-            unsafe fn micro<P: Product<$proof>, const MR: usize, const PREFETCH: bool>(call: Call) {
+            unsafe fn micro<P: Product<$proof>, const MR: usize, const AHEAD: u8>(call: Call) {
                 // SAFETY: the caller's contract, and the target features.
-                unsafe { micro::run::<$proof, P, MR, $nv, PREFETCH>(<$proof>::assume(), call) }
+                unsafe { micro::run::<$proof, P, MR, $nv, AHEAD>(<$proof>::assume(), call) }
             }
 
             /// # Safety
@@ -171,8 +171,8 @@ macro_rules! instantiate {
                 unsafe { sum_words_body(words) }
             }
 
-            fn micros<P: Product<$proof>, const PREFETCH: bool>() -> Vec<Micro> {
-                vec![$(micro::<P, $mr, PREFETCH>),*]
+            fn micros<P: Product<$proof>, const AHEAD: u8>() -> Vec<Micro> {
+                vec![$(micro::<P, $mr, AHEAD>),*]
             }
 
             fn functions<T: Element>() -> Functions<T> {
@@ -187,9 +187,13 @@ macro_rules! instantiate {
                 Gemm {
                     nr: $nv * <$proof>::LANES,
                     a_is_f32: true,
-                    micro: micros::<Widen<T>, false>(),
-                    micro_prefetch: micros::<Widen<T>, true>(),
-                    widen: (!is_f32).then(|| (widen::<T> as _, micros::<Widen<f32>, false>())),
+                    micro: micros::<Widen<T>, { Ahead::NOTHING }>(),
+                    micro_block: micros::<Widen<T>, { Ahead::TWO_LINES }>(),
+                    micro_sweep: micros::<Widen<T>, { Ahead::A_STEP }>(),
+                    // Four lines a step and nothing to convert: for one row the processor fetches ahead by itself.
+                    sweep_from: if is_f32 && <$proof>::LANES == 16 { 2 } else { 1 },
+                    widen: (!is_f32).then(|| (widen::<T> as _, micros::<Widen<f32>, { Ahead::NOTHING }>())),
+                    widen_from: if <$proof>::LANES == 1 { 0 } else { gemm::WIDEN_FROM },
                     convert: convert::<T>,
                     glu_tile: glu_tile::<T, f32>,
                     out_tile: out_tile::<T>,
@@ -202,8 +206,10 @@ macro_rules! instantiate {
                 }
                 Gemm {
                     a_is_f32: false,
-                    micro: micros::<$bf16, false>(),
-                    micro_prefetch: micros::<$bf16, true>(),
+                    micro: micros::<$bf16, { Ahead::NOTHING }>(),
+                    micro_block: micros::<$bf16, { Ahead::TWO_LINES }>(),
+                    micro_sweep: micros::<$bf16, { Ahead::A_STEP }>(),
+                    sweep_from: 2,
                     widen: None,
                     convert: gemm::copy_bf16,
                     glu_tile: glu_tile::<bf16, bf16>,
