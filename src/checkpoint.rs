@@ -281,6 +281,11 @@ impl Contents {
                 let first = self.files[other.file].0.clone();
                 return Err(Error::DuplicateTensor { tensor: name, first, second: path });
             }
+            // An empty tensor may claim any shape; its strides are computed all the same.
+            if info.shape.iter().filter(|&&dim| dim > 0).try_fold(1usize, |n, &dim| n.checked_mul(dim)).is_none() {
+                let reason = format!("{name}: shape {:?} has strides that overflow", info.shape);
+                return Err(Error::Header { path, reason });
+            }
             let (start, end) = info.data_offsets;
             let entry = Entry {
                 file: self.files.len(),

@@ -59,6 +59,16 @@ pub enum Error {
         /// The file it lies in, when known.
         location: Option<PathBuf>,
     },
+    /// A matrix, or its packed form, would have more bytes than there are addresses.
+    #[error("{name}: {rows} x {columns} elements are more than memory can address")]
+    TooLarge {
+        /// The matrix.
+        name: &'static str,
+        /// Its rows.
+        rows: usize,
+        /// Its columns.
+        columns: usize,
+    },
     /// A tensor has another number of dimensions than it must have.
     #[error("{name}: expected {expected}, found rank {} (shape {found:?})", found.len())]
     Rank {

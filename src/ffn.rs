@@ -23,8 +23,9 @@ use crate::weights::{GateUp, PackedOrder, Piece, Weights, split};
 /// [`crate::glu_mul`]. [`SwiGluFfn::kernel`] says which.
 ///
 /// # Accuracy
-/// Products are summed in f32 in the order of k, whatever the number of rows and threads; h and y are rounded once each. (f64
-/// in f64; candle's matmuls round gate and up too.)
+/// Products are summed in f32 in the order of k, whatever the number of rows and threads, in parts of 64 (not for `avx512bf16`
+/// in bf16, whose instruction also takes denormals for 0); h and y are rounded once each. (f64 in f64; candle's matmuls round
+/// gate and up too.)
 ///
 /// # Memory
 /// Beyond y, a call borrows scratch of at most `rows·(H + I + 256)·a + threads·(rows·NR·4 B + 256 KiB)`, rows ≤ 512: longer inputs
@@ -84,7 +85,7 @@ impl SwiGluFfn {
     /// A size of zero, a missing tensor, another shape, names that fit several families, a bias that the config does not ask for.
     pub fn new(cfg: &FfnConfig, vb: VarBuilder) -> Result<Self> {
         check_sizes(cfg)?;
-        let mut builder = Builder::new(cfg, vb.dtype(), vb.device().clone())?;
+        let mut builder = Builder::new(cfg, vb.dtype(), vb.device().clone());
         Weights::load_each(cfg, &vb, |piece| builder.take(piece))?;
         builder.finish()
     }
@@ -123,11 +124,9 @@ impl SwiGluFfn {
         check_sizes(cfg)?;
         check_weights(cfg, &weights)?;
         let (dtype, device) = (weights.down_proj.dtype(), weights.down_proj.device().clone());
-        let mut builder = Builder::new(cfg, dtype, device)?;
+        let mut builder = Builder::new(cfg, dtype, device);
         let pieces = weights.into_pieces();
-        if !pieces.iter().flat_map(Piece::tensors).all(can_pack) {
-            builder.packer = None;
-        }
+        builder.may_pack &= pieces.iter().flat_map(Piece::tensors).all(can_pack);
         pieces.into_iter().try_for_each(|piece| builder.take(piece))?;
         builder.finish()
     }
@@ -186,7 +185,9 @@ struct Builder<'a> {
     cfg: &'a FfnConfig,
     dtype: DType,
     device: Device,
-    /// Takes what can be packed.
+    /// Nothing is packed otherwise.
+    may_pack: bool,
+    /// Takes what can be packed; there from the first such piece on, whose shape has been found to be what the config says.
     packer: Option<Packer>,
     packed: Vec<Part>,
     /// What cannot.
@@ -194,14 +195,17 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(cfg: &'a FfnConfig, dtype: DType, device: Device) -> Result<Self> {
-        let sizes = (cfg.hidden_size, cfg.intermediate_size);
-        let packer = if device.is_cpu() { Packer::block(dtype, sizes, cfg.glu(), cfg.down_multiplier)? } else { None };
-        Ok(Self { cfg, dtype, device, packer, packed: vec![], pieces: vec![] })
+    fn new(cfg: &'a FfnConfig, dtype: DType, device: Device) -> Self {
+        Self { cfg, dtype, may_pack: device.is_cpu(), device, packer: None, packed: vec![], pieces: vec![] }
     }
 
     fn take(&mut self, piece: Piece) -> Result<()> {
-        let Some(packer) = self.packer.as_mut().filter(|_| piece.tensors().all(can_pack)) else {
+        let can_pack = self.may_pack && piece.tensors().all(can_pack);
+        if can_pack && self.packer.is_none() {
+            let sizes = (self.cfg.hidden_size, self.cfg.intermediate_size);
+            self.packer = Packer::block(self.dtype, sizes, self.cfg.glu(), self.cfg.down_multiplier)?;
+        }
+        let Some(packer) = self.packer.as_mut().filter(|_| can_pack) else {
             self.pieces.push(piece);
             return Ok(());
         };
@@ -301,6 +305,10 @@ fn check_sizes(cfg: &FfnConfig) -> Result<()> {
         if size == 0 {
             return Err(Error::ZeroSize { name });
         }
+    }
+    let (rows, columns) = (cfg.intermediate_size, cfg.hidden_size);
+    if rows.checked_mul(2).is_none() {
+        return Err(Error::TooLarge { name: "gate_up_proj", rows, columns });
     }
     Ok(())
 }

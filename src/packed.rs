@@ -18,17 +18,30 @@ pub(crate) fn can_pack(tensor: &Tensor) -> bool {
     constant && tensor.device().is_cpu() && matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16)
 }
 
+/// The packed form has a size: its padding is less than 256 rows and 2 columns, an element at most 4 B.
+fn check_addressable(name: &'static str, rows: usize, columns: usize) -> Result<()> {
+    let padded = rows.checked_add(256).zip(columns.checked_add(2)).and_then(|(r, c)| r.checked_mul(c)?.checked_mul(4));
+    match padded {
+        Some(bytes) if bytes <= isize::MAX as usize => Ok(()),
+        _ => Err(Error::TooLarge { name, rows, columns }),
+    }
+}
+
 /// A layer while its weights are set.
 pub(crate) struct Packer(Box<dyn Layer>);
 
 impl Packer {
     /// None if the kernels do not take `dtype`.
     pub(crate) fn linear(dtype: DType, columns: usize, k: usize) -> Result<Option<Self>> {
+        check_addressable("weight", columns, k)?;
         Ok(cpu::linear(cpu::selected()?, dtype, columns, k).map(Self))
     }
 
     /// None if the kernels do not take `dtype`.
     pub(crate) fn block(dtype: DType, sizes: (usize, usize), glu: Glu, down_multiplier: f32) -> Result<Option<Self>> {
+        let (h, i) = sizes;
+        check_addressable("gate_proj and up_proj", i.saturating_mul(2), h)?;
+        check_addressable("down_proj", h, i)?;
         Ok(cpu::block(cpu::selected()?, dtype, sizes, glu, down_multiplier).map(Self))
     }
 
@@ -142,11 +155,12 @@ impl CustomOp1 for Packed {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let y = self.0.layer.forward(storage, layout)?;
         let columns = match self.0.sizes {
             Sizes::Linear { out_dim, .. } => out_dim,
             Sizes::Block { hidden_size, .. } => hidden_size,
         };
+        check_addressable("y", layout.dims()[0], columns)?; // x may be a broadcast view of more rows than memory has
+        let y = self.0.layer.forward(storage, layout)?;
         Ok((y, Shape::from((layout.dims()[0], columns))))
     }
 

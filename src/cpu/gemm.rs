@@ -4,8 +4,8 @@
 //!    [`CHUNK_ROWS`] at a time, so that scratch is bounded.
 //! 2. Units of work are one panel of weights times a block of rows. Threads claim them in order, so the weights are read as
 //!    one stream. The sums of a unit, (rows, NR) in f32, lie in its thread's scratch.
-//! 3. Up to MR rows take one sweep along the panel with the sums in registers (decode). More take the panel in blocks of k
-//!    that stay in cache while all rows pass by (prefill). Sums run over k in the same order either way.
+//! 3. Up to MR rows take one sweep along the panel, which is fetched ahead of use (decode). More take the panel in blocks of k
+//!    that stay in cache while all rows pass by (prefill). Sums run over k in the same parts and order either way.
 //! 4. An epilogue turns the sums into h or y while they are in cache; gate and up are never written.
 //! 5. Threads go on to the down projection when all of h is there.
 
@@ -489,10 +489,13 @@ pub(super) unsafe fn out_tile<S: super::simd::Simd, T: super::simd::Element, con
             // SAFETY: the caller's contract; a vector that is not whole goes through a buffer.
             unsafe {
                 let value = s.mul(tile.vector::<S, NV>(s, row, v), factor);
+                if at >= columns {
+                    break; // the panel's padding, beyond y
+                }
                 let out = y.add(row * y_stride + at);
                 if at + S::LANES <= columns {
                     T::store(s, value, out);
-                } else if at < columns {
+                } else {
                     let mut buffer = [MaybeUninit::<T>::uninit(); super::simd::MAX_LANES];
                     T::store(s, value, buffer.as_mut_ptr().cast());
                     std::ptr::copy_nonoverlapping(buffer.as_ptr().cast::<T>(), out, columns - at);
