@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The tests under AddressSanitizer: accesses beyond a buffer, use after free, leaks.
+#
+#   scripts/asan.sh                  under every kernel of this machine
+#   scripts/asan.sh avx2 scalar      under these
+#
+# Needs a nightly toolchain. std is linked as it comes; its generic code is compiled here and so is checked too. BUILD_STD=1
+# instruments all of it, which needs the component rust-src and the network for std's own dependencies.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target=x86_64-unknown-linux-gnu # named, so that build scripts and macros stay without the sanitizer
+export RUSTFLAGS="-Zsanitizer=address"
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/asan" # other flags, other files: keep the usual ones
+run=(cargo +nightly test --locked --target "$target")
+if [ -n "${BUILD_STD:-}" ]; then run+=(-Zbuild-std); fi
+
+printf '\n==> unit tests: each goes through all kernels by itself\n'
+"${run[@]}" --lib
+
+kernels=("$@")
+if [ ${#kernels[@]} -eq 0 ]; then
+    # The error for an unknown name lists them.
+    unknown=$(CANDLE_SWIGLU_KERNEL='?' "${run[@]}" --test forward the_kernel_has_a_name 2>&1) && exit 1
+    read -ra kernels <<<"$(sed -n 's/.*expected one of \(.*\), found ?.*/\1/p' <<<"$unknown" | head -1 | tr -d ,)"
+fi
+[ ${#kernels[@]} -gt 0 ]
+for kernel in "${kernels[@]}"; do
+    printf '\n==> %s\n' "$kernel"
+    CANDLE_SWIGLU_KERNEL="$kernel" "${run[@]}" --test forward --test backward --test golden_blocks --test checkpoint \
+        --test bad_input --test properties
+done
