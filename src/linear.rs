@@ -20,7 +20,7 @@ use crate::weights::load_projection;
 /// by candle's matmul, and gets its own gradient (a `VarMap`'s, say).
 ///
 /// # Accuracy
-/// Packed: products are summed in f32 in the order of k, whatever the number of rows and threads, and rounded once.
+/// Packed: products are summed as in [`crate::SwiGluFfn`], whatever the number of rows and threads, and rounded once.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
