@@ -3,15 +3,15 @@
 
     count_instructions.py FILE.s...
 
-For each kernel: the microkernels' innermost loop, per multiply-add of a vector, and silu(gate)*up's, per element. A spill is an
-access to the stack inside the loop.
+For each kernel: the microkernels' innermost loop, per multiply-add of a vector, and silu(gate)*up's, per element. A spill is a
+vector that goes to the stack or comes from there within the loop (row pointers may).
 """
 import re
 import sys
 
 FUSED = re.compile(r"v?f(n?m)(add|la)\w*|vdpbf16ps|bfdot|bfmmla|vfmadd\w*|fmla")
 LANES = {"avx512bf16": 16, "avx512": 16, "avx2": 8, "neonbf16": 4, "neon": 4}
-STACK = re.compile(r"\(%r[sb]p|\[(sp|x29)\b")
+STACK = re.compile(r"%[xyz]mm.*\(%rsp|\(%rsp.*%[xyz]mm|\b[qdv]\d+\b.*\[(sp|x29)\b")
 BRANCH = re.compile(r"^(j[a-z]+|b(\.\w+)?|cbn?z|tbn?z)$")
 
 
@@ -52,9 +52,9 @@ def count(body):
 
 def micro(name):
     """(kernel, dtype and product, MR, AHEAD) of a microkernel's mangled name."""
-    if m := re.search(r"\d(neonbf16)5microKj(\w)_", name):
+    if m := re.search(r"3cpu8(neonbf16)5microKj(\w)_", name):
         return m[1], "bf16 bfmmla", int(m[2], 16), 0
-    if not (m := re.search(r"\d+(\w+?)_kernel5micro(\w+?)Kj(\w)_Kh(\w)?_", name)):
+    if not (m := re.search(r"3cpu\d+(\w+?)_kernel5micro(\w+?)Kj(\w)_Kh(\w)?_", name)):
         return None
     product = m[2]
     kind = "bf16 dot" if "DotBf16" in product else "bf16" if "4bf16" in product else "f16" if "3f16" in product else "f32"
@@ -68,9 +68,9 @@ def main():
             if found := micro(name):
                 kernel, kind, mr, ahead = found
                 best = max((count(body) for body in innermost(lines)), default=(0, 0, 0))
-                if kernel in LANES and best[0] and (kind != "f32" or True):
+                if kernel in LANES and best[0]:
                     rows.append((kernel, kind, mr, ahead, *best))
-            elif (m := re.search(r"\d+(\w+?)_kernel12forward_body(\w+)", name)) and m[1] in LANES:
+            elif (m := re.search(r"3cpu\d+(\w+?)_kernel12forward_body(\w+)", name)) and m[1] in LANES:
                 kind = "bf16" if "4bf16" in m[2] else "f16" if "3f16" in m[2] else "f32"
                 # Loops with one division, fewest instructions first: sigmoid, then silu.
                 divisions = lambda body: sum("div" in line.split()[0] for line in body)
