@@ -402,3 +402,25 @@ fn dtypes_without_a_kernel_are_left_to_the_plain_path() {
         }
     }
 }
+
+/// Rows are cut only where panels leave threads idle, and never into blocks too small to pay.
+#[test]
+fn rows_are_cut_where_panels_do_not_come_out_even() {
+    use super::gemm::block_rows;
+    for (rows, panels, threads, expected) in [
+        (512, 448, 2, 512), // even
+        (512, 447, 2, 512), // one in 447 idle
+        (512, 43, 2, 256),  // one in 43
+        (300, 8, 3, 100),
+        (512, 8, 16, 256), // 16 units
+        (150, 43, 2, 150), // half of it would be below the least
+        (1, 1, 64, 1),
+        (512, 1, 64, 103),
+    ] {
+        assert_eq!(block_rows(rows, panels, threads), expected, "{rows} rows, {panels} panels, {threads} threads");
+    }
+    for (rows, panels, threads) in (1..520).step_by(7).flat_map(|rows| (1..12).map(move |n| (rows, n, 1 + rows % 9))) {
+        let block = block_rows(rows, panels, threads);
+        assert!(block >= 1 && block <= rows && (block == rows || block >= 86), "{rows} {panels} {threads}: {block}");
+    }
+}
