@@ -5,6 +5,7 @@ mod checkpoint;
 mod config;
 #[allow(unsafe_code)]
 mod cpu;
+mod device;
 mod error;
 mod ffn;
 mod glu;
