@@ -2,7 +2,9 @@
 # Runs the kernels of src/metal/swiglu.metal on the CPU against f64: the same file, compiled as C++ with the headers beside this script
 # in the place of Metal's. A line per group, then `N passed, N failed`. Needs a C++20 compiler (g++ 12, clang++ 15), no Mac.
 #
-#   tests/metal_shim/run.sh [--fail-fast]     METAL=FILE tests another file, CXX names the compiler
+#   tests/metal_shim/run.sh [--fail-fast | --names]     METAL=FILE tests another file, CXX names the compiler
+#
+# --fail-fast: as written only, to the first failure. --names: the list that kernels.txt keeps, for the tests of src/metal/plan.rs.
 #
 # What it cannot see: Metal's own rules of the language (address spaces, attributes), the GPU's arithmetic, and speed.
 set -euo pipefail
@@ -17,16 +19,15 @@ sed -E -e 's/^constant bool (\w+) \[\[function_constant\(.*/static thread_local 
     -e 's/\[\[[^]]*\]\]//g' "$source" > "$work/swiglu.inc"
 
 flags=(-std=c++20 -O2 -Wall -Wno-unknown-pragmas -Wno-missing-field-initializers -I"$here" -I"$work" -pthread)
-"${CXX:-g++}" "${flags[@]}" -ffp-contract=off "$here/test.cpp" -o "$work/test" &
+build() { "${CXX:-g++}" "${flags[@]}" "${@:2}" "$here/test.cpp" -o "$work/$1"; }
+build test -ffp-contract=off &
 built=$!
 # Metal may contract a·b + c to fma outside of our own fma, so the bounds must hold with that too.
-contract=(-ffp-contract=fast -mfma)
-if grep -qw fma /proc/cpuinfo 2>/dev/null; then "${CXX:-g++}" "${flags[@]}" "${contract[@]}" "$here/test.cpp" -o "$work/contracted"; fi
+if [ $# -eq 0 ] && grep -qw fma /proc/cpuinfo 2>/dev/null; then build contracted -ffp-contract=fast -mfma; fi
 wait "$built"
-if [ "${1:-}" = --names ]; then exec "$work/test" --names; fi
 if [ -x "$work/contracted" ]; then
     echo "a·b + c contracted to fma:"
-    "$work/contracted" "$@"
+    "$work/contracted"
     echo "as written:"
 fi
 "$work/test" "$@"
