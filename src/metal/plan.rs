@@ -2,9 +2,10 @@
 //!
 //! The choice of a product's kernel is reasoned, not measured (no Apple GPU was at hand):
 //!
-//! 1. Up to 8 rows, `decode`. Its time is that of reading the weights once, as long as the multiplications hide behind that: an M1
-//!    to M4 makes 20 to 40 f32 flops per byte that it reads, so in f16 about 20 rows' worth and in f32 twice that; half of it is left
-//!    for loads and conversions. A tile of 32 rows would do the work of 32.
+//! 1. Up to 8 rows, `decode`: as long as the multiplications hide behind it, its time is that of reading the weights once. M1 to M4
+//!    make 26 to 40 f32 flops per byte that they read, so of f16 weights 26 to 40 rows would hide if there were nothing but
+//!    multiplications; conversions and the loads of x are more than half of the instructions. A tile of 32 rows does the work of
+//!    32, however few they are.
 //! 2. Beyond that, `tile` where something follows the product (the gate, a bias, a factor): written where the sums are, instead of
 //!    (M,2I) to memory and back, and rounded once. 32 rows as long as they are enough, then 64, with which a fragment read from
 //!    threadgroup memory serves twice as many products.
