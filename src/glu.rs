@@ -221,6 +221,17 @@ impl CustomOp2 for Glu {
         Ok((cpu::forward(cpu::selected()?, self, (s1, l1), (s2, l2))?, l1.shape().clone()))
     }
 
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        s1: &candle_core::MetalStorage,
+        l1: &Layout,
+        s2: &candle_core::MetalStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(candle_core::MetalStorage, Shape)> {
+        crate::metal::glu_forward(self, [(s1, l1), (s2, l2)])
+    }
+
     fn bwd(
         &self,
         gate: &Tensor,
@@ -253,5 +264,18 @@ impl CustomOp3 for GluGradient {
         let storage = cpu::backward(cpu::selected()?, &self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
         let dims: Vec<usize> = std::iter::once(2).chain(l1.dims().iter().copied()).collect();
         Ok((storage, Shape::from(dims)))
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        s1: &candle_core::MetalStorage,
+        l1: &Layout,
+        s2: &candle_core::MetalStorage,
+        l2: &Layout,
+        s3: &candle_core::MetalStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(candle_core::MetalStorage, Shape)> {
+        crate::metal::glu_backward(&self.0, [(s1, l1), (s2, l2), (s3, l3)])
     }
 }

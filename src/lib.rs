@@ -12,6 +12,8 @@ mod glu;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod linear;
+#[cfg(any(feature = "metal", test))]
+mod metal;
 mod packed;
 pub mod reference;
 mod weights;

@@ -1,0 +1,165 @@
+// The definition in f64, as src/reference.rs has it, and how far from it f32 arithmetic may end.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+namespace reference {
+
+const double U = std::ldexp(1, -24); // half a unit in the last place of an f32 in [1, 2)
+const double INF = std::numeric_limits<double>::infinity();
+
+// The numbers of swiglu.metal.
+enum Activation : unsigned { SWISH, SIGMOID, RELU, GELU, GELU_TANH, IDENTITY };
+
+struct Op {
+    std::string name;
+    unsigned activation;
+    double beta = 1, m = 1, limit = INF, c = 0;
+    bool plain() const { return m == 1 && limit == INF && c == 0; }
+};
+
+inline std::vector<Op> ops() {
+    const double b = 1.702f, m = 0.6875f;
+    return {
+        {"silu", SWISH},
+        {"swish(1.702)", SWISH, b},
+        {"swish(-0.5)", SWISH, -0.5},
+        {"sigmoid", SIGMOID},
+        {"relu", RELU},
+        {"gelu", GELU},
+        {"gelu_tanh", GELU_TANH},
+        {"identity", IDENTITY},
+        {"gpt-oss", SWISH, b, 1, 7, 1},
+        {"falcon-h1", SWISH, 1, m},
+        {"gelu, limit, offset, multiplier", GELU, 1, -1.25, 0.5, -0.25},
+        {"relu, limit", RELU, 1, 1, 0.75, 0},
+    };
+}
+
+struct Slope { double value, slope; };
+
+inline Slope sigmoid(double z) {
+    const double t = std::exp(-std::fabs(z)), q = 1 / (1 + t);
+    return {z < 0 ? t * q : q, t * q * q};
+}
+
+inline double bounded(double x, double bound) { return x > bound ? bound : x < -bound ? -bound : x; }
+
+// g·s for a factor s in [0, 1] that has vanished where g is very negative
+inline double times_tail(double g, double s) { return s == 0 ? -0.0 : g * s; }
+
+inline Slope activation(const Op& op, double g) {
+    const double k = 1.5957691216057307, inv_sqrt_2pi = 0.3989422804014327, x = bounded(g, 40);
+    switch (op.activation) {
+        case SWISH: {
+            const double z = bounded(op.beta * g, 800);
+            const Slope s = sigmoid(z);
+            return {times_tail(g, s.value), s.value + z * s.slope};
+        }
+        case SIGMOID: return sigmoid(g);
+        case RELU: return {g <= 0 ? 0 : g, g <= 0 ? 0.0 : 1.0};
+        case GELU: {
+            const double cdf = 0.5 * std::erfc(-x * std::sqrt(0.5));
+            return {times_tail(g, cdf), cdf + x * inv_sqrt_2pi * std::exp(-0.5 * x * x)};
+        }
+        case GELU_TANH: {
+            const Slope s = sigmoid(k * (x + 0.044715 * x * x * x));
+            return {times_tail(g, s.value), s.value + x * s.slope * k * (1 + 3 * 0.044715 * x * x)};
+        }
+        default: return {g, 1};
+    }
+}
+
+// The activation's argument, up's factor, and whether each side lies within the limit.
+struct Inputs { double g, u; bool gate_within, up_within; };
+
+inline Inputs inputs(const Op& op, double gate, double up) {
+    const double scaled = gate * op.m;
+    const bool limited = op.limit != INF, beyond = limited && scaled >= op.limit;
+    return {beyond ? op.limit : scaled, bounded(up, op.limit) + op.c, !beyond, !(limited && std::fabs(up) >= op.limit)};
+}
+
+inline double glu(const Op& op, double gate, double up) {
+    const Inputs in = inputs(op, gate, up);
+    return activation(op, in.g).value * in.u;
+}
+
+struct Gradients { double dgate, dup; };
+
+inline Gradients glu_gradient(const Op& op, double gate, double up, double dy) {
+    const Inputs in = inputs(op, gate, up);
+    const Slope a = activation(op, in.g);
+    return {in.gate_within ? dy * in.u * a.slope * op.m : 0, in.up_within ? dy * a.value : 0};
+}
+
+// ---------------------------------------------------------------- bounds
+
+// act(g) alone, in units of U relative: what the CPU kernels document and their tests bound. The argument of the exponential is
+// rounded, and its slope amplifies that: |z| for Swish, 4|v| for the tanh form.
+inline double units(const Op& op, double g) {
+    switch (op.activation) {
+        case SWISH: return 6 + (op.beta == 1 ? 0 : std::min(std::fabs(op.beta * g), 750.0));
+        case SIGMOID: return 6;
+        case GELU: return 12;
+        case GELU_TANH: return 6 + 4 * std::min(std::fabs(1.596 * g + 0.07136 * g * g * g), 750.0);
+        default: return 0;
+    }
+}
+
+// |act'| of the family: gelu'(√2) = 1.129, silu' and any swish' stay below 1.1.
+const double STEEPEST = 1.13;
+
+// Where σ or Φ is denormal its error is absolute, about one 2^-149, which the products with g and up scale.
+inline double denormal(double gate, double up) {
+    const auto size = [](double x) { return std::min(std::fabs(x), 3.4e38); };
+    return std::ldexp(1, -149) * (2 + size(gate)) * (1 + size(up));
+}
+
+// The error of x after a rounding; an infinite x is exact.
+inline double rounded(double x, double error) { return std::isinf(x) ? 0 : error + U * std::fabs(x); }
+
+// glu(gate, up) in f32, if gate and up are off by no more than `dg` and `du`: each step's rounding, and what it passes on.
+inline double glu_error(const Op& op, double gate, double up, double dg, double du) {
+    const Inputs in = inputs(op, gate, up);
+    const double a = std::fabs(activation(op, in.g).value), u = std::fabs(in.u);
+    if (std::isinf(gate)) dg = 0;
+    if (std::isinf(up)) du = 0;
+    if (!op.plain()) {
+        dg = rounded(op.m * gate, std::fabs(op.m) * dg);
+        du = rounded(in.u, du) + U * std::fabs(op.c);
+    }
+    const double da = STEEPEST * dg + U * units(op, in.g) * a;
+    const double product = a * du + da * (u + du);
+    return product + U * (a * u + product) + denormal(in.g, in.u);
+}
+
+// Gradients likewise, for exact gate, up and dy. act' is a sum s + g·s' of terms of size at most 1 and |g·s'| ≤ 0.6 (swish: max of
+// z·σ' is 0.24; gelu: of x·φ is 0.25; tanh form: 0.6 bounds it), each with the activation's own relative error and at most four
+// more roundings; the tanh form's slope repeats v's error.
+inline Gradients gradient_error(const Op& op, double gate, double up, double dy) {
+    const Inputs in = inputs(op, gate, up);
+    const Slope a = activation(op, in.g);
+    const double g = bounded(in.g, 12), relative = U * (units(op, g) + 4 + (op.activation == GELU_TANH ? units(op, g) : 0));
+    const double slope_size = op.activation == RELU || op.activation == IDENTITY ? 0 : std::fabs(a.slope) + 2 * 0.6;
+    const double dg = op.plain() ? 0 : rounded(op.m * gate, 0);
+    const double slope = relative * slope_size + 0.8 * std::max(1.0, std::fabs(op.beta)) * dg; // 0.8: the largest curvature
+    const double u = std::fabs(in.u), du = op.plain() ? 0 : rounded(in.u, U * std::fabs(op.c));
+    const double d = std::fabs(dy), m = std::fabs(op.m), s = std::fabs(a.slope);
+    const double dgate = d * m * ((u + du) * slope + s * du) + 3 * U * d * m * u * s;
+    const double da = STEEPEST * dg + U * units(op, in.g) * std::fabs(a.value);
+    return {dgate + denormal(in.g, in.u) * (1 + std::min(d, 3.4e38)), d * da + U * d * std::fabs(a.value) + denormal(in.g, dy)};
+}
+
+// For an infinite or NaN term: what is finite all the same has a few roundings.
+inline double or_few_roundings(double error, double exact) {
+    return std::isfinite(error) ? error : std::isfinite(exact) ? 16 * U * std::fabs(exact) + std::ldexp(1, -140) : 0;
+}
+
+// A sum of n products of exact factors, in any order: γ·Σ|a||b| with γ = nU/(1-nU).
+inline double gamma(size_t n) { return n * U / (1 - n * U); }
+
+}  // namespace reference

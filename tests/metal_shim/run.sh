@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Runs the kernels of src/metal/swiglu.metal on the CPU against f64: the same file, compiled as C++ with the headers beside this script
+# in the place of Metal's. A line per group, then `N passed, N failed`. Needs a C++20 compiler (g++ 12, clang++ 15), no Mac.
+#
+#   tests/metal_shim/run.sh [--fail-fast | --names]     METAL=FILE tests another file, CXX names the compiler
+#
+# --fail-fast: as written only, to the first failure. --names: the list that kernels.txt keeps, for the tests of src/metal/plan.rs.
+#
+# What it cannot see: Metal's own rules of the language (address spaces, attributes), the GPU's arithmetic, and speed.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+source=${METAL:-$here/../../src/metal/swiglu.metal}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# Function constants become variables, arrays in threadgroup memory objects that notice, and attributes go.
+sed -E -e 's/^constant bool (\w+) \[\[function_constant\(.*/static thread_local bool \1;/' \
+    -e 's/^( +)threadgroup (.*) (\w+)\[(.*)\];/\1static thread_local shim::Threadgroup<\2, \4> \3;/' \
+    -e 's/\[\[[^]]*\]\]//g' "$source" > "$work/swiglu.inc"
+
+flags=(-std=c++20 -O2 -Wall -Wno-unknown-pragmas -Wno-missing-field-initializers -I"$here" -I"$work" -pthread)
+build() { "${CXX:-g++}" "${flags[@]}" "${@:2}" "$here/test.cpp" -o "$work/$1"; }
+build test -ffp-contract=off &
+built=$!
+# Metal may contract a·b + c to fma outside of our own fma, so the bounds must hold with that too.
+if [ $# -eq 0 ] && grep -qw fma /proc/cpuinfo 2>/dev/null; then build contracted -ffp-contract=fast -mfma; fi
+wait "$built"
+if [ -x "$work/contracted" ]; then
+    echo "a·b + c contracted to fma:"
+    "$work/contracted"
+    echo "as written:"
+fi
+"$work/test" "$@"
