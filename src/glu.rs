@@ -1,7 +1,7 @@
 //! The fused gate of a gated linear unit, `out = act(gate) ⊙ up`, as one differentiable operation.
 //!
-//! On the CPU forward and backward are one pass each, in f32 inside with one rounding (f64 for f64), over operands of any
-//! layout; nothing but the inputs is kept for the backward pass. On other devices the same formula is composed of candle's
+//! On the CPU and on CUDA forward and backward are one pass each, in f32 inside with one rounding (f64 for f64), over operands of
+//! any layout; nothing but the inputs is kept for the backward pass. On other devices the same formula is composed of candle's
 //! differentiable operations.
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor};
@@ -111,10 +111,10 @@ impl Glu {
     /// Applies the operation; shapes, errors, accuracy and gradient as [`glu_mul`].
     pub fn mul(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         check_pair(gate, up)?;
-        if gate.device().is_cpu() { Ok(gate.apply_op2(up, *self)?) } else { Ok(self.compose(gate, up)?) }
+        if has_kernels(gate.device())? { Ok(gate.apply_op2(up, *self)?) } else { Ok(self.compose(gate, up)?) }
     }
 
-    /// dgate and dup under dy, on the CPU.
+    /// dgate and dup under dy, where [`has_kernels`].
     pub(crate) fn gradients(&self, gate: &Tensor, up: &Tensor, dy: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
         let gradients = gate.apply_op3(up, dy, GluGradient(*self))?;
         Ok((gradients.get(0)?, gradients.get(1)?))
@@ -131,6 +131,16 @@ impl Glu {
             up = bound_above(&up.neg()?, self.limit)?.affine(-1.0, f64::from(self.up_offset))?;
         }
         (compose_activation(self.activation, &gate)? * up)?.to_dtype(dtype)
+    }
+}
+
+/// The operation and its gradient are kernels of ours on this device.
+fn has_kernels(device: &Device) -> candle_core::Result<bool> {
+    match device {
+        Device::Cpu => Ok(true),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::runs_on(device),
+        _ => Ok(false),
     }
 }
 
@@ -210,7 +220,7 @@ pub(crate) fn check_like(
     Ok(())
 }
 
-/// The forward operation as candle sees it on the CPU.
+/// The forward operation as candle sees it.
 impl CustomOp2 for Glu {
     fn name(&self) -> &'static str {
         "glu_mul"
@@ -218,6 +228,17 @@ impl CustomOp2 for Glu {
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         Ok((cpu::forward(cpu::selected()?, self, (s1, l1), (s2, l2))?, l1.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &candle_core::CudaStorage,
+        l1: &Layout,
+        s2: &candle_core::CudaStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        Ok((crate::cuda::glu_mul(self, [(s1, l1), (s2, l2)])?, l1.shape().clone()))
     }
 
     fn bwd(
@@ -250,7 +271,25 @@ impl CustomOp3 for GluGradient {
         l3: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let storage = cpu::backward(cpu::selected()?, &self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
-        let dims: Vec<usize> = std::iter::once(2).chain(l1.dims().iter().copied()).collect();
-        Ok((storage, Shape::from(dims)))
+        Ok((storage, pair_of(l1)))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &candle_core::CudaStorage,
+        l1: &Layout,
+        s2: &candle_core::CudaStorage,
+        l2: &Layout,
+        s3: &candle_core::CudaStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        let storage = crate::cuda::glu_gradient(&self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
+        Ok((storage, pair_of(l1)))
+    }
+}
+
+/// (2, …)
+fn pair_of(layout: &Layout) -> Shape {
+    Shape::from(std::iter::once(2).chain(layout.dims().iter().copied()).collect::<Vec<_>>())
 }
