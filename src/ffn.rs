@@ -8,8 +8,8 @@ use crate::cpu::{self, Part};
 use crate::error::{Error, Result};
 use crate::glu::{Glu, check_float, check_same};
 use crate::linear::{Linear, over_rows};
-use crate::packed::{Packed, Packer, Sizes, can_pack};
-use crate::weights::{GateUp, PackedOrder, Piece, Weights, split};
+use crate::packed::{Packed, Packer, Sizes, can_pack, has_kernels};
+use crate::weights::{GateUp, PackedOrder, Piece, Weights};
 
 /// The SwiGLU feed-forward block, `y = (silu(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ`, and its relatives ([`FfnConfig`]).
 ///
@@ -196,61 +196,58 @@ struct Builder<'a> {
 
 impl<'a> Builder<'a> {
     fn new(cfg: &'a FfnConfig, dtype: DType, device: Device) -> Self {
-        Self { cfg, dtype, may_pack: device.is_cpu(), device, packer: None, packed: vec![], pieces: vec![] }
+        Self { cfg, dtype, may_pack: has_kernels(&device, dtype), device, packer: None, packed: vec![], pieces: vec![] }
     }
 
     fn take(&mut self, piece: Piece) -> Result<()> {
         let can_pack = self.may_pack && piece.tensors().all(can_pack);
         if can_pack && self.packer.is_none() {
-            let sizes = (self.cfg.hidden_size, self.cfg.intermediate_size);
-            self.packer = Packer::block(self.dtype, sizes, self.cfg.glu(), self.cfg.down_multiplier)?;
+            self.packer = Packer::new(self.sizes(), self.dtype, &self.device)?;
         }
         let Some(packer) = self.packer.as_mut().filter(|_| can_pack) else {
             self.pieces.push(piece);
             return Ok(());
         };
-        let mut set = |part, weight: &Tensor, bias: Option<&Tensor>| {
-            self.packed.push(part);
-            packer.set(part, weight, bias)
-        };
         match &piece {
-            Piece::Gate(weight, bias) => set(Part::Gate, weight, bias.as_ref()),
-            Piece::Up(weight, bias) => set(Part::Up, weight, bias.as_ref()),
-            Piece::Down(weight, bias) => set(Part::Down, weight, bias.as_ref()),
-            Piece::GateUp(weight, bias, order) => {
-                let (gate, up) = split(weight, *order)?;
-                let bias = bias.as_ref().map(|bias| split(bias, *order)).transpose()?;
-                set(Part::Gate, &gate, bias.as_ref().map(|(gate, _)| gate))?;
-                set(Part::Up, &up, bias.as_ref().map(|(_, up)| up))
-            }
+            Piece::Gate(weight, bias) => packer.set(Part::Gate, weight, bias.as_ref())?,
+            Piece::Up(weight, bias) => packer.set(Part::Up, weight, bias.as_ref())?,
+            Piece::Down(weight, bias) => packer.set(Part::Down, weight, bias.as_ref())?,
+            Piece::GateUp(weight, bias, order) => packer.set_gate_up(weight, bias.as_ref(), *order)?,
         }
+        self.packed.extend(match piece {
+            Piece::Gate(..) => &[Part::Gate][..],
+            Piece::Up(..) => &[Part::Up],
+            Piece::Down(..) => &[Part::Down],
+            Piece::GateUp(..) => &[Part::Gate, Part::Up],
+        });
+        Ok(())
+    }
+
+    fn sizes(&self) -> Sizes {
+        let (hidden_size, intermediate_size) = (self.cfg.hidden_size, self.cfg.intermediate_size);
+        Sizes::Block { hidden_size, intermediate_size, glu: self.cfg.glu(), down_multiplier: self.cfg.down_multiplier }
     }
 
     fn finish(mut self) -> Result<SwiGluFfn> {
         let cfg = self.cfg;
         let (hidden_size, intermediate_size) = (cfg.hidden_size, cfg.intermediate_size);
-        let (glu, down_multiplier) = (cfg.glu(), cfg.down_multiplier);
-        let sizes = Sizes::Block { hidden_size, intermediate_size, glu, down_multiplier };
-        let packed = self.packer.take().map(|packer| packer.finish(self.dtype, sizes));
-        let form = match packed {
-            Some(packed) if self.pieces.is_empty() => Form::Packed(packed),
-            packed => {
+        let packer = self.packer.take();
+        let form = match packer {
+            Some(packer) if self.pieces.is_empty() => Form::Packed(packer.finish()?),
+            packer => {
                 // Some tracked and some not: those that were packed are constants of the plain form.
-                for part in std::mem::take(&mut self.packed) {
-                    let Some(packed) = &packed else { continue };
-                    let (weight, bias) = (packed.weight(part)?, packed.bias(part)?);
-                    self.pieces.push(match part {
-                        Part::Gate => Piece::Gate(weight, bias),
-                        Part::Up => Piece::Up(weight, bias),
-                        Part::Down | Part::Whole => Piece::Down(weight, bias),
-                    });
-                }
+                let unpacked = packer.map_or(Ok(vec![]), |packer| packer.unpack(&self.packed))?;
+                self.pieces.extend(unpacked.into_iter().map(|(part, weight, bias)| match part {
+                    Part::Gate => Piece::Gate(weight, bias),
+                    Part::Up => Piece::Up(weight, bias),
+                    Part::Down | Part::Whole => Piece::Down(weight, bias),
+                }));
                 let (gate_up, down) = plain(self.pieces)?;
-                Form::Plain { gate_up, glu, down, down_multiplier }
+                Form::Plain { gate_up, glu: cfg.glu(), down, down_multiplier: cfg.down_multiplier }
             }
         };
         let kernel = match (&form, self.device.is_cpu()) {
-            (Form::Packed(_), _) => cpu::selected()?.name.to_string(),
+            (Form::Packed(packed), _) => packed.kernel()?.to_string(),
             (_, true) => format!("plain-{}", cpu::selected()?.name),
             (_, false) => "plain".to_string(),
         };

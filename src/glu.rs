@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Shape
 
 use crate::activation::GluActivation;
 use crate::cpu;
+use crate::device::has_glu;
 use crate::error::{Error, Result};
 
 /// `act(gate) ⊙ up` for a pair of equal shape: SwiGLU, GLU, ReGLU, GEGLU or the bilinear unit.
@@ -111,10 +112,10 @@ impl Glu {
     /// Applies the operation; shapes, errors, accuracy and gradient as [`glu_mul`].
     pub fn mul(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         check_pair(gate, up)?;
-        if has_kernels(gate.device())? { Ok(gate.apply_op2(up, *self)?) } else { Ok(self.compose(gate, up)?) }
+        if has_glu(gate.device(), gate.dtype()) { Ok(gate.apply_op2(up, *self)?) } else { Ok(self.compose(gate, up)?) }
     }
 
-    /// dgate and dup under dy, where [`has_kernels`].
+    /// dgate and dup under dy, where the device has the fused gate.
     pub(crate) fn gradients(&self, gate: &Tensor, up: &Tensor, dy: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
         let gradients = gate.apply_op3(up, dy, GluGradient(*self))?;
         Ok((gradients.get(0)?, gradients.get(1)?))
@@ -131,16 +132,6 @@ impl Glu {
             up = bound_above(&up.neg()?, self.limit)?.affine(-1.0, f64::from(self.up_offset))?;
         }
         (compose_activation(self.activation, &gate)? * up)?.to_dtype(dtype)
-    }
-}
-
-/// The operation and its gradient are kernels of ours on this device.
-fn has_kernels(device: &Device) -> candle_core::Result<bool> {
-    match device {
-        Device::Cpu => Ok(true),
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::cuda::runs_on(device),
-        _ => Ok(false),
     }
 }
 

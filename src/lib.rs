@@ -8,6 +8,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 mod cuda;
+mod device;
 mod error;
 mod ffn;
 mod glu;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Module, VarBuilder};
 
-use crate::cpu::{self, Part};
+use crate::cpu::Part;
 use crate::error::{Error, Result};
 use crate::glu::{check_float, check_like, check_same};
 use crate::packed::{Packed, Packer, Sizes, can_pack};
@@ -73,13 +73,12 @@ impl Linear {
         if !can_pack(&weight) || !bias.as_ref().is_none_or(can_pack) {
             return Self::plain(weight, bias);
         }
-        let dtype = weight.dtype();
-        let Some(mut packer) = Packer::linear(dtype, out_dim, in_dim)? else {
+        let device = weight.device().clone();
+        let Some(mut packer) = Packer::new(Sizes::Linear { out_dim, in_dim }, weight.dtype(), &device)? else {
             return Self::plain(weight, bias);
         };
         packer.set(Part::Whole, &weight, bias.as_ref())?;
-        let packed = packer.finish(dtype, Sizes::Linear { out_dim, in_dim });
-        Ok(Self { out_dim, in_dim, device: Device::Cpu, form: Form::Packed(packed) })
+        Ok(Self { out_dim, in_dim, device, form: Form::Packed(packer.finish()?) })
     }
 
     /// Never packed.
@@ -131,13 +130,7 @@ impl Linear {
         let flat = ids.flatten_all()?;
         let rows = match &self.form {
             Form::Plain { weight, .. } => weight.0.index_select(&flat, 0)?,
-            Form::Packed(packed) => {
-                let ids = flat.to_vec1::<u32>()?;
-                if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.out_dim) {
-                    return Err(Error::RowOutOfRange { row: id as usize, rows: self.out_dim });
-                }
-                packed.select(Part::Whole, &mut ids.into_iter().map(|id| id as usize))?
-            }
+            Form::Packed(packed) => packed.embed(&flat)?,
         };
         Ok(rows.reshape(dims)?)
     }
@@ -145,7 +138,7 @@ impl Linear {
     /// The name of the kernel that will run, as [`crate::SwiGluFfn::kernel`].
     pub fn kernel(&self) -> &str {
         match &self.form {
-            Form::Packed(_) => cpu::selected().map_or("plain", |kernel| kernel.name),
+            Form::Packed(packed) => packed.kernel().unwrap_or("plain"),
             Form::Plain { .. } => "plain",
         }
     }

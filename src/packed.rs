@@ -1,7 +1,8 @@
 //! Layers with packed weights as candle sees them: one operation each, differentiable in x.
 //!
-//! Packed weights are constants. A weight that a gradient is tracked through is never packed (`ffn.rs`, `linear.rs`); the
-//! gradient of x unpacks what it needs, for as long as it needs it.
+//! On the CPU they are packed for its kernels, on a GPU gate and up share one matrix (`device.rs`). Either way they are
+//! constants. A weight that a gradient is tracked through is never packed (`ffn.rs`, `linear.rs`); the gradient of x unpacks
+//! what it needs, for as long as it needs it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,13 +10,22 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor};
 
 use crate::cpu::{self, Layer, Part};
+use crate::device::{self, DeviceBlock, DeviceLinear, Parts};
 use crate::error::{Error, Result};
 use crate::glu::Glu;
+use crate::weights::{PackedOrder, split};
 
-/// A tensor that may be packed: floats that the kernels take, on the CPU, and no gradient is tracked through it.
+/// A tensor that may be packed: of a dtype for which its device has kernels, and no gradient is tracked through it.
 pub(crate) fn can_pack(tensor: &Tensor) -> bool {
-    let constant = !tensor.is_variable() && !tensor.track_op();
-    constant && tensor.device().is_cpu() && matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16)
+    !tensor.is_variable() && !tensor.track_op() && has_kernels(tensor.device(), tensor.dtype())
+}
+
+/// The device has kernels for projections in this dtype.
+pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
+    match device {
+        Device::Cpu => matches!(dtype, DType::F32 | DType::BF16 | DType::F16),
+        _ => device::has_kernels(device, dtype),
+    }
 }
 
 /// The packed form has a size: its padding is less than 256 rows and 2 columns, an element at most 4 B.
@@ -28,39 +38,104 @@ fn check_addressable(name: &'static str, rows: usize, columns: usize) -> Result<
 }
 
 /// A layer while its weights are set.
-pub(crate) struct Packer(Box<dyn Layer>);
+pub(crate) struct Packer {
+    source: Source,
+    dtype: DType,
+    device: Device,
+    sizes: Sizes,
+}
+
+/// What has been set.
+enum Source {
+    Cpu(Box<dyn Layer>),
+    Device(Parts),
+}
 
 impl Packer {
-    /// None if the kernels do not take `dtype`.
-    pub(crate) fn linear(dtype: DType, columns: usize, k: usize) -> Result<Option<Self>> {
-        check_addressable("weight", columns, k)?;
-        Ok(cpu::linear(cpu::selected()?, dtype, columns, k).map(Self))
+    /// None if the device has no kernels for `dtype`.
+    pub(crate) fn new(sizes: Sizes, dtype: DType, device: &Device) -> Result<Option<Self>> {
+        match sizes {
+            Sizes::Linear { out_dim, in_dim } => check_addressable("weight", out_dim, in_dim)?,
+            Sizes::Block { hidden_size: h, intermediate_size: i, .. } => {
+                check_addressable("gate_proj and up_proj", i.saturating_mul(2), h)?;
+                check_addressable("down_proj", h, i)?;
+            }
+        }
+        let source = match (sizes, device) {
+            (Sizes::Linear { out_dim, in_dim }, Device::Cpu) => {
+                cpu::linear(cpu::selected()?, dtype, out_dim, in_dim).map(Source::Cpu)
+            }
+            (Sizes::Block { hidden_size, intermediate_size, glu, down_multiplier }, Device::Cpu) => {
+                cpu::block(cpu::selected()?, dtype, (hidden_size, intermediate_size), glu, down_multiplier).map(Source::Cpu)
+            }
+            _ => has_kernels(device, dtype).then(|| Source::Device(Parts::default())),
+        };
+        Ok(source.map(|source| Self { source, dtype, device: device.clone(), sizes }))
     }
 
-    /// None if the kernels do not take `dtype`.
-    pub(crate) fn block(dtype: DType, sizes: (usize, usize), glu: Glu, down_multiplier: f32) -> Result<Option<Self>> {
-        let (h, i) = sizes;
-        check_addressable("gate_proj and up_proj", i.saturating_mul(2), h)?;
-        check_addressable("down_proj", h, i)?;
-        Ok(cpu::block(cpu::selected()?, dtype, sizes, glu, down_multiplier).map(Self))
-    }
-
-    /// Packs weight (rows, k) and bias (rows) of the layer's dtype, of any layout.
+    /// Packs weight (rows, k) and bias (rows) of the layer's dtype and device, of any layout.
     pub(crate) fn set(&mut self, part: Part, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+        let layer = match &mut self.source {
+            Source::Cpu(layer) => layer,
+            Source::Device(parts) => return Ok(parts.set(part, weight, bias)?),
+        };
         let (storage, layout) = weight.storage_and_layout();
         match &*storage {
-            Storage::Cpu(storage) => self.0.set_weight(part, storage, layout)?,
-            _ => return Err(Error::Candle(candle_core::Error::Msg("a packed weight lies on the CPU".into()))),
+            Storage::Cpu(storage) => layer.set_weight(part, storage, layout)?,
+            _ => return Err(message("a packed weight lies on the CPU")),
         }
         if let Some(bias) = bias {
-            self.0.set_bias(part, &bias.to_dtype(DType::F32)?.to_vec1::<f32>()?);
+            layer.set_bias(part, &bias.to_dtype(DType::F32)?.to_vec1::<f32>()?);
         }
         Ok(())
     }
 
-    pub(crate) fn finish(self, dtype: DType, sizes: Sizes) -> Packed {
-        Packed(Arc::new(Inner { layer: self.0, dtype, sizes }))
+    /// Gate and up of one tensor (2I,H), in any order.
+    pub(crate) fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: PackedOrder) -> Result<()> {
+        if let (Source::Device(parts), PackedOrder::GateFirst) = (&mut self.source, order) {
+            return Ok(parts.set_gate_up(weight, bias)?);
+        }
+        let (gate, up) = split(weight, order)?;
+        let bias = bias.map(|bias| split(bias, order)).transpose()?;
+        self.set(Part::Gate, &gate, bias.as_ref().map(|(gate, _)| gate))?;
+        self.set(Part::Up, &up, bias.as_ref().map(|(_, up)| up))
     }
+
+    /// What was set, as it was, for a layer that stays plain.
+    pub(crate) fn unpack(self, set: &[Part]) -> Result<Vec<(Part, Tensor, Option<Tensor>)>> {
+        if let Source::Device(parts) = &self.source {
+            let get = |&part| Ok(parts.get(part)?.map(|(weight, bias)| (part, weight, bias)));
+            return set.iter().filter_map(|part| get(part).transpose()).collect();
+        }
+        let packed = self.finish()?;
+        set.iter().map(|&part| Ok((part, packed.weight(part)?, packed.bias(part)?))).collect()
+    }
+
+    /// # Errors
+    /// A weight of a layer on a GPU was not set.
+    pub(crate) fn finish(self) -> Result<Packed> {
+        let store = match (self.source, self.sizes) {
+            (Source::Cpu(layer), _) => Some(Store::Cpu(layer)),
+            (Source::Device(parts), Sizes::Linear { .. }) => parts.into_linear().map(Store::Linear),
+            (Source::Device(parts), Sizes::Block { glu, down_multiplier, .. }) => {
+                parts.into_block(glu, down_multiplier).map(Store::Block)
+            }
+        };
+        let store = store.ok_or_else(|| message("a layer has all its weights"))?;
+        device::prepare(&self.device)?;
+        Ok(Packed(Arc::new(Inner { store, dtype: self.dtype, device: self.device, sizes: self.sizes })))
+    }
+}
+
+fn message(text: &str) -> Error {
+    Error::Candle(candle_core::Error::Msg(text.into()))
+}
+
+/// Where the weights are.
+enum Store {
+    Cpu(Box<dyn Layer>),
+    Linear(DeviceLinear),
+    Block(DeviceBlock),
 }
 
 /// What a packed layer computes.
@@ -75,14 +150,15 @@ pub(crate) enum Sizes {
 pub(crate) struct Packed(Arc<Inner>);
 
 struct Inner {
-    layer: Box<dyn Layer>,
+    store: Store,
     dtype: DType,
+    device: Device,
     sizes: Sizes,
 }
 
 impl fmt::Debug for Packed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Packed").field(&self.0.dtype).field(&self.0.sizes).finish()
+        f.debug_tuple("Packed").field(&self.0.dtype).field(&self.0.device.location()).field(&self.0.sizes).finish()
     }
 }
 
@@ -91,29 +167,67 @@ impl Packed {
         self.0.dtype
     }
 
+    /// The name of the kernel that will run.
+    pub(crate) fn kernel(&self) -> Result<&'static str> {
+        match self.0.device {
+            Device::Cpu => Ok(cpu::selected()?.name),
+            _ => Ok(device::kernel_name(&self.0.device)),
+        }
+    }
+
     /// x (M, k) -> y (M, columns)
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        if x.track_op() { x.apply_op1(self.clone()) } else { x.apply_op1_no_bwd(self) }
+        let contiguous = if x.device().is_cpu() { x.clone() } else { x.contiguous()? };
+        if x.track_op() { contiguous.apply_op1(self.clone()) } else { contiguous.apply_op1_no_bwd(self) }
     }
 
     pub(crate) fn read(&self) -> u64 {
-        self.0.layer.read()
+        match &self.0.store {
+            Store::Cpu(layer) => layer.read(),
+            Store::Linear(_) | Store::Block(_) => 0,
+        }
     }
 
-    /// A weight as it was before it was packed, (rows, k).
+    /// A weight as it was before it was packed, (rows, k); on a GPU a view.
     pub(crate) fn weight(&self, part: Part) -> candle_core::Result<Tensor> {
-        let rows = self.rows_of(part);
-        self.select(part, &mut (0..rows))
+        match &self.0.store {
+            Store::Cpu(_) => self.select(part, &mut (0..self.rows_of(part))),
+            Store::Linear(_) | Store::Block(_) => Ok(self.on_device(part)?.0),
+        }
     }
 
-    /// These rows of a weight, (n, k).
-    pub(crate) fn select(&self, part: Part, rows: &mut dyn Iterator<Item = usize>) -> candle_core::Result<Tensor> {
+    /// The rows `ids` (n) u32 of a linear layer's weight, (n, k).
+    pub(crate) fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let rows = self.rows_of(Part::Whole);
+        let Store::Cpu(_) = &self.0.store else {
+            return Ok(self.on_device(Part::Whole)?.0.index_select(ids, 0)?);
+        };
+        let ids = ids.to_vec1::<u32>()?;
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= rows) {
+            return Err(Error::RowOutOfRange { row: id as usize, rows });
+        }
+        Ok(self.select(Part::Whole, &mut ids.into_iter().map(|id| id as usize))?)
+    }
+
+    fn on_device(&self, part: Part) -> candle_core::Result<(Tensor, Option<Tensor>)> {
+        match &self.0.store {
+            Store::Linear(layer) => Ok((layer.weight.clone(), layer.bias.clone())),
+            Store::Block(block) => block.get(part),
+            Store::Cpu(_) => candle_core::bail!("the weights are packed for the CPU"),
+        }
+    }
+
+    /// These rows of a weight packed for the CPU, (n, k).
+    fn select(&self, part: Part, rows: &mut dyn Iterator<Item = usize>) -> candle_core::Result<Tensor> {
         let k = match (self.0.sizes, part) {
             (Sizes::Linear { in_dim, .. }, _) => in_dim,
             (Sizes::Block { intermediate_size, .. }, Part::Down) => intermediate_size,
             (Sizes::Block { hidden_size, .. }, _) => hidden_size,
         };
-        match self.0.layer.rows(part, rows) {
+        let Store::Cpu(layer) = &self.0.store else {
+            candle_core::bail!("only the CPU's weights are unpacked");
+        };
+        match layer.rows(part, rows) {
             CpuStorage::F32(data) => Tensor::from_vec(data, ((), k), &Device::Cpu),
             CpuStorage::BF16(data) => Tensor::from_vec(data, ((), k), &Device::Cpu),
             CpuStorage::F16(data) => Tensor::from_vec(data, ((), k), &Device::Cpu),
@@ -123,9 +237,12 @@ impl Packed {
 
     /// A bias (rows), if there is one, in the layer's dtype.
     pub(crate) fn bias(&self, part: Part) -> candle_core::Result<Option<Tensor>> {
+        let Store::Cpu(layer) = &self.0.store else {
+            return Ok(self.on_device(part)?.1);
+        };
         let rows = self.rows_of(part);
         let tensor = |bias: Vec<f32>| Tensor::from_vec(bias, rows, &Device::Cpu)?.to_dtype(self.0.dtype);
-        self.0.layer.bias(part).map(tensor).transpose()
+        layer.bias(part).map(tensor).transpose()
     }
 
     fn rows_of(&self, part: Part) -> usize {
@@ -160,8 +277,37 @@ impl CustomOp1 for Packed {
             Sizes::Block { hidden_size, .. } => hidden_size,
         };
         check_addressable("y", layout.dims()[0], columns)?; // x may be a broadcast view of more rows than memory has
-        let y = self.0.layer.forward(storage, layout)?;
+        let y = match &self.0.store {
+            Store::Cpu(layer) => layer.forward(storage, layout)?,
+            Store::Linear(_) | Store::Block(_) => candle_core::bail!("x is on the CPU, the weights are not"),
+        };
         Ok((y, Shape::from((layout.dims()[0], columns))))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        match &self.0.store {
+            Store::Block(block) => crate::cuda::block(block, x, layout),
+            Store::Linear(linear) => crate::cuda::linear(linear, x, layout),
+            Store::Cpu(_) => candle_core::bail!("x is on a CUDA device, the weights are not"),
+        }
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        x: &candle_core::MetalStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(candle_core::MetalStorage, Shape)> {
+        match &self.0.store {
+            Store::Block(block) => crate::metal::block(block, x, layout),
+            Store::Linear(linear) => crate::metal::linear(linear, x, layout),
+            Store::Cpu(_) => candle_core::bail!("x is on a Metal device, the weights are not"),
+        }
     }
 
     /// dx, with gate and up computed again: dh = d·dy·Wd, (dgate, dup) = glu's, dx = dgate·Wg + dup·Wu.

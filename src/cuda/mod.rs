@@ -27,10 +27,10 @@ mod plan;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, WrapErr};
-use candle_core::{DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{DType, Layout, Result, Shape, bail};
 use half::{bf16, f16};
 
-use crate::glu::Glu;
+use crate::device::{DeviceBlock, DeviceLinear};
 use gemm::gemm;
 use launch::{Element, GluOp, Grid, NULL, Pointer, Weight, arguments, contiguous, is_capturing, launch, tensor_map, weight};
 use module::{Kernels, Name};
@@ -38,34 +38,35 @@ pub(crate) use pair::{glu_gradient, glu_mul};
 use plan::{DECODE_ROWS, chunk_rows};
 pub use plan::{Prefill, force_prefill};
 
-/// The weights of a block, of one dtype, contiguous, on one device, and complete ([`prepare`]).
-pub(crate) struct Block<'a> {
-    /// (2I,H), gate's rows first.
-    pub(crate) gate_up: &'a Tensor,
-    /// (2I)
-    pub(crate) gate_up_bias: &'a Option<Tensor>,
-    /// (H,I)
-    pub(crate) down: &'a Tensor,
-    /// (H)
-    pub(crate) down_bias: &'a Option<Tensor>,
-    pub(crate) glu: Glu,
-    pub(crate) down_multiplier: f32,
+/// The block's and the projection's kernels run on this device in this dtype: compute capability 8.0 or newer. Elsewhere candle's
+/// operations do.
+pub(crate) fn supports(device: &CudaDevice, dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::BF16 | DType::F16) && supports_glu(device, dtype)
 }
 
-/// The kernels run on this device: compute capability 8.0 or newer. Elsewhere candle's operations do.
-pub(crate) fn runs_on(device: &CudaDevice) -> Result<bool> {
-    let (major, _) = device.cuda_stream().context().compute_capability().w()?;
-    Ok(major >= 8)
+/// The gate's kernels do, f64 included.
+pub(crate) fn supports_glu(device: &CudaDevice, dtype: DType) -> bool {
+    let floats = matches!(dtype, DType::F64 | DType::F32 | DType::BF16 | DType::F16);
+    floats && device.cuda_stream().context().compute_capability().is_ok_and(|(major, _)| major >= 8)
 }
 
-/// Loads the kernels, and waits until the weights that were written on the device's stream are there.
+/// The code that runs: `cuda-sm80`, `cuda-sm90` or, compiled by the driver from PTX for a newer device, `cuda`.
+pub(crate) fn kernel_name(device: &CudaDevice) -> &'static str {
+    match device.cuda_stream().context().compute_capability() {
+        Ok((8, _)) => "cuda-sm80",
+        Ok((9, _)) => "cuda-sm90",
+        _ => "cuda",
+    }
+}
+
+/// Loads the kernels, and waits until the weights that were written on the device's stream are there: after it a layer may be called.
 pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
     Kernels::of(device)?;
     device.cuda_stream().synchronize().w()
 }
 
 /// x (M,H) of any layout -> y (M,H)
-pub(crate) fn block(block: &Block<'_>, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+pub(crate) fn block(block: &DeviceBlock, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
     match x.dtype() {
         DType::BF16 => block_of::<bf16>(block, x, layout),
         DType::F16 => block_of::<f16>(block, x, layout),
@@ -75,11 +76,11 @@ pub(crate) fn block(block: &Block<'_>, x: &CudaStorage, layout: &Layout) -> Resu
 }
 
 /// x (M,K) of any layout, weight (N,K), bias (N) -> y (M,N) = x·Wᵀ + b
-pub(crate) fn linear(weight: &Tensor, bias: &Option<Tensor>, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+pub(crate) fn linear(linear: &DeviceLinear, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
     match x.dtype() {
-        DType::BF16 => linear_of::<bf16>(weight, bias, x, layout),
-        DType::F16 => linear_of::<f16>(weight, bias, x, layout),
-        DType::F32 => linear_of::<f32>(weight, bias, x, layout),
+        DType::BF16 => linear_of::<bf16>(linear, x, layout),
+        DType::F16 => linear_of::<f16>(linear, x, layout),
+        DType::F32 => linear_of::<f32>(linear, x, layout),
         other => bail!("the CUDA projection takes bf16, f16 and f32, found {other:?}"),
     }
 }
@@ -115,13 +116,13 @@ impl<'a> Rows<'a> {
     }
 }
 
-fn block_of<T: Element>(block: &Block<'_>, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+fn block_of<T: Element>(block: &DeviceBlock, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
     let device = x.device();
     let (stream, kernels) = (device.cuda_stream(), Kernels::of(device)?);
     let call = Call { device, stream: &stream, kernels: &kernels };
     let (m, h) = layout.shape().dims2()?;
     let i = block.gate_up.dim(0)? / 2;
-    let (gate_up, down) = (weight(block.gate_up)?, weight(block.down)?);
+    let (gate_up, down) = (weight(&block.gate_up)?, weight(&block.down)?);
     let gate_up_bias = block.gate_up_bias.as_ref().map(weight).transpose()?;
     let down_bias = block.down_bias.as_ref().map(weight).transpose()?;
     let rows = Rows::new::<T>(x, layout, &stream)?;
@@ -146,24 +147,19 @@ fn block_of<T: Element>(block: &Block<'_>, x: &CudaStorage, layout: &Layout) -> 
     Ok((CudaStorage::wrap_cuda_slice(y, device.clone()), Shape::from((m, h))))
 }
 
-fn linear_of<T: Element>(
-    matrix: &Tensor,
-    bias: &Option<Tensor>,
-    x: &CudaStorage,
-    layout: &Layout,
-) -> Result<(CudaStorage, Shape)> {
+fn linear_of<T: Element>(linear: &DeviceLinear, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
     let device = x.device();
     let (stream, kernels) = (device.cuda_stream(), Kernels::of(device)?);
     let call = Call { device, stream: &stream, kernels: &kernels };
     let (m, _) = layout.shape().dims2()?;
-    let (n, k) = matrix.dims2()?;
-    let (weights, bias) = (weight(matrix)?, bias.as_ref().map(weight).transpose()?);
+    let (n, k) = linear.weight.dims2()?;
+    let (matrix, bias) = (weight(&linear.weight)?, linear.bias.as_ref().map(weight).transpose()?);
     let rows = Rows::new::<T>(x, layout, &stream)?;
     let mut y = call.alloc::<T>(m, n)?;
     {
         let projection = Projection {
             sizes: (n, k),
-            weight: weights.pointer::<T>(device, &stream)?,
+            weight: matrix.pointer::<T>(device, &stream)?,
             bias: Weight::optional::<T>(&bias, device, &stream)?,
             factor: 1.0,
         };

@@ -174,6 +174,11 @@ fn headers_that_lie() {
             ["model.safetensors: broken safetensors header", reason]
         );
     }
+    // no element, so any shape has the right size; its strides do not fit
+    for shape in ["[0,4294967296,4294967296]", "[4294967296,0,4294967296]"] {
+        let opened = open_file(&file(&one(shape, "[0,0]"), 0));
+        assert_error!(opened, Error::Header { .. }, ["model.safetensors", "w: shape [", "strides that overflow"]);
+    }
     // bytes that are not UTF-8
     let mut bytes = file(&one("[4]", "[0,16]"), 16);
     bytes[10] = 0xff;

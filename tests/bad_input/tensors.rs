@@ -214,3 +214,19 @@ fn names_that_fit_several_families() {
         assert_error!(load(&dir, &FfnConfig::new(H, H), prefix), Error::AmbiguousNames { .. }, parts);
     }
 }
+
+#[test]
+fn more_than_memory_can_address() {
+    let cfg = FfnConfig::new(H, usize::MAX / 2 + 1);
+    let parts = ["gate_up_proj: 9223372036854775808 x 4 elements are more than memory can address"];
+    assert_error!(SwiGluFfn::new(&cfg, VarBuilder::zeros(DType::F32, &Device::Cpu)), Error::TooLarge { .. }, parts);
+    // Views of one element, so these exist.
+    let (one, n) = (zeros(&[1, 1], DType::F32), 1 << 31);
+    let huge = one.broadcast_as((n, n)).unwrap();
+    let block = SwiGluFfn::from_tensors(huge.clone(), huge.clone(), huge.clone());
+    assert_error!(block, Error::TooLarge { .. }, ["gate_proj and up_proj: 4294967296 x 2147483648 elements"]);
+    assert_error!(Linear::from_tensors(huge, None), Error::TooLarge { .. }, ["weight: 2147483648 x 2147483648 elements"]);
+    let linear = Linear::from_tensors(one.clone(), None).unwrap();
+    let y = linear.forward(&one.broadcast_as((1 << 62, 1)).unwrap());
+    assert_error!(y, Error::TooLarge { .. }, ["y: 4611686018427387904 x 1 elements"]);
+}
