@@ -6,13 +6,13 @@ use candle_nn::Module;
 use candle_swiglu::{CudaPrefill, FfnConfig, GateUp, PackedOrder, SwiGluFfn, Weights as BlockWeights, force_cuda_prefill};
 
 /// The n-th call of a system, which takes the n-th set of weights.
-pub type Call<'a> = dyn Fn(usize) -> Result<()> + 'a;
+pub(crate) type Call<'a> = dyn Fn(usize) -> Result<()> + 'a;
 
-pub struct System<'a> {
-    pub name: String,
-    pub call: Box<Call<'a>>,
-    pub sets: usize,
-    pub rel_error: f64,
+pub(crate) struct System<'a> {
+    pub(crate) name: String,
+    pub(crate) call: Box<Call<'a>>,
+    pub(crate) sets: usize,
+    pub(crate) rel_error: f64,
 }
 
 /// A block's weights: gate_up_proj (2I,H), gate's rows first, and down_proj (H,I).
@@ -23,7 +23,7 @@ struct Set {
 }
 
 /// Sets of random weights, together 600 MB or more.
-pub struct Weights {
+pub(crate) struct Weights {
     sets: Vec<Set>,
     device: Device,
     dtype: DType,
@@ -32,7 +32,7 @@ pub struct Weights {
 }
 
 impl Weights {
-    pub fn new(device: &Device, dtype: DType, h: usize, i: usize) -> Result<Self> {
+    pub(crate) fn new(device: &Device, dtype: DType, h: usize, i: usize) -> Result<Self> {
         let bytes = 3 * h * i * dtype.size_in_bytes();
         let count = 600_000_000usize.div_ceil(bytes).max(2);
         let random = |rows: usize, k: usize| Tensor::randn(0f32, (k as f32).powf(-0.5), (rows, k), device)?.to_dtype(dtype);
@@ -49,49 +49,49 @@ impl Weights {
 }
 
 /// One shape and number of rows.
-pub struct Case<'a> {
+pub(crate) struct Case<'a> {
     weights: &'a Weights,
-    pub shape: &'static str,
-    pub rows: usize,
+    pub(crate) shape: &'static str,
+    pub(crate) rows: usize,
     x: Tensor,
     /// In place of h for the product with down_proj alone.
     h: Tensor,
 }
 
 impl<'a> Case<'a> {
-    pub fn new(weights: &'a Weights, shape: &'static str, rows: usize) -> Result<Self> {
+    pub(crate) fn new(weights: &'a Weights, shape: &'static str, rows: usize) -> Result<Self> {
         let random = |columns: usize| Tensor::randn(0f32, 1.0, (rows, columns), &weights.device)?.to_dtype(weights.dtype);
         Ok(Self { weights, shape, rows, x: random(weights.h)?, h: random(weights.i)? })
     }
 
-    pub fn device(&self) -> Result<Device> {
+    pub(crate) fn device(&self) -> Result<Device> {
         Ok(self.weights.device.clone())
     }
 
-    pub fn dtype(&self) -> DType {
+    pub(crate) fn dtype(&self) -> DType {
         self.weights.dtype
     }
 
-    pub fn hidden_size(&self) -> usize {
+    pub(crate) fn hidden_size(&self) -> usize {
         self.weights.h
     }
 
-    pub fn intermediate_size(&self) -> usize {
+    pub(crate) fn intermediate_size(&self) -> usize {
         self.weights.i
     }
 
     /// Weights, x and y.
-    pub fn bytes(&self) -> f64 {
+    pub(crate) fn bytes(&self) -> f64 {
         let (h, i) = (self.weights.h as f64, self.weights.i as f64);
         (3.0 * h * i + 2.0 * self.rows as f64 * h) * self.weights.dtype.size_in_bytes() as f64
     }
 
-    pub fn operations(&self) -> f64 {
+    pub(crate) fn operations(&self) -> f64 {
         6.0 * self.rows as f64 * self.weights.h as f64 * self.weights.i as f64
     }
 
     /// The systems of this case, their results checked.
-    pub fn systems(&'a self) -> Result<Vec<System<'a>>> {
+    pub(crate) fn systems(&'a self) -> Result<Vec<System<'a>>> {
         let exact = self.exact()?;
         let mut systems = vec![];
         let mut add = |name: &str, block: &'a dyn Fn(&Case<'a>, &Set) -> Result<Tensor>, checked: bool| -> Result<()> {

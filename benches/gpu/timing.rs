@@ -1,4 +1,5 @@
 //! Times by events on the stream, and the ceilings.
+#![allow(unsafe_code, reason = "one launch of a kernel of its own")]
 
 use std::fmt::Write as _;
 
@@ -11,10 +12,10 @@ use crate::systems::{Call, System};
 const SAMPLES: usize = 15;
 const SAMPLE_US: f64 = 2000.0;
 
-pub struct Time {
-    pub median: f64,
-    pub least: f64,
-    pub most: f64,
+pub(crate) struct Time {
+    pub(crate) median: f64,
+    pub(crate) least: f64,
+    pub(crate) most: f64,
 }
 
 impl Time {
@@ -42,7 +43,7 @@ fn elapsed(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<f64> {
 }
 
 /// Microseconds per call of each system, the samples of one after those of another.
-pub fn in_turn(device: &Device, systems: &[System<'_>]) -> Result<Vec<Time>> {
+pub(crate) fn in_turn(device: &Device, systems: &[System<'_>]) -> Result<Vec<Time>> {
     let mut batches = vec![];
     for system in systems {
         let call = &*system.call;
@@ -82,14 +83,14 @@ fn capture(device: &Device, call: &Call<'_>, calls: usize) -> Result<CudaGraph> 
 }
 
 /// What the device can do at best, measured in this run.
-pub struct Ceilings {
-    pub gb_per_s: f64,
-    pub tflops: f64,
+pub(crate) struct Ceilings {
+    pub(crate) gb_per_s: f64,
+    pub(crate) tflops: f64,
 }
 
 impl Ceilings {
     /// Appends a line for each to `csv`.
-    pub fn measure(device: &Device, shapes: &[(&'static str, usize, usize)], csv: &mut String) -> Result<Self> {
+    pub(crate) fn measure(device: &Device, shapes: &[(&'static str, usize, usize)], csv: &mut String) -> Result<Self> {
         let data = Tensor::zeros(4usize << 30, DType::U8, device)?;
         let mut line = |system: &str, shape: &str, time: &Time, gb_per_s: f64, tflops: f64| {
             let (us, least, most) = (time.median, time.least, time.most);
@@ -106,7 +107,7 @@ impl Ceilings {
         drop(data);
         let a = Tensor::randn(0f32, 1.0, (8192, 8192), device)?.to_dtype(DType::BF16)?;
         a.matmul(&a.t()?)?;
-        let samples = (0..SAMPLES).map(|_| elapsed(device, || Ok(drop(a.matmul(&a.t()?)?)))).collect::<Result<Vec<_>>>()?;
+        let samples = (0..SAMPLES).map(|_| elapsed(device, || Ok(a.matmul(&a.t()?).map(drop)?))).collect::<Result<Vec<_>>>()?;
         let product = Time::of(samples);
         let tflops = 2.0 * 8192f64.powi(3) / product.median * 1e-6;
         line("cublas", "8192", &product, 0.0, tflops);
