@@ -6,7 +6,7 @@ use std::ops::Deref;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::sys::cudaDataType_t;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop, sys};
-use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage, WrapErr};
+use candle_core::cuda_backend::{CudaDType, CudaStorage, WrapErr};
 use candle_core::{Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
@@ -59,7 +59,11 @@ pub(super) const NULL: Pointer<'static> = Pointer { address: 0, _in_use: None };
 impl<'a> Pointer<'a> {
     /// The elements of `storage` from `offset` on, to be read.
     pub(super) fn read<T: Element>(storage: &'a CudaStorage, offset: usize, stream: &'a CudaStream) -> Result<Self> {
-        let (start, in_use) = storage.as_cuda_slice::<T>()?.device_ptr(stream);
+        let slice = storage.as_cuda_slice::<T>()?;
+        if slice.context().cu_ctx() != stream.context().cu_ctx() {
+            bail!("the tensors of one operation lie on different GPUs");
+        }
+        let (start, in_use) = slice.device_ptr(stream);
         Ok(Self { address: start + (offset * size_of::<T>()) as u64, _in_use: Some(in_use) })
     }
 
@@ -91,20 +95,16 @@ pub(super) fn weight(tensor: &Tensor) -> Result<Weight<impl Deref<Target = Stora
 }
 
 impl<G: Deref<Target = Storage>> Weight<G> {
-    pub(super) fn pointer<'a, T: Element>(&'a self, device: &CudaDevice, stream: &'a CudaStream) -> Result<Pointer<'a>> {
+    pub(super) fn pointer<'a, T: Element>(&'a self, stream: &'a CudaStream) -> Result<Pointer<'a>> {
         match &*self.storage {
-            Storage::Cuda(storage) if storage.device().id() == device.id() => Pointer::read::<T>(storage, self.offset, stream),
-            _ => bail!("x and the weights lie on different CUDA devices"),
+            Storage::Cuda(storage) => Pointer::read::<T>(storage, self.offset, stream),
+            _ => bail!("a weight of the CUDA kernels lies on a CUDA device"),
         }
     }
 
     /// Null where there is no weight.
-    pub(super) fn optional<'a, T: Element>(
-        weight: &'a Option<Self>,
-        device: &CudaDevice,
-        stream: &'a CudaStream,
-    ) -> Result<Pointer<'a>> {
-        weight.as_ref().map_or(Ok(NULL), |weight| weight.pointer::<T>(device, stream))
+    pub(super) fn optional<'a, T: Element>(weight: &'a Option<Self>, stream: &'a CudaStream) -> Result<Pointer<'a>> {
+        weight.as_ref().map_or(Ok(NULL), |weight| weight.pointer::<T>(stream))
     }
 }
 

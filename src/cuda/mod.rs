@@ -131,12 +131,12 @@ fn block_of<T: Element>(block: &DeviceBlock, x: &CudaStorage, layout: &Layout) -
         let operands = Operands {
             sizes: (m, h, i),
             x: rows.pointer::<T>(&stream)?,
-            gate_up: gate_up.pointer::<T>(device, &stream)?,
-            gate_up_bias: Weight::optional::<T>(&gate_up_bias, device, &stream)?,
+            gate_up: gate_up.pointer::<T>(&stream)?,
+            gate_up_bias: Weight::optional::<T>(&gate_up_bias, &stream)?,
             down: Projection {
                 sizes: (h, i),
-                weight: down.pointer::<T>(device, &stream)?,
-                bias: Weight::optional::<T>(&down_bias, device, &stream)?,
+                weight: down.pointer::<T>(&stream)?,
+                bias: Weight::optional::<T>(&down_bias, &stream)?,
                 factor: block.down_multiplier,
             },
             y: Pointer::write(&mut y, &stream),
@@ -159,8 +159,8 @@ fn linear_of<T: Element>(linear: &DeviceLinear, x: &CudaStorage, layout: &Layout
     {
         let projection = Projection {
             sizes: (n, k),
-            weight: matrix.pointer::<T>(device, &stream)?,
-            bias: Weight::optional::<T>(&bias, device, &stream)?,
+            weight: matrix.pointer::<T>(&stream)?,
+            bias: Weight::optional::<T>(&bias, &stream)?,
             factor: 1.0,
         };
         let (x, y) = (rows.pointer::<T>(&stream)?, Pointer::write(&mut y, &stream));

@@ -90,15 +90,8 @@ impl<'a, const N: usize> Laid<'a, N> {
         Ok(Self { operands, copies, strided: Strided { rows: 1, columns, strides: [columns; N] } })
     }
 
-    fn elements(&self) -> usize {
-        self.strided.rows * self.strided.columns
-    }
-
     fn read<'b, T: Element>(&'b self, n: usize, call: &'b Call<'_>) -> Result<Pointer<'b>> {
         let (storage, layout) = self.operands[n];
-        if storage.device().id() != call.device.id() {
-            bail!("gate, up and dy lie on different CUDA devices")
-        }
         match &self.copies[n] {
             Some(copy) => Pointer::read::<T>(copy, 0, call.stream),
             None => Pointer::read::<T>(storage, layout.start_offset(), call.stream),
@@ -110,10 +103,11 @@ fn mul<T: Element>(glu: &Glu, operands: [Operand<'_>; 2]) -> Result<CudaStorage>
     let device = operands[0].0.device();
     let (stream, kernels) = (device.cuda_stream(), Kernels::of(device)?);
     let call = Call { device, stream: &stream, kernels: &kernels };
-    let laid = Laid::new::<T>(operands)?;
-    let Strided { rows, columns, strides: [gate_stride, up_stride] } = laid.strided;
-    let mut out = call.alloc::<T>(rows, columns)?;
-    if laid.elements() > 0 {
+    let elements = operands[0].1.shape().elem_count();
+    let mut out = call.alloc::<T>(1, elements)?;
+    if elements > 0 {
+        let laid = Laid::new::<T>(operands)?;
+        let Strided { rows, columns, strides: [gate_stride, up_stride] } = laid.strided;
         let (gate, up) = (laid.read::<T>(0, &call)?, laid.read::<T>(1, &call)?);
         let out = Pointer::write(&mut out, &stream);
         let sizes = [rows, columns, gate_stride, up_stride, columns].map(|size| size as i64);
@@ -131,13 +125,14 @@ fn gradient<T: Element>(glu: &Glu, operands: [Operand<'_>; 3]) -> Result<CudaSto
     let device = operands[0].0.device();
     let (stream, kernels) = (device.cuda_stream(), Kernels::of(device)?);
     let call = Call { device, stream: &stream, kernels: &kernels };
-    let laid = Laid::new::<T>(operands)?;
-    let Strided { rows, columns, strides } = laid.strided;
-    let mut out = call.alloc::<T>(2, laid.elements())?;
-    if laid.elements() > 0 {
+    let elements = operands[0].1.shape().elem_count();
+    let mut out = call.alloc::<T>(2, elements)?;
+    if elements > 0 {
+        let laid = Laid::new::<T>(operands)?;
+        let Strided { rows, columns, strides } = laid.strided;
         let [gate, up, dy] = [laid.read::<T>(0, &call)?, laid.read::<T>(1, &call)?, laid.read::<T>(2, &call)?];
         let out = Pointer::write(&mut out, &stream);
-        let (dgate, dup) = (out.address, out.address + (laid.elements() * size_of::<T>()) as u64);
+        let (dgate, dup) = (out.address, out.address + (elements * size_of::<T>()) as u64);
         let [r, c, s] = [rows, columns, columns].map(|size| size as i64);
         let [gs, us, ds] = strides.map(|stride| stride as i64);
         let op = GluOp::from(glu);

@@ -102,14 +102,14 @@ struct Slope {
   Wide value, slope, mass;  // act(g); act'(g); the sum of the magnitudes of the terms of act'
 };
 
+// A tail below this is 0: half the smallest number of the type that the kernel computes in.
+inline Wide vanished = 0x1p-150L;
+
 inline Slope activation(const GluOp& op, Wide g) {
-  const auto sigma = [](Wide z) { return z < 0 ? expl(z) / (1 + expl(z)) : 1 / (1 + expl(-z)); };
+  const auto kept = [](Wide s) { return fabsl(s) < vanished ? 0 : s; };
+  const auto sigma = [&](Wide z) { return kept(z < 0 ? expl(z) / (1 + expl(z)) : 1 / (1 + expl(-z))); };
   const auto bounded = [](Wide x, Wide bound) { return x > bound ? bound : x < -bound ? -bound : x; };
   const auto tail = [&](Wide s) { return s == 0 ? -0.0L : g * s; };
-  const auto times_sigma = [&](Wide x, Wide z, Wide dz) {
-    const Wide s = sigma(z), rest = x * dz * s * sigma(-z);
-    return Slope{tail(s), s + rest, s + fabsl(rest)};
-  };
   const Wide beta = op.activation == SILU ? 1 : Wide(op.beta), K = sqrtl(8 / acosl(-1)), x = bounded(g, 60);
   switch (op.activation) {
     case SILU:
@@ -118,15 +118,18 @@ inline Slope activation(const GluOp& op, Wide g) {
       return {tail(s), s + rest, s + fabsl(rest)};
     }
     case SIGMOID: {
-      const Wide s = sigma(bounded(g, 2000)), ds = s * sigma(-bounded(g, 2000));
-      return {s, ds, ds};
+      const Wide z = bounded(g, 2000), ds = sigma(z) * sigma(-z);
+      return {sigma(z), ds, ds};
     }
-    case RELU: return g <= 0 ? Slope{0, 0, 0} : Slope{g, g != g ? g : 1, 1};
+    case RELU: return g <= 0 ? Slope{0, 0, 0} : Slope{g, 1, 1};
     case GELU: {
-      const Wide cdf = erfcl(-x / sqrtl(2)) / 2, rest = x * expl(-x * x / 2) / sqrtl(2 * acosl(-1));
+      const Wide cdf = kept(erfcl(-x / sqrtl(2)) / 2), rest = x * kept(expl(-x * x / 2) / sqrtl(2 * acosl(-1)));
       return {tail(cdf), cdf + rest, cdf + fabsl(rest)};
     }
-    case GELU_TANH: return times_sigma(x, K * (x + 0.044715L * x * x * x), K * (1 + 3 * 0.044715L * x * x));
+    case GELU_TANH: {
+      const Wide z = K * (x + 0.044715L * x * x * x), s = sigma(z), rest = x * K * (1 + 3 * 0.044715L * x * x) * s * sigma(-z);
+      return {tail(s), s + rest, s + fabsl(rest)};
+    }
     default: return {g, 1, 1};
   }
 }
