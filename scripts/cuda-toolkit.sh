@@ -110,7 +110,7 @@ esac
 [ -x "$real" ] && exec "$real" "$@"
 case $kind in
     ptx) printf '.version 9.0\n.target sm_80\n.address_size 64\n' > "${out:-$folder/$(basename "${source%.cu}").ptx}" ;;
-    fatbin) : > "$out" ;;
+    fatbin) echo 'no code: written by the nvcc of scripts/cuda-toolkit.sh none' > "$out" ;;
     version) printf 'nvcc: stub\nCuda compilation tools, release 13.0, V13.0.88\n' ;;
     codes) printf 'sm_80\nsm_90\n' ;;
     *) echo "stub nvcc: no idea what to do with: $*" >&2; exit 1 ;;
@@ -123,4 +123,3 @@ export CUDA_HOME='$root' CUDA_PATH='$root' CUDA_COMPUTE_CAP="\${CUDA_COMPUTE_CAP
 export NVCC='$dir/front/nvcc' NVCC_CCBIN=g++ PATH="$dir/front:$root/bin:\$PATH"
 export LIBRARY_PATH="$root/lib/stubs:$root/lib\${LIBRARY_PATH:+:\$LIBRARY_PATH}"
 OUT
-[ "$mode" = compile ] || echo "export CANDLE_SWIGLU_CUDA_SKIP_NVCC=1"

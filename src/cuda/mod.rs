@@ -47,14 +47,14 @@ pub(crate) fn supports(device: &CudaDevice, dtype: DType) -> bool {
 /// The gate's kernels do, f64 included.
 pub(crate) fn supports_glu(device: &CudaDevice, dtype: DType) -> bool {
     let floats = matches!(dtype, DType::F64 | DType::F32 | DType::BF16 | DType::F16);
-    floats && device.cuda_stream().context().compute_capability().is_ok_and(|(major, _)| major >= 8)
+    floats && module::major(device).is_some_and(|major| major >= 8)
 }
 
 /// The code that runs: `cuda-sm80`, `cuda-sm90` or, compiled by the driver from PTX for a newer device, `cuda`.
 pub(crate) fn kernel_name(device: &CudaDevice) -> &'static str {
-    match device.cuda_stream().context().compute_capability() {
-        Ok((8, _)) => "cuda-sm80",
-        Ok((9, _)) => "cuda-sm90",
+    match module::major(device) {
+        Some(8) => "cuda-sm80",
+        Some(9) => "cuda-sm90",
         _ => "cuda",
     }
 }

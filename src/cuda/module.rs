@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, result, sys};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{Result, bail};
@@ -61,6 +61,14 @@ fn glu_names() -> Vec<Name> {
 fn prefill_names() -> Vec<Name> {
     let variants = ["_c1", "_c2"].into_iter();
     variants.flat_map(|variant| ["bf16", "f16"].map(|dtype| Name { op: "gate_up", family: "_sm90", dtype, variant })).collect()
+}
+
+/// The first number of the device's compute capability. (The context's own method would also take, and so hide, an error that the context
+/// has recorded for the next operation.)
+pub(super) fn major(device: &CudaDevice) -> Option<i32> {
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+    // SAFETY: a candle device holds the context of a device that exists.
+    unsafe { result::device::get_attribute(device.cuda_stream().context().cu_device(), attribute) }.ok()
 }
 
 /// A function of a module.
@@ -144,5 +152,6 @@ fn module(context: &Arc<CudaContext>, fatbin: &[u8]) -> Result<Arc<CudaModule>> 
     if fatbin.is_empty() {
         bail!("this build of candle-swiglu has no CUDA kernels: it was built with CANDLE_SWIGLU_CUDA_SKIP_NVCC=1");
     }
-    context.load_module(Ptx::from_binary(fatbin.to_vec())).w()
+    let module = context.load_module(Ptx::from_binary(fatbin.to_vec()));
+    module.map_err(|error| candle_core::Error::Msg(format!("cannot load the CUDA kernels built into candle-swiglu: {error}")))
 }
