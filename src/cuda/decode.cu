@@ -15,9 +15,9 @@
 // butterfly of 31 shuffles for every 32 sums ends it.
 //
 // Two register tiles in turn: while one is used the loads of the other are in flight. mma: a tile is 4 KiB per warp, so 4 to
-// 8 KiB per warp in flight. By Little's law an H200 needs 4.8 TB/s · 1 µs / 132 = 36 KiB per SM. LLaMA-3-8B: gate_up has
+// 8 KiB per warp in flight (n4: half of all these). By Little's law an H200 needs 4.8 TB/s · 1 µs / 132 = 36 KiB per SM. LLaMA-3-8B: gate_up has
 // 1792 tiles = 13.6 warps per SM (w1), 54..109 KiB; down 256 tiles = 15.5 warps per SM (w8), 62..124 KiB. 6 tiles per SM are
-// the fewest that w1 should have (24..48 KiB). fma: 2 to 4 KiB per warp. This is reckoning, not measurement.
+// the fewest that w1 should have (24..48 KiB). fma: 2 to 4 KiB per warp (n1). This is reckoning, not measurement.
 // Tensor cores and not CUDA cores for M > 1: at M = 8 the products alone are 17 T FMA/s of about 33.
 //
 // The first tile of weights is loaded before pdl_wait, under the tail of the previous kernel.
@@ -35,6 +35,7 @@ template <typename Tile, bool AHEAD = true, typename Load, typename Use> DEVICE 
   pdl_launch();
   if constexpr (AHEAD) {
     Tile odd;
+#pragma unroll 1
     for (int i = 0; i < steps; i += 2) {
       const bool more = i + 1 < steps;
       if (more) load(odd, i + 1);
@@ -43,6 +44,7 @@ template <typename Tile, bool AHEAD = true, typename Load, typename Use> DEVICE 
       if (more) use(odd, i + 1);
     }
   } else {
+#pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       if (i > 0) load(even, i);
       use(even, i);
@@ -50,15 +52,16 @@ template <typename Tile, bool AHEAD = true, typename Load, typename Use> DEVICE 
   }
 }
 
-constexpr int CHUNK = 64;    // k of a chunk: 2 loads x 4 lanes x 8 elements
-constexpr int PER_TILE = 2;  // chunks: 2 · 2 loads · 2 halves of A · 512 B = 4 KiB per warp
+constexpr int CHUNK = 64;  // k of a chunk: 2 loads x 4 lanes x 8 elements
+// Chunks of a register tile: 2 · 2 loads · 2 halves of A · 512 B = 4 KiB per warp; half of that where 32 tokens need the registers.
+template <int NT> constexpr int PER_TILE = NT == 4 ? 1 : 2;
 
 // One load's worth of A: 8 k of row g and of row g+8.
 struct Piece {
   uint4 a, b;
 };
-struct MmaTile {
-  Piece piece[PER_TILE][2];
+template <int NT> struct MmaTile {
+  Piece piece[PER_TILE<NT>][2];
 };
 
 template <typename T, int NT> struct MmaSums {
@@ -80,39 +83,36 @@ DEVICE void dot_mma(MmaSums<T, NT>& sums, const T* x, const T* row_a, const T* r
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
   // This lane's first k of chunk `part`; everything below counts from there.
   const int first = part * CHUNK + t * 8;
-  const T *a = row_a + first, *b = row_b + first, *token[NT];
+  const T *a = row_a + first, *b = row_b + first, *token = x + size_t(g) * K + first;
 #pragma unroll
-  for (int nt = 0; nt < NT; ++nt) {
-    token[nt] = nt * 8 + g < M ? x + size_t(nt * 8 + g) * K + first : nullptr;
-    sums.d[nt][0] = sums.d[nt][1] = sums.d[nt][2] = sums.d[nt][3] = 0.0f;
-  }
+  for (int nt = 0; nt < NT; ++nt) sums.d[nt][0] = sums.d[nt][1] = sums.d[nt][2] = sums.d[nt][3] = 0.0f;
   const auto weights_at = [&](size_t k) { return Piece{load16_weights(a + k), load16_weights(b + k)}; };
   const auto tokens_at = [&](size_t k, uint4 (&v)[NT]) {
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) v[nt] = token[nt] ? load16(token[nt] + k) : make_uint4(0, 0, 0, 0);
+    for (int nt = 0; nt < NT; ++nt) v[nt] = nt * 8 + g < M ? load16(token + size_t(nt * 8) * K + k) : make_uint4(0, 0, 0, 0);
   };
-  const auto load = [&](MmaTile& tile, int i) {
+  const auto load = [&](MmaTile<NT>& tile, int i) {
 #pragma unroll
-    for (int u = 0; u < PER_TILE; ++u)
+    for (int u = 0; u < PER_TILE<NT>; ++u)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        tile.piece[u][half] = weights_at(size_t(i) * PER_TILE * STEP + u * STEP + half * (CHUNK / 2));
+        tile.piece[u][half] = weights_at(size_t(i) * PER_TILE<NT> * STEP + u * STEP + half * (CHUNK / 2));
   };
-  const auto use = [&](const MmaTile& tile, int i) {
+  const auto use = [&](const MmaTile<NT>& tile, int i) {
 #pragma unroll
-    for (int u = 0; u < PER_TILE; ++u)
+    for (int u = 0; u < PER_TILE<NT>; ++u)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint4 v[NT];
-        tokens_at(size_t(i) * PER_TILE * STEP + u * STEP + half * (CHUNK / 2), v);
+        tokens_at(size_t(i) * PER_TILE<NT> * STEP + u * STEP + half * (CHUNK / 2), v);
         sums.add(tile.piece[u][half], v);
       }
   };
-  const int whole = max(0, (K / CHUNK - part + SPLIT - 1) / SPLIT), steps = whole / PER_TILE;
-  sweep<MmaTile>(steps, load, use);
+  const int whole = max(0, (K / CHUNK - part + SPLIT - 1) / SPLIT), steps = whole / PER_TILE<NT>;
+  sweep<MmaTile<NT>>(steps, load, use);
   // The chunks that fill no tile, and the last one's end: a multiple of 8, so every load is wholly in or wholly out.
 #pragma unroll 1
-  for (int k = steps * PER_TILE * STEP; k + part * CHUNK < K; k += STEP)
+  for (int k = steps * PER_TILE<NT> * STEP; k + part * CHUNK < K; k += STEP)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 zero = make_uint4(0, 0, 0, 0);
@@ -168,8 +168,8 @@ DEVICE void dot_fma(float (&sums)[FMA_ROWS][N], const T* x, const T* const (&row
           for (int v = 0; v < FMA_WIDTH; ++v) sums[r][n] += widen(tile.row[r][v]) * widen(token[v]);
       }
   };
-  // 128 sums leave no room for a second tile; so many rows are bound by arithmetic anyway.
-  sweep<FmaTile<T>, (N < 32)>(first < K ? (K - first + STEP - 1) / STEP : 0, load, use);
+  // 64 sums and more leave no room for a second tile; so many rows need less of the memory's speed.
+  sweep<FmaTile<T>, (N < 16)>(first < K ? (K - first + STEP - 1) / STEP : 0, load, use);
 }
 
 // The sum over all lanes of v[l], in lane l: halves of the lanes exchange halves of the sums.
@@ -317,23 +317,25 @@ DEVICE void linear(const T* x, const T* w, const T* bias, T* y, int M, int N, in
       const T* x, const T* w, const T* bias, T* y, int M, int N, int K, float factor) {                                      \
     linear<T, NT, SPLIT, TILES, BLOCK>(x, w, bias, y, M, N, K, factor);                                                      \
   }
-#define MMA_KERNELS(T, NT, WIDE_BLOCKS)                                       \
-  GATE_UP(mma_w1_##T##_n##NT, 64, 1, T, NT, 1, 2, MmaBlock)                    \
-  GATE_UP(mma_w8_##T##_n##NT, 256, WIDE_BLOCKS, T, NT, 8, 1, MmaBlock)         \
-  LINEAR(mma_w1_##T##_n##NT, 64, 1, T, NT, 1, 2, MmaBlock)                     \
-  LINEAR(mma_w8_##T##_n##NT, 256, WIDE_BLOCKS, T, NT, 8, 1, MmaBlock)
-#define FMA_KERNELS(NAME, T, NT)                            \
-  GATE_UP(fma_##NAME, 128, 1, T, NT, 1, 4, FmaBlock)         \
-  LINEAR(fma_##NAME, 128, 1, T, NT, 4, 1, FmaBlock)
+#define MMA_KERNELS(T, NT)                                     \
+  GATE_UP(mma_w1_##T##_n##NT, 64, 8, T, NT, 1, 2, MmaBlock)     \
+  GATE_UP(mma_w8_##T##_n##NT, 256, 2, T, NT, 8, 1, MmaBlock)    \
+  LINEAR(mma_w1_##T##_n##NT, 64, 8, T, NT, 1, 2, MmaBlock)      \
+  LINEAR(mma_w8_##T##_n##NT, 256, 2, T, NT, 8, 1, MmaBlock)
+#define FMA_KERNELS(NAME, T, NT, BLOCKS)                      \
+  GATE_UP(fma_##NAME, 128, BLOCKS, T, NT, 1, 4, FmaBlock)      \
+  LINEAR(fma_##NAME, 128, BLOCKS, T, NT, 4, 1, FmaBlock)
 
-MMA_KERNELS(bf16, 1, 2)
-MMA_KERNELS(bf16, 2, 2)
-MMA_KERNELS(bf16, 4, 1)
-MMA_KERNELS(f16, 1, 2)
-MMA_KERNELS(f16, 2, 2)
-MMA_KERNELS(f16, 4, 1)
-FMA_KERNELS(f32_n1, float, 1)
-FMA_KERNELS(f32_n2, float, 2)
-FMA_KERNELS(f32_n4, float, 4)
-FMA_KERNELS(bf16, bf16, 4)
-FMA_KERNELS(f16, f16, 4)
+// Blocks per SM so that an H200 holds the 896 of LLaMA-3-8B's gate_up (w1) and the 256 of its down (w8) at once: 128
+// registers.
+MMA_KERNELS(bf16, 1)
+MMA_KERNELS(bf16, 2)
+MMA_KERNELS(bf16, 4)
+MMA_KERNELS(f16, 1)
+MMA_KERNELS(f16, 2)
+MMA_KERNELS(f16, 4)
+FMA_KERNELS(f32_n1, float, 1, 4)
+FMA_KERNELS(f32_n2, float, 2, 4)
+FMA_KERNELS(f32_n4, float, 4, 2)
+FMA_KERNELS(bf16, bf16, 4, 2)
+FMA_KERNELS(f16, f16, 4, 2)
