@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds and runs the kernels of src/cuda on the CPU emulator, against the definition. Needs g++ 12 or later, nothing of CUDA.
 #   tests/cuda_emu/run.sh [decode|glu|prefill ...]
-# KERNELS=dir: other sources than src/cuda. The last line is `N passed, N failed`; exit 1 if any failed, stopped or hung.
+# KERNELS=dir: other sources than src/cuda. CXX, CXXFLAGS: the compiler, more flags for it. The last line is `N passed, N failed`; exit 1 if any failed, stopped or hung.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 kernels=$(cd "${KERNELS:-$here/../../src/cuda}" && pwd)
@@ -11,7 +11,7 @@ trap 'rm -rf "$build"' EXIT
 ln -s "$kernels"/*.cu "$kernels/activation.cuh" "$here"/*.cpp "$here"/*.h "$here"/*.cuh "$build"
 [ $# -gt 0 ] || set -- decode glu prefill
 cd "$build"
-flags=(-std=c++20 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas)
+flags=(-std=c++20 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas ${CXXFLAGS:-})
 one() {
   "${CXX:-g++}" "${flags[@]}" -o "$1" "$1_test.cpp" && timeout "${LIMIT:-600}" "./$1" > "$1.txt" 2>&1 || echo "exit $?" > "$1.rc"
 }
