@@ -3,6 +3,7 @@
 # memory of every kernel, and fails where
 #   the compiler warns, or says that it serializes wgmma (C75xx);
 #   a kernel spills registers or has a stack frame;
+#   an activation is read by a load that need not see what the previous kernel wrote;
 #   a kernel that should use tensor cores has no HMMA, or HGMMA with TMA on Hopper; one compiled for sm_90 does not wait for its predecessor.
 #
 #   scripts/cuda-sass.sh        nvcc (13.0), cuobjdump and nvdisasm in PATH, e.g. by scripts/cuda-toolkit.sh
@@ -46,6 +47,8 @@ check() {
       *_sm90_*) for i in HGMMA.64x256x16.F32 UTMALDG.2D UTMASTG.2D USETMAXREG; do grep -q "$i" "$code" || bad "$kernel: no $i"; done ;;
     esac
     [ "$2" = 80 ] || grep -q ACQBULK "$code" || bad "$kernel for sm_$2: no griddepcontrol.wait"
+    # Only weights may be read incoherently: the previous kernel may still write what else this one reads.
+    if grep 'LDG.*CONSTANT' "$code" | grep -qv 'LDG.E.NA.LTC256B.128.CONSTANT'; then bad "$kernel for sm_$2: incoherent load of an activation"; fi
     if grep -qE 'STL|LDL' "$code"; then bad "$kernel for sm_$2: local memory"; fi
   done < <(resources "$cubin")
 }

@@ -184,7 +184,8 @@ template <typename R> Wide glu_error(const GluOp& op, Wide gate, Wide up, Wide d
   const Wide u = sizeof(R) == 8 ? Wide(U64) : Wide(U);
   const Pair p = pair_of(op, gate, up);
   const Wide a = activation(op, p.gate).value, m = fabsl(Wide(op.gate_multiplier));
-  const Wide moved_gate = m * dg + (op.gate_multiplier == 1 ? 0 : u * fabsl(p.gate)), moved_up = du + (op.up_offset == 0 ? 0 : u * fabsl(p.up));
+  const Wide moved_gate = m * dg + (op.gate_multiplier == 1 ? 0 : u * fabsl(p.gate));
+  const Wide moved_up = du + (op.up_offset == 0 ? 0 : u * fabsl(p.up));
   return STEEPEST * moved_gate * (fabsl(p.up) + moved_up) + fabsl(a) * moved_up + units<R>(op, p.gate) * u * fabsl(a * p.up) + 0x1p-120L;
 }
 
@@ -192,8 +193,9 @@ template <typename R> Wide glu_error(const GluOp& op, Wide gate, Wide up, Wide d
 template <typename T> bool close(T y, Wide want, Wide error) {
   const Wide have = value(y);
   if (want != want) return have != have;
-  const Wide largest = sizeof(T) == 8 ? Wide(1.7976931348623157e308L) : sizeof(T) == 4 || std::is_same<T, bf16>::value ? 3.38e38L : 65504.0L;
-  if (fabsl(want) > largest * 0.99L) return have != have ? false : std::isinf(double(have)) ? (have > 0) == (want > 0) : fabsl(want) < largest * 1.01L;
+  const Wide largest = sizeof(T) == 8 ? 1.7976931348623157e308L : std::is_same<T, f16>::value ? 65504.0L : 3.38e38L;
+  if (have != have) return false;
+  if (fabsl(want) > largest * 0.99L) return std::isinf(double(have)) ? (have > 0) == (want > 0) : fabsl(want) < largest * 1.01L;
   return fabsl(have - want) <= error + rounding<T>(fabsl(want) + error);
 }
 

@@ -75,7 +75,8 @@ template <typename T> struct Block {
   int M, I, H;
   Buffer<T> x, gate_up, b_gate, b_up, h;
   Block(int M, int I, int H, size_t align = 16, size_t shift = 0)
-      : M(M), I(I), H(H), x(size_t(M) * H, align, shift), gate_up(size_t(2) * I * H, align, shift), b_gate(I, 2), b_up(I, 2), h(size_t(M) * I, 2) {
+      : M(M), I(I), H(H), x(size_t(M) * H, align, shift), gate_up(size_t(2) * I * H, align, shift), b_gate(I, 2), b_up(I, 2),
+        h(size_t(M) * I, 2) {
     x.fill(1);
     gate_up.fill(2 / sqrt(H));
     b_gate.fill(1);
@@ -93,8 +94,10 @@ template <typename T> struct Block {
     bool ok = true;
     for (int m = 0; m < M; ++m)
       for (int i = 0; i < I; ++i) {
-        const Sum g = dot(x.data + size_t(m) * H, gate_up.data + size_t(i) * H, bias == BOTH || bias == GATE_ONLY ? b_gate.data + i : nullptr, H);
-        const Sum u = dot(x.data + size_t(m) * H, up() + size_t(i) * H, bias == BOTH || bias == UP_ONLY ? b_up.data + i : nullptr, H);
+        const T* const row = x.data + size_t(m) * H;
+        const T* const bg = bias == BOTH || bias == GATE_ONLY ? b_gate.data + i : nullptr;
+        const T* const bu = bias == BOTH || bias == UP_ONLY ? b_up.data + i : nullptr;
+        const Sum g = dot(row, gate_up.data + size_t(i) * H, bg, H), u = dot(row, up() + size_t(i) * H, bu, H);
         ok &= close(h.data[size_t(m) * I + i], glu(op, g.value, u.value), glu_error<float>(op, g.value, u.value, g.error, u.error));
       }
     report(ok, "h differs from the definition");
@@ -107,7 +110,8 @@ const GluOp OPS[] = {PLAIN, {SWISH, 1.702f, 1, INFINITY, 0}, {SIGMOID, 0, 1, INF
                      {GELU, 0, 1, INFINITY, 0}, {GELU_TANH, 0, 1, INFINITY, 0}, {IDENTITY, 0, 1, INFINITY, 0}, GPT_OSS,
                      {SILU, 0, 0.5f, INFINITY, 0}, {GELU, 0, 2, 1.5f, -1}, {IDENTITY, 0, 1, 0.5f, 0}, {SILU, 0, 1, INFINITY, 0.25f}};
 
-template <typename T> void gate_up_case(const Family<T>& family, int M, int I, int H, const GluOp& op, BiasKind bias, size_t shift = 0) {
+template <typename T>
+void gate_up_case(const Family<T>& family, int M, int I, int H, const GluOp& op, BiasKind bias, size_t shift = 0) {
   current = std::string("gate_up ") + family.name + " M=" + std::to_string(M) + " I=" + std::to_string(I) + " H=" + std::to_string(H) +
             " activation " + std::to_string(op.activation) + " bias " + std::to_string(bias);
   Block<T> b(M, I, H, shift ? sizeof(T) : 16, shift);

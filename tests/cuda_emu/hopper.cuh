@@ -88,7 +88,8 @@ inline void store_matrix_x4(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2,
   if (row % 16) emu::fault("stmatrix row not on 16 bytes");
   const uint32_t words[5] = {row, m0, m1, m2, m3};
   emu::warp_exchange(words, 5, [&](const auto* lanes) {
-    for (int m = 0; m < 4; ++m) emu::self->unfenced.emplace_back(lanes[m * 8 + emu::self->lane / 4][0] + emu::self->lane % 4 * 4, words[1 + m]);
+    const int lane = emu::self->lane;
+    for (int m = 0; m < 4; ++m) emu::self->unfenced.emplace_back(lanes[m * 8 + lane / 4][0] + lane % 4 * 4, words[1 + m]);
   });
 }
 

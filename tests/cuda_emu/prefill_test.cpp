@@ -69,9 +69,11 @@ template <typename T> struct Layer {
     for (int m = 0; m < s.M; ++m)
       for (int i = 0; i < s.I; ++i) {
         double gate_size, up_size;
-        const double g = dot(m, i, bg ? value(b_gate.data[i]) : 0, gate_size), u = dot(m, s.I + i, bu ? value(b_up.data[i]) : 0, up_size);
+        const double g = dot(m, i, bg ? value(b_gate.data[i]) : 0, gate_size);
+        const double u = dot(m, s.I + i, bu ? value(b_up.data[i]) : 0, up_size);
         const Wide unit = (s.H + 2) * Wide(U);
-        ok &= close(h.data[size_t(m) * s.I + i], glu(op, g, u), glu_error<float>(op, g, u, unit * gate_size, unit * up_size));
+        const Wide error = glu_error<float>(op, g, u, unit * gate_size, unit * up_size);
+        ok &= close(h.data[size_t(m) * s.I + i], glu(op, g, u), error);
       }
     report(ok, "h differs from the definition");
     report(h.surroundings_untouched(), "written beyond h");
@@ -80,13 +82,14 @@ template <typename T> struct Layer {
 
 const float INF = INFINITY;
 const GluOp PLAIN = {SILU, 0, 1, INF, 0};
-const GluOp OPS[] = {PLAIN, {SWISH, 1.702f, 1, INF, 0}, {SIGMOID, 0, 1, INF, 0}, {RELU, 0, 1, INF, 0}, {GELU, 0, 1, INF, 0}, {GELU_TANH, 0, 1, INF, 0},
-                     {IDENTITY, 0, 1, INF, 0}, {SWISH, 1.702f, 1, 0.75f, 1}, {SILU, 0, 0.5f, INF, 0}, {GELU, 0, 2, 1.5f, -1}};
+const GluOp OPS[] = {PLAIN, {SWISH, 1.702f, 1, INF, 0}, {SIGMOID, 0, 1, INF, 0}, {RELU, 0, 1, INF, 0}, {GELU, 0, 1, INF, 0},
+                     {GELU_TANH, 0, 1, INF, 0}, {IDENTITY, 0, 1, INF, 0}, {SWISH, 1.702f, 1, 0.75f, 1}, {SILU, 0, 0.5f, INF, 0},
+                     {GELU, 0, 2, 1.5f, -1}};
 
 int turn = 0;
 template <typename T> void run_case(Shape s, const GluOp& op, int bias) {
-  current = "M=" + std::to_string(s.M) + " I=" + std::to_string(s.I) + " H=" + std::to_string(s.H) + " c" + std::to_string(s.cluster) + " activation " +
-            std::to_string(op.activation) + " bias " + std::to_string(bias) + " seed " + std::to_string(turn);
+  current = "M=" + std::to_string(s.M) + " I=" + std::to_string(s.I) + " H=" + std::to_string(s.H) + " c" + std::to_string(s.cluster) +
+            " activation " + std::to_string(op.activation) + " bias " + std::to_string(bias) + " seed " + std::to_string(turn);
   Layer<T> layer(s);
   layer.run(op, bias & 1, bias & 2, unsigned(turn++));  // every order with every timing in nine turns
   layer.verify(op, bias & 1, bias & 2);
@@ -101,7 +104,8 @@ template <typename T> void shapes(const char* name) {
     for (const int cluster : {1, 2}) run_case<T>({M, 72, 72, cluster, 99}, PLAIN, 0);
   begin_group((std::string("sm90 ") + name + ": edges of I and of H").c_str());
   for (const int I : {8, 56, 64, 72, 120, 128, 136, 192, 200, 264}) run_case<T>({40, I, 24, 1 + I / 8 % 2, 99}, PLAIN, 3);
-  for (const int H : {8, 16, 24, 56, 64, 72, 120, 128, 136, 192, 248, 256, 264, 320, 520}) run_case<T>({20, 16, H, 1 + H / 8 % 2, 99}, PLAIN, 0);
+  for (const int H : {8, 16, 24, 56, 64, 72, 120, 128, 136, 192, 248, 256, 264, 320, 520})
+    run_case<T>({20, 16, H, 1 + H / 8 % 2, 99}, PLAIN, 0);
   begin_group((std::string("sm90 ") + name + ": many tiles for a block").c_str());
   for (const int cluster : {1, 2})
     for (const int most : {1, 2, 3}) run_case<T>({150 * cluster, 264, 136, cluster, most}, PLAIN, most);
