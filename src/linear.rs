@@ -67,7 +67,7 @@ impl Linear {
     /// From weight (out, in) and bias (out), and with their gradients if they have any.
     ///
     /// # Errors
-    /// Wrong rank, shapes that do not fit, a dtype that is not a float, mixed dtypes or devices.
+    /// Wrong rank, a size of zero, shapes that do not fit, a dtype that is not a float, mixed dtypes or devices.
     pub fn from_tensors(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let (out_dim, in_dim) = check_tensors(&weight, bias.as_ref())?;
         if !can_pack(&weight) || !bias.as_ref().is_none_or(can_pack) {
@@ -174,6 +174,11 @@ fn check_tensors(weight: &Tensor, bias: Option<&Tensor>) -> Result<(usize, usize
     let Ok((out_dim, in_dim)) = weight.dims2() else {
         return Err(Error::Rank { name: "weight", expected: "rank 2 (out, in)", found: weight.dims().to_vec() });
     };
+    for (name, size) in [("out_dim", out_dim), ("in_dim", in_dim)] {
+        if size == 0 {
+            return Err(Error::ZeroSize { name });
+        }
+    }
     check_float("weight", weight)?;
     if let Some(bias) = bias {
         if bias.dims() != [out_dim] {

@@ -216,6 +216,19 @@ fn names_that_fit_several_families() {
 }
 
 #[test]
+fn projections_of_no_size() {
+    // As many rows as one likes need no bytes, and packing them would take for ever.
+    let one = zeros(&[1, 0], DType::F32).broadcast_as((1 << 40, 0)).unwrap();
+    assert_error!(Linear::from_tensors(one, None), Error::ZeroSize { .. }, ["in_dim: expected at least 1, found 0"]);
+    let none = zeros(&[0, H], DType::F32);
+    assert_error!(Linear::from_tensors(none, None), Error::ZeroSize { .. }, ["out_dim: expected at least 1, found 0"]);
+    let file = tensors(&[("head.weight", "F32", &[1 << 40, 0])]);
+    let dir = directory(&[("model.safetensors", &file)]);
+    let vb = Checkpoint::open(dir.path()).unwrap().var_builder(DType::F32, &Device::Cpu);
+    assert_error!(Linear::new(0, 1 << 40, vb.pp("head")), Error::ZeroSize { .. }, ["in_dim"]);
+}
+
+#[test]
 fn more_than_memory_can_address() {
     let cfg = FfnConfig::new(H, usize::MAX / 2 + 1);
     let parts = ["gate_up_proj: 9223372036854775808 x 4 elements are more than memory can address"];
