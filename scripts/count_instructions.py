@@ -19,7 +19,7 @@ def functions(path):
     """Name -> lines of each function."""
     name, lines = None, []
     for line in open(path):
-        label = re.match(r"^(_R\w+):", line)
+        label = re.match(r"^(_R[\w.]+):", line)
         if label:
             name, lines = label[1], []
         elif name and re.match(r"^\.Lfunc_end", line):

@@ -33,14 +33,14 @@ struct Matrix {
 }
 
 impl Matrix {
-    /// Uniform in ±√3·scale.
+    /// Uniform in ±√3·scale; by way of f32, which some machines' conversions of f64 to f16 go by anyway.
     fn random<T: WithDType>(rows: usize, columns: usize, scale: f64, seed: u64) -> Self {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (rows * 31 + columns) as u64;
         let mut next = || {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             ((state >> 40) as f64 / f64::from(1 << 23) - 1.0) * scale * 3f64.sqrt()
         };
-        let data = (0..rows * columns).map(|_| T::from_f64(next()).to_f64()).collect();
+        let data = (0..rows * columns).map(|_| T::from_f64(f64::from(next() as f32)).to_f64()).collect();
         Self { rows, columns, data }
     }
 

@@ -191,7 +191,7 @@ macro_rules! instantiate {
             where
                 Widen<T>: Product<$proof, A = f32, B = T>,
             {
-                Gemm {
+                let mut gemm = Gemm {
                     nr: $nv * <$proof>::LANES,
                     a_is_f32: true,
                     micro: micros::<Widen<T>, { Ahead::NOTHING }>(),
@@ -204,7 +204,14 @@ macro_rules! instantiate {
                     convert: convert::<T>,
                     glu_tile: glu_tile::<T, f32>,
                     out_tile: out_tile::<T>,
+                };
+                if !is_f32 && <$proof>::GROUP > 1 {
+                    // What widening holds would not leave the registers for all the sums of a sixth row.
+                    for micros in [&mut gemm.micro, &mut gemm.micro_block, &mut gemm.micro_sweep] {
+                        micros.truncate(5);
+                    }
                 }
+                gemm
             }
 
             fn gemm_bf16() -> Gemm<bf16> {
