@@ -14,7 +14,7 @@ sid_install() {
         fi
         local mirror
         mirror=$(grep -rhoE 'https?://[^ ]+' /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null | grep /debian/*$ | head -1)
-        debootstrap --variant=minbase --include=ca-certificates sid "$sid" "${mirror:-http://deb.debian.org/debian}"
+        debootstrap --variant=minbase --include=ca-certificates sid "$sid" ${mirror:+"$mirror"}
         chroot "$sid" dpkg --add-architecture arm64
         touch "$sid/ready"
     fi
