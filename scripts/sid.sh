@@ -39,7 +39,7 @@ in_sid() {
         mount --bind . "$root/src"
         mount --bind /proc "$root/proc"
         mount --bind /dev "$root/dev"
-        export HOME=/root PATH=/usr/bin:/bin CARGO_HOME=/cargo CARGO_TARGET_DIR=/target CARGO_NET_OFFLINE=true
+        export HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin CARGO_HOME=/cargo CARGO_TARGET_DIR=/target CARGO_NET_OFFLINE=true
         exec chroot "$root" bash -c '\''cd /src && exec "$@"'\'' -- "$@"
     ' -- "$sid" "${CARGO_HOME:-$HOME/.cargo}" "$@"
 }
