@@ -1,7 +1,7 @@
 //! Writes a LLaMA checkpoint of random weights in Hugging Face layout, for measuring memory and speed at any size.
 //!
 //! ```text
-//! cargo run --release --example make_checkpoint -- --out /tmp/llama-8b-2 --layers 2
+//! cargo run --release --example make_checkpoint -- --out DIR --layers 2
 //! ```
 //!
 //! One tensor is in memory at a time. The same flags and seed give the same bytes.

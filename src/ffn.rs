@@ -23,9 +23,10 @@ use crate::weights::{GateUp, PackedOrder, Piece, Weights};
 /// [`crate::glu_mul`]. [`SwiGluFfn::kernel`] says which.
 ///
 /// # Accuracy
-/// Products are summed in f32 in the order of k, whatever the number of rows and threads, in parts of 64 (not for `avx512bf16`
-/// in bf16, whose instruction also takes denormals for 0); h and y are rounded once each. (f64 in f64; candle's matmuls round
-/// gate and up too.)
+/// Products are summed in f32 in the order of k, whatever the number of rows and threads, in parts of 64; h and y are rounded
+/// once each. (f64 in f64; candle's matmuls round gate and up too.) `avx512bf16` and `neonbf16` in bf16 add pairs of products
+/// without parts and take denormals for 0; ARM's instructions round such a sum within one unit in the last place of f32, not
+/// half of one. The bounds are the same.
 ///
 /// # Memory
 /// Beyond y, a call borrows scratch of at most `rows·(H + I + 256)·a + threads·(rows·NR·4 B + 256 KiB)`, rows ≤ 512: longer inputs
@@ -132,8 +133,8 @@ impl SwiGluFfn {
         builder.finish()
     }
 
-    /// The name of the kernel that will run: on the CPU an instruction set (`avx512bf16`, `avx512`, `avx2`, `scalar`; the
-    /// environment variable `CANDLE_SWIGLU_KERNEL` forces one), with `plain-` before it where only the gate is ours; `plain` on
+    /// The name of the kernel that will run: on the CPU an instruction set (one of [`crate::cpu_kernels`]; the environment
+    /// variable `CANDLE_SWIGLU_KERNEL` forces one), with `plain-` before it where only the gate is ours; `plain` on
     /// other devices.
     pub fn kernel(&self) -> &str {
         &self.kernel

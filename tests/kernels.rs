@@ -93,7 +93,13 @@ fn every_kernel_of_this_machine_can_be_forced_by_name() -> Result<()> {
         ("avx2", is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")),
         ("scalar", true),
     ];
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    let promised = [
+        ("neonbf16", std::arch::is_aarch64_feature_detected!("bf16")),
+        ("neon", std::arch::is_aarch64_feature_detected!("neon")),
+        ("scalar", true),
+    ];
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let promised = [("scalar", true)];
     let promised: Vec<&str> = promised.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect();
     assert_eq!(available, promised);

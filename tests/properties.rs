@@ -131,7 +131,7 @@ fn build(cfg: &FfnConfig, all: &std::collections::HashMap<String, Tensor>, input
 proptest! {
     // The same cases every time, or those of PROPTEST_RNG_SEED.
     #![proptest_config(ProptestConfig {
-        cases: 300,
+        cases: std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(300),
         failure_persistence: None,
         rng_seed: match ProptestConfig::default().rng_seed { RngSeed::Random => RngSeed::Fixed(1), fixed => fixed },
         ..ProptestConfig::default()

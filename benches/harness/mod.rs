@@ -45,9 +45,10 @@ pub fn machine_facts() -> String {
     let line = |key: &str| {
         cpu.lines().find(|l| l.starts_with(key)).and_then(|l| l.split(": ").nth(1)).unwrap_or("unknown").to_string()
     };
-    let flags = line("flags");
+    let flags = format!("{} {}", line("flags"), line("Features")); // x86's name for them, and ARM's
     let wanted = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_bf16"];
-    let flags: Vec<&str> = wanted.into_iter().filter(|f| flags.split(' ').any(|g| g == *f)).collect();
+    let wanted = wanted.into_iter().chain(["asimd", "asimdhp", "bf16", "i8mm", "sve", "sve2"]);
+    let flags: Vec<&str> = wanted.filter(|f| flags.split(' ').any(|g| g == *f)).collect();
     let mut facts = String::new();
     let _ = writeln!(facts, "cpu      {} family {} model {}", line("model name"), line("cpu family"), line("model\t"));
     let _ = writeln!(facts, "features {}", flags.join(" "));

@@ -1,6 +1,7 @@
 //! The multiply-add peaks of this machine, measured: chains of independent sums in registers, on every thread at once.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
 use std::time::Instant;
 
 use candle_core::DType;
@@ -18,6 +19,7 @@ pub fn peak_of(kernel: &str, dtype: DType) -> Option<fn() -> f64> {
         ("avx2", _) => return Some(|| burst(16.0, |n| unsafe { x86::f32_256(n) })),
         _ => (),
     }
+    let _ = (kernel, dtype); // elsewhere
     None
 }
 

@@ -39,6 +39,8 @@ pub(super) const WIDEN_FROM: usize = 160;
 const SWEEP_AHEAD: usize = 8 << 10;
 /// Elements between the rows of A beyond their length: rows a power of two apart would share cache sets.
 const PAD: usize = 64;
+/// With fewer rows in a unit, reading its panel shows beside multiplying.
+const BLOCK_ROWS: usize = 96;
 /// Below this many multiply-adds per thread one thread is faster than waking another.
 const SERIAL: usize = 1 << 16;
 
@@ -194,8 +196,8 @@ struct Pass<'a, T> {
     y: SendPtr<T>,
     y_stride: usize,
     threads: usize,
-    /// Rows of one unit.
-    block_rows: usize,
+    /// Rows of one unit of each stage.
+    block_rows: [usize; 2],
     scratch: Scratch,
     /// A of the first stage, A of the second, then each thread's own: sums, and widened weights.
     offsets: [usize; 3],
@@ -215,15 +217,16 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         let widened = if gemm.widen.is_some() && x.rows >= gemm.widen_from { BLOCK } else { 0 };
         let thread_bytes = (sums + widened).next_multiple_of(64);
         let scratch = Scratch::borrow(offsets[2] + threads * thread_bytes);
-        let block_rows = x.rows;
+        let block_rows =
+            [0, 1].map(|i| stages.get(i).map_or(x.rows, |s| block_rows(x.rows, s.projection.weight.panels, threads)));
         Self { gemm, stages, x, y, y_stride, threads, block_rows, scratch, offsets, a_strides, thread_bytes }
     }
 
     fn run(mut self) {
         let scratch = SendPtr(self.scratch.as_mut_ptr());
-        let blocks = self.x.rows.div_ceil(self.block_rows);
+        let blocks = self.block_rows.map(|rows| self.x.rows.div_ceil(rows));
         let copy = Phase::new(self.x.rows.div_ceil(COPY_ROWS));
-        let phases = [0, 1].map(|i| Phase::new(self.stages.get(i).map_or(0, |s| s.projection.weight.panels * blocks)));
+        let phases = [0, 1].map(|i| Phase::new(self.stages.get(i).map_or(0, |s| s.projection.weight.panels * blocks[i])));
         let work = |thread: usize| {
             // SAFETY: scratch has `threads` pieces of this size from the last offset on.
             let own = unsafe { scratch.at(self.offsets[2] + thread * self.thread_bytes) };
@@ -232,7 +235,7 @@ impl<'a, T: GemmElement> Pass<'a, T> {
                 copy.work(|unit| self.copy_rows(&scratch, unit));
                 copy.wait();
                 for (i, phase) in phases.iter().enumerate().take(self.stages.len()) {
-                    phase.work(|unit| self.unit(i, &scratch, own, unit / blocks, unit % blocks));
+                    phase.work(|unit| self.unit(i, &scratch, own, unit / blocks[i], unit % blocks[i]));
                     if i + 1 < self.stages.len() {
                         phase.wait();
                     }
@@ -274,8 +277,8 @@ impl<'a, T: GemmElement> Pass<'a, T> {
     /// # Safety
     /// `scratch` is this pass's, `own` this thread's piece of it; A of this stage is complete; no other thread has this unit.
     unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, panel: usize, block: usize) {
-        let start = block * self.block_rows;
-        let rows = self.block_rows.min(self.x.rows - start);
+        let start = block * self.block_rows[stage];
+        let rows = self.block_rows[stage].min(self.x.rows - start);
         let Stage { projection, glu, factor } = self.stages[stage];
         let (a_bytes, a_stride) = (self.a_bytes(), self.a_strides[stage]);
         let sums = own.cast::<f32>();
@@ -336,6 +339,18 @@ impl<'a, T: GemmElement> Pass<'a, T> {
     fn a_bytes(&self) -> usize {
         if self.gemm.a_is_f32 { size_of::<f32>() } else { size_of::<T>() }
     }
+}
+
+/// Rows of a unit: all, or where the panels do not come out even over the threads, so few that the units nearly do.
+pub(super) fn block_rows(rows: usize, panels: usize, threads: usize) -> usize {
+    let idle = |blocks: usize| {
+        let units = panels * blocks;
+        (units.next_multiple_of(threads) - units) as f64 / units as f64
+    };
+    let most = (rows / BLOCK_ROWS).clamp(1, threads);
+    let even = (1..=most).find(|&blocks| idle(blocks) <= 0.01);
+    let best = even.or_else(|| (1..=most).min_by(|&a, &b| idle(a).total_cmp(&idle(b))));
+    rows.div_ceil(best.unwrap_or(1))
 }
 
 /// Rows that a thread copies at a time.

@@ -34,6 +34,25 @@ pub(super) trait Product<S: Simd> {
         at: usize,
         b: *const Self::B,
     );
+
+    /// Steps that [`Product::group`] takes.
+    const GROUP: usize = 1;
+
+    /// So many steps at once.
+    ///
+    /// # Safety
+    /// As that many calls of [`Product::step`].
+    #[inline(always)]
+    unsafe fn group<const MR: usize, const NV: usize>(
+        s: S,
+        acc: &mut [[S::F; NV]; MR],
+        a: &[*const Self::A; MR],
+        at: usize,
+        b: *const Self::B,
+    ) {
+        // SAFETY: the caller's contract.
+        unsafe { Self::step(s, acc, a, at, b) }
+    }
 }
 
 /// `acc[r][v] += a[r]·b[v]` for one value of k.
@@ -53,6 +72,50 @@ unsafe fn rank_one<S: Simd, const MR: usize, const NV: usize>(
         }
     }
 }
+
+/// `acc[r][v] += a[r][LANE]·b` for the column vector v of one value of k.
+#[inline(always)]
+fn one_column<S: Simd, const LANE: usize, const MR: usize, const NV: usize>(
+    s: S,
+    acc: &mut [[S::F; NV]; MR],
+    a: &[S::F; MR],
+    v: usize,
+    b: S::F,
+) {
+    for r in 0..MR {
+        acc[r][v] = s.mul_add_lane::<LANE>(a[r], b, acc[r][v]);
+    }
+}
+
+/// [`Simd::GROUP`] values of k of each row.
+///
+/// # Safety
+/// They are readable from `at` on.
+#[inline(always)]
+pub(super) unsafe fn load_rows<S: Simd, T, const MR: usize>(s: S, a: &[*const T; MR], at: usize) -> [S::F; MR] {
+    let mut rows = [s.splat(0.0); MR];
+    for (row, a) in rows.iter_mut().zip(a) {
+        // SAFETY: the caller's contract.
+        *row = unsafe { s.load_f32(a.add(at).cast()) };
+    }
+    rows
+}
+
+/// `$body` for `$lane` = 0, 1, 2, 3 as constants.
+macro_rules! for_lanes {
+    ($lane:ident => $body:block) => {{
+        for_lanes!($lane, 0, $body);
+        for_lanes!($lane, 1, $body);
+        for_lanes!($lane, 2, $body);
+        for_lanes!($lane, 3, $body);
+    }};
+    ($lane:ident, $value:literal, $body:block) => {{
+        const $lane: usize = $value;
+        $body
+    }};
+}
+#[cfg(target_arch = "aarch64")]
+pub(super) use for_lanes;
 
 /// About √K of the models at hand, and a divisor of the k in every block of `gemm.rs`.
 pub(super) const SUM_F32: usize = 64;
@@ -83,6 +146,28 @@ macro_rules! widen {
                         *column = <$dtype>::load(s, b.add(v * S::LANES));
                     }
                     rank_one(s, acc, a, at, columns);
+                }
+            }
+
+            const GROUP: usize = S::GROUP;
+
+            #[inline(always)]
+            unsafe fn group<const MR: usize, const NV: usize>(
+                s: S,
+                acc: &mut [[S::F; NV]; MR],
+                a: &[*const f32; MR],
+                at: usize,
+                b: *const $dtype,
+            ) {
+                // SAFETY: the caller's contract.
+                unsafe {
+                    let a = load_rows(s, a, at);
+                    for_lanes!(LANE => {
+                        for v in 0..NV {
+                            let column = <$dtype>::load(s, b.add((LANE * NV + v) * S::LANES));
+                            one_column::<S, LANE, MR, NV>(s, acc, &a, v, column);
+                        }
+                    });
                 }
             }
         }
@@ -120,10 +205,37 @@ impl<S: Simd> Product<S> for Widen<bf16> {
             rank_one(s, acc, a, at + 1, columns);
         }
     }
+
+    const GROUP: usize = S::GROUP.div_ceil(2);
+
+    #[inline(always)]
+    unsafe fn group<const MR: usize, const NV: usize>(
+        s: S,
+        acc: &mut [[S::F; NV]; MR],
+        a: &[*const f32; MR],
+        at: usize,
+        b: *const bf16,
+    ) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let a = load_rows(s, a, at);
+            for v in 0..2 * NV {
+                let pairs = b.add(v * S::LANES * 2);
+                let (even, odd) = (s.load_bf16_even(pairs), s.load_bf16_odd(pairs));
+                if v < NV {
+                    one_column::<S, 0, MR, NV>(s, acc, &a, v, even);
+                    one_column::<S, 1, MR, NV>(s, acc, &a, v, odd);
+                } else {
+                    one_column::<S, 2, MR, NV>(s, acc, &a, v - NV, even);
+                    one_column::<S, 3, MR, NV>(s, acc, &a, v - NV, odd);
+                }
+            }
+        }
+    }
 }
 
 /// Pairs of bf16 on both sides, by the instruction for them.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(super) struct DotBf16;
 
 #[cfg(target_arch = "x86_64")]
@@ -201,6 +313,7 @@ pub(super) type Micro = unsafe fn(Call);
 /// steps of NV·LANES columns, `acc` MR·NV·LANES writable f32. `next` is never read, so it may point anywhere.
 #[inline(always)]
 pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const AHEAD: u8>(s: S, call: Call) {
+    let step_bytes = NV * S::LANES * P::K_STEP * size_of::<P::B>();
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
         let mut a = [call.a.cast::<P::A>(); MR];
@@ -224,16 +337,14 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
             }
             while at < sum_end {
                 let stop = if at < turn && turn < sum_end { turn } else { sum_end };
+                while P::GROUP > 1 && at + P::GROUP * P::K_STEP <= stop {
+                    next = fetch::<AHEAD>(next, P::GROUP, step_bytes);
+                    P::group(s, &mut acc, &a, at, b);
+                    b = b.add(NV * S::LANES * P::K_STEP * P::GROUP);
+                    at += P::K_STEP * P::GROUP;
+                }
                 while at < stop {
-                    let lines = match AHEAD {
-                        Ahead::NOTHING => 0,
-                        Ahead::TWO_LINES => 2,
-                        _ => (NV * S::LANES * P::K_STEP * size_of::<P::B>()).div_ceil(LINE),
-                    };
-                    for line in 0..lines {
-                        prefetch(next.wrapping_add(line * LINE));
-                    }
-                    next = next.wrapping_add(lines * LINE);
+                    next = fetch::<AHEAD>(next, 1, step_bytes);
                     P::step(s, &mut acc, &a, at, b);
                     b = b.add(NV * S::LANES * P::K_STEP);
                     at += P::K_STEP;
@@ -257,6 +368,20 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
     }
 }
 
+/// Prefetches what belongs to some steps; where to go on.
+#[inline(always)]
+fn fetch<const AHEAD: u8>(next: *const u8, steps: usize, step_bytes: usize) -> *const u8 {
+    let lines = match AHEAD {
+        Ahead::NOTHING => 0,
+        Ahead::TWO_LINES => 2 * steps,
+        _ => (steps * step_bytes).div_ceil(LINE),
+    };
+    for line in 0..lines {
+        prefetch(next.wrapping_add(line * LINE));
+    }
+    next.wrapping_add(lines * LINE)
+}
+
 /// Asks for the line at `p` in the first-level cache; any address will do.
 #[inline(always)]
 pub(super) fn prefetch(p: *const u8) {
@@ -265,6 +390,11 @@ pub(super) fn prefetch(p: *const u8) {
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast())
     };
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nomem, nostack, preserves_flags))
+    };
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = p;
 }

@@ -16,10 +16,16 @@ mod gemm_tests;
 mod glu;
 mod layer;
 mod micro;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neonbf16;
 mod pack;
 mod pages;
 mod scalar;
 mod simd;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+mod simd128;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -83,11 +89,12 @@ impl GemmElement for f16 {
 /// Makes `kernel()`, which gives the [`Kernel`] of one instruction set if `$detected`.
 ///
 /// `$nv` vectors make a panel, `$mr` are the heights of the microkernel; $mr·$nv sums, $nv columns of B and one of A are to fit
-/// the registers. `$bf16` is the product for bf16, `$widen` whether many rows of it take widened weights.
+/// the registers. `$bf16` is the product for bf16, `$native` whether it takes bf16 as it is, and then `$many` how it goes about
+/// more rows than $mr: the function that reorders a block of k for them, and their microkernels.
 macro_rules! instantiate {
     (
         $module:ident, $name:literal, $proof:path, $detected:expr, $([$features:literal],)?
-        nv $nv:literal, mr [$($mr:literal),*], bf16 $bf16:ty, $native:literal
+        nv $nv:literal, mr [$($mr:literal),*], bf16 $bf16:ty, $native:literal $(, many $many:expr)?
     ) => {
         mod $module {
             use super::*;
@@ -210,7 +217,8 @@ macro_rules! instantiate {
                     micro_block: micros::<$bf16, { Ahead::TWO_LINES }>(),
                     micro_sweep: micros::<$bf16, { Ahead::A_STEP }>(),
                     sweep_from: 2,
-                    widen: None,
+                    widen: None$(.or(Some($many)))?,
+                    widen_from: [$($mr),*].len() + 1,
                     convert: gemm::copy_bf16,
                     glu_tile: glu_tile::<bf16, bf16>,
                     ..gemm_f32::<bf16>(false)
@@ -251,6 +259,22 @@ instantiate!(
     avx2_kernel, "avx2", super::avx2::Avx2, super::avx2::Avx2::new().is_some(), ["avx2,fma,f16c"],
     nv 2, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false
 );
+#[cfg(target_arch = "aarch64")]
+instantiate!(
+    neonbf16_kernel, "neonbf16", super::neon::Neon,
+    super::neon::Neon::new().is_some() && std::arch::is_aarch64_feature_detected!("bf16"), ["neon,bf16"],
+    nv 4, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::DotBf16, true,
+    many super::neonbf16::many_rows()
+);
+#[cfg(target_arch = "aarch64")]
+instantiate!(
+    neon_kernel, "neon", super::neon::Neon, super::neon::Neon::new().is_some(), ["neon"],
+    nv 4, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false
+);
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+instantiate!(
+    simd128_kernel, "simd128", super::simd128::Simd128, true, nv 2, mr [1, 2, 3, 4], bf16 super::micro::Widen<bf16>, false
+);
 instantiate!(scalar_kernel, "scalar", super::scalar::Scalar, true, nv 8, mr [1, 2], bf16 super::micro::Widen<bf16>, false);
 
 /// Every kernel this machine can run, best first; the scalar one is always there.
@@ -259,14 +283,23 @@ pub(crate) fn available() -> &'static [Kernel] {
     AVAILABLE.get_or_init(|| {
         #[cfg(target_arch = "x86_64")]
         let simd = [avx512bf16_kernel::kernel(), avx512_kernel::kernel(), avx2_kernel::kernel()];
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        let simd = [neonbf16_kernel::kernel(), neon_kernel::kernel()];
+        #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+        let simd = [simd128_kernel::kernel()];
+        #[cfg(not(any(
+            target_arch = "x86_64",
+            target_arch = "aarch64",
+            all(target_arch = "wasm32", target_feature = "simd128")
+        )))]
         let simd: [Option<Kernel>; 0] = [];
         simd.into_iter().chain([scalar_kernel::kernel()]).flatten().collect()
     })
 }
 
-/// The names of the CPU kernels that this machine can run, best first: of `avx512bf16`, `avx512`, `avx2` and `scalar`. The
-/// environment variable `CANDLE_SWIGLU_KERNEL` takes one of them; without it the first one runs.
+/// The names of the CPU kernels that this machine can run, best first: on x86-64 of `avx512bf16`, `avx512` and `avx2`, on 64-bit
+/// ARM of `neonbf16` and `neon`, in WebAssembly built for it `simd128`, and everywhere `scalar`. The environment variable `CANDLE_SWIGLU_KERNEL` takes one of them;
+/// without it the first one runs.
 ///
 /// ```
 /// assert_eq!(candle_swiglu::cpu_kernels().last(), Some(&"scalar"));

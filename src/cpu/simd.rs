@@ -10,6 +10,9 @@ use half::{bf16, f16};
 pub(super) trait Simd: Copy {
     /// Elements of one vector.
     const LANES: usize;
+    /// Values of A that a microkernel loads at once, to name one with [`Simd::mul_add_lane`]. 1 where a broadcast from memory
+    /// costs no more than a load.
+    const GROUP: usize = 1;
     /// A vector of f32.
     type F: Copy;
     /// One boolean per lane.
@@ -26,6 +29,11 @@ pub(super) trait Simd: Copy {
     #[inline(always)]
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         self.fma(a, b, c)
+    }
+    /// The element `LANE` < `GROUP` of a, times b, + c, as [`Simd::mul_add`].
+    #[inline(always)]
+    fn mul_add_lane<const LANE: usize>(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        self.mul_add(a, b, c)
     }
     fn abs(self, a: Self::F) -> Self::F;
     /// The nearest integer, ties to even.

@@ -81,6 +81,12 @@ fn every_promised_kernel_is_there() {
         assert_eq!(has("avx512"), is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq"));
         assert_eq!(has("avx2"), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c"));
     }
+    #[cfg(target_arch = "aarch64")]
+    {
+        let has = |name| names.contains(&name);
+        assert_eq!(has("neonbf16"), std::arch::is_aarch64_feature_detected!("bf16"));
+        assert_eq!(has("neon"), std::arch::is_aarch64_feature_detected!("neon"));
+    }
     assert_eq!(names.last(), Some(&"scalar"));
 }
 
@@ -208,8 +214,11 @@ fn all_kernels_give_the_same_bits() {
         // Which NaN it is may differ.
         all.into_iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect::<Vec<_>>()
     };
+    // FNV-1a over all of them, the same on every machine: every operation is a correctly rounded one.
+    let mut digest = 0xcbf2_9ce4_8422_2325u64;
     for op in ops() {
         let first = bits(&available()[0], &op);
+        digest = first.iter().fold(digest, |hash, &word| (hash ^ u64::from(word)).wrapping_mul(0x100_0000_01b3));
         for kernel in &available()[1..] {
             let other = bits(kernel, &op);
             let n = gate.len();
@@ -219,6 +228,7 @@ fn all_kernels_give_the_same_bits() {
             }
         }
     }
+    assert_eq!(digest, 0xf6c9_253a_567a_be82, "not the bits of other machines: {digest:#x}");
 }
 
 /// Products of two halves are exact in f32, so the store's rounding alone is tested: ties, overflow, denormals, NaN.

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Counts instructions in the inner loops of assembly listings of this crate, see count-instructions.sh.
+
+    count_instructions.py FILE.s...
+
+For each kernel: the microkernels' innermost loop, per multiply-add of a vector, and silu(gate)*up's, per element. A spill is a
+vector that goes to the stack or comes from there within the loop (row pointers may).
+"""
+import re
+import sys
+
+FUSED = re.compile(r"v?f(n?m)(add|la)\w*|vdpbf16ps|bfdot|bfmmla|vfmadd\w*|fmla")
+LANES = {"avx512bf16": 16, "avx512": 16, "avx2": 8, "neonbf16": 4, "neon": 4}
+STACK = re.compile(r"%[xyz]mm.*\(%rsp|\(%rsp.*%[xyz]mm|\b[qdv]\d+\b.*\[(sp|x29)\b")
+BRANCH = re.compile(r"^(j[a-z]+|b(\.\w+)?|cbn?z|tbn?z)$")
+
+
+def functions(path):
+    """Name -> lines of each function."""
+    name, lines = None, []
+    for line in open(path):
+        label = re.match(r"^(_R\w+):", line)
+        if label:
+            name, lines = label[1], []
+        elif name and re.match(r"^\.Lfunc_end", line):
+            yield name, lines
+            name = None
+        elif name:
+            lines.append(line.split("//")[0].split("##")[0].rstrip())
+
+
+def innermost(lines):
+    """The bodies of loops that contain no other loop: from a label to the last branch back to it."""
+    at = {m[1]: i for i, l in enumerate(lines) if (m := re.match(r"^(\.L\w+):", l))}
+    loops = {}
+    for i, line in enumerate(lines):
+        words = line.replace(",", " ").split()
+        if len(words) > 1 and BRANCH.match(words[0]) and at.get(words[-1], i) < i:
+            loops[at[words[-1]]] = i
+    spans = sorted(loops.items())
+    inner = [(s, e) for s, e in spans if not any((s2, e2) != (s, e) and s <= s2 and e2 <= e for s2, e2 in spans)]
+    for start, end in inner:
+        body = [l.strip() for l in lines[start : end + 1]]
+        yield [l for l in body if l and not l.startswith((".", "#")) and not l.endswith(":")]
+
+
+def count(body):
+    ops = [line.split()[0] for line in body]
+    fused = sum(bool(FUSED.fullmatch(op)) for op in ops)
+    return fused, len(ops), sum(bool(STACK.search(line)) for line in body)
+
+
+def micro(name):
+    """(kernel, dtype and product, MR, AHEAD) of a microkernel's mangled name."""
+    if m := re.search(r"3cpu8(neonbf16)5microKj(\w)_", name):
+        return m[1], "bf16 bfmmla", int(m[2], 16), 0
+    if not (m := re.search(r"3cpu\d+(\w+?)_kernel5micro(\w+?)Kj(\w)_Kh(\w)?_", name)):
+        return None
+    product = m[2]
+    kind = "bf16 dot" if "DotBf16" in product else "bf16" if "4bf16" in product else "f16" if "3f16" in product else "f32"
+    return m[1], kind, int(m[3], 16), int(m[4] or "0", 16)
+
+
+def main():
+    rows, gates = [], []
+    for path in sys.argv[1:]:
+        for name, lines in functions(path):
+            if found := micro(name):
+                kernel, kind, mr, ahead = found
+                best = max((count(body) for body in innermost(lines)), default=(0, 0, 0))
+                if kernel in LANES and best[0]:
+                    rows.append((kernel, kind, mr, ahead, *best))
+            elif (m := re.search(r"3cpu\d+(\w+?)_kernel12forward_body(\w+)", name)) and m[1] in LANES:
+                kind = "bf16" if "4bf16" in m[2] else "f16" if "3f16" in m[2] else "f32"
+                # Loops with one division, fewest instructions first: sigmoid, then silu.
+                divisions = lambda body: sum("div" in line.split()[0] for line in body)
+                loops = sorted(len(body) for body in innermost(lines) if divisions(body) == 1)
+                spills = max((count(body)[2] for body in innermost(lines)), default=0)
+                if len(loops) > 1:
+                    gates.append((m[1], kind, loops[1], loops[1] / LANES[m[1]], spills))
+    print("| kernel | dtype | rows | multiply-adds in the loop | other instructions per multiply-add | spills |\n|---|---|---|---|---|---|")
+    for kernel, kind, mr, ahead, fused, total, spills in sorted(set(rows)):
+        if ahead == 0:
+            print(f"| {kernel} | {kind} | {mr} | {fused} | {(total - fused) / fused:.2f} | {spills} |")
+    print("\n| kernel | dtype | instructions for a vector of silu(gate)*up | per element | spills |\n|---|---|---|---|---|")
+    for kernel, kind, total, each, spills in sorted(set(gates)):
+        print(f"| {kernel} | {kind} | {total} | {each:.1f} | {spills} |")
+
+
+main()

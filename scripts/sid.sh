@@ -1,0 +1,45 @@
+# Sourced by aarch64.sh and wasm-check.sh: Debian's unstable release, "sid", in a directory of its own. It has a rustc that is
+# new enough together with the standard libraries of other targets. As root, on x86-64 Debian or what descends from it.
+#
+# SID names the directory (default target/sid, 2.7 GB; remove it to get newer packages).
+
+sid=$(realpath -m "${SID:-target/sid}")
+
+# sid_install PACKAGE...: makes the directory if it is not there, and installs packages into it if they are not.
+sid_install() {
+    if [ ! -e "$sid/ready" ]; then
+        if ! command -v debootstrap >/dev/null; then
+            apt-get update -qq
+            apt-get install -y -qq debootstrap
+        fi
+        local mirror
+        mirror=$(grep -rhoE 'https?://[^ ]+' /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null | grep /debian/*$ | head -1)
+        debootstrap --variant=minbase --include=ca-certificates sid "$sid" "${mirror:-http://deb.debian.org/debian}"
+        chroot "$sid" dpkg --add-architecture arm64
+        touch "$sid/ready"
+    fi
+    if ! chroot "$sid" dpkg-query -W "$@" >/dev/null 2>&1; then
+        cp /etc/resolv.conf /etc/hosts "$sid/etc/"
+        chroot "$sid" apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive chroot "$sid" apt-get install -y -qq --no-install-recommends "$@"
+    fi
+}
+
+# in_sid COMMAND...: runs a command in there, in this repository and with cargo's registry as it is out here. What is mounted
+# for that is seen by the command alone.
+in_sid() {
+    cargo fetch --locked --quiet
+    mkdir -p "$sid/cargo" "$sid/src" "$sid/target"
+    # shellcheck disable=SC2016
+    unshare --mount --propagation private bash -c '
+        set -e
+        root=$1 cargo=$2
+        shift 2
+        mount --bind "$cargo" "$root/cargo"
+        mount --bind . "$root/src"
+        mount --bind /proc "$root/proc"
+        mount --bind /dev "$root/dev"
+        export HOME=/root PATH=/usr/bin:/bin CARGO_HOME=/cargo CARGO_TARGET_DIR=/target CARGO_NET_OFFLINE=true
+        exec chroot "$root" bash -c '\''cd /src && exec "$@"'\'' -- "$@"
+    ' -- "$sid" "${CARGO_HOME:-$HOME/.cargo}" "$@"
+}
