@@ -206,7 +206,8 @@ fn gradients_follow_the_definition() -> Result<()> {
             let store = (ffn.forward(&x)? * dy.to_device(&device)?)?.sum_all()?.backward()?;
             let check = |name: &str, tensor: &Tensor| -> Result<()> {
                 let Some(found) = store.get(tensor) else {
-                    return Ok(ensure!(ffn.kernel() == "metal" && name != "dx", "{name}"));
+                    ensure!(ffn.kernel() == "metal" && name != "dx", "no gradient {name}"); // packed weights are constants
+                    return Ok(());
                 };
                 let (near, what) = (&near[name], format!("{name} {rows} rows {cfg:?}"));
                 let doubled: Vec<f64> = near.errors().iter().map(|error| 2.0 * error).collect();
