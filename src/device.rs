@@ -65,6 +65,15 @@ pub(crate) fn has_glu(device: &Device, dtype: DType) -> bool {
     }
 }
 
+/// Loads the kernels of a device that [`has_kernels`], and waits until the weights written so far are there: `forward` need not.
+pub(crate) fn prepare(device: &Device) -> candle_core::Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::prepare(device),
+        _ => Ok(()),
+    }
+}
+
 /// The name of what runs on a device that [`has_kernels`].
 pub(crate) fn kernel_name(device: &Device) -> &'static str {
     match device {

@@ -69,7 +69,7 @@ enum Form {
     /// Our kernels.
     Packed(Packed),
     /// candle's matmuls around the fused gate.
-    Plain { gate_up: Projections, glu: Glu, down: Linear, down_multiplier: f32 },
+    Plain { gate_up: Box<Projections>, glu: Glu, down: Linear, down_multiplier: f32 },
 }
 
 /// gate and up, by two products or by one
@@ -245,7 +245,7 @@ impl<'a> Builder<'a> {
                     Part::Down | Part::Whole => Piece::Down(weight, bias),
                 }));
                 let (gate_up, down) = plain(self.pieces)?;
-                Form::Plain { gate_up, glu: cfg.glu(), down, down_multiplier: cfg.down_multiplier }
+                Form::Plain { gate_up: Box::new(gate_up), glu: cfg.glu(), down, down_multiplier: cfg.down_multiplier }
             }
         };
         let kernel = match (&form, self.device.is_cpu()) {

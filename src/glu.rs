@@ -1,8 +1,8 @@
 //! The fused gate of a gated linear unit, `out = act(gate) ⊙ up`, as one differentiable operation.
 //!
-//! On the CPU forward and backward are one pass each, in f32 inside with one rounding (f64 for f64), over operands of any
-//! layout; nothing but the inputs is kept for the backward pass. On other devices the same formula is composed of candle's
-//! differentiable operations.
+//! On the CPU, on CUDA and on Metal forward and backward are one pass each, in f32 inside with one rounding (f64 for f64), over
+//! operands of any layout; nothing but the inputs is kept for the backward pass. Where a device has no such kernel the same
+//! formula is composed of candle's differentiable operations.
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor};
 
@@ -211,7 +211,7 @@ pub(crate) fn check_like(
     Ok(())
 }
 
-/// The forward operation as candle sees it on the CPU.
+/// The forward operation as candle sees it.
 impl CustomOp2 for Glu {
     fn name(&self) -> &'static str {
         "glu_mul"
@@ -230,6 +230,17 @@ impl CustomOp2 for Glu {
         l2: &Layout,
     ) -> candle_core::Result<(candle_core::MetalStorage, Shape)> {
         crate::metal::glu_forward(self, [(s1, l1), (s2, l2)])
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &candle_core::CudaStorage,
+        l1: &Layout,
+        s2: &candle_core::CudaStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        Ok((crate::cuda::glu_mul(self, [(s1, l1), (s2, l2)])?, l1.shape().clone()))
     }
 
     fn bwd(
@@ -262,8 +273,21 @@ impl CustomOp3 for GluGradient {
         l3: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let storage = cpu::backward(cpu::selected()?, &self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
-        let dims: Vec<usize> = std::iter::once(2).chain(l1.dims().iter().copied()).collect();
-        Ok((storage, Shape::from(dims)))
+        Ok((storage, pair_of(l1)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &candle_core::CudaStorage,
+        l1: &Layout,
+        s2: &candle_core::CudaStorage,
+        l2: &Layout,
+        s3: &candle_core::CudaStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        let storage = crate::cuda::glu_gradient(&self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
+        Ok((storage, pair_of(l1)))
     }
 
     #[cfg(feature = "metal")]
@@ -278,4 +302,9 @@ impl CustomOp3 for GluGradient {
     ) -> candle_core::Result<(candle_core::MetalStorage, Shape)> {
         crate::metal::glu_backward(&self.0, [(s1, l1), (s2, l2), (s3, l3)])
     }
+}
+
+/// (2, …)
+fn pair_of(layout: &Layout) -> Shape {
+    Shape::from(std::iter::once(2).chain(layout.dims().iter().copied()).collect::<Vec<_>>())
 }

@@ -5,6 +5,9 @@ mod checkpoint;
 mod config;
 #[allow(unsafe_code)]
 mod cpu;
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+mod cuda;
 mod device;
 mod error;
 mod ffn;
@@ -22,6 +25,9 @@ pub use activation::GluActivation;
 pub use checkpoint::Checkpoint;
 pub use config::FfnConfig;
 pub use cpu::cpu_kernels;
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub use cuda::{Prefill as CudaPrefill, force_prefill as force_cuda_prefill};
 pub use error::{Error, Result};
 pub use ffn::SwiGluFfn;
 pub use glu::{Glu, glu_mul, silu_mul};

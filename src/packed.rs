@@ -122,6 +122,7 @@ impl Packer {
             }
         };
         let store = store.ok_or_else(|| message("a layer has all its weights"))?;
+        device::prepare(&self.device)?;
         Ok(Packed(Arc::new(Inner { store, dtype: self.dtype, device: self.device, sizes: self.sizes })))
     }
 }

@@ -8,10 +8,10 @@
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::Result;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candle_swiglu::{FfnConfig, Glu, GluActivation, reference};
 
-use super::values;
+use super::{unit_roundoff, values};
 
 // ---------------------------------------------------------------- a number, and how far from it a computed one may lie
 
@@ -39,6 +39,11 @@ impl Near {
         let value = self.value + other.value;
         let carried = self.error + other.error;
         Self { value, error: carried + u * (value.abs() + carried) }
+    }
+
+    /// Rounded once more, with unit roundoff u and, below the normal numbers, an absolute error.
+    fn rounded(self, u: f64, tiny: f64) -> Self {
+        Self { error: self.error + (u * self.largest()).max(tiny), ..self }
     }
 
     fn within(self, kink: f64) -> bool {
@@ -207,13 +212,25 @@ impl Block {
 
     /// x (M,H) -> y (M,H)
     pub(crate) fn forward(&self, x: &Tensor, u: f64) -> Result<Matrix> {
+        self.forward_rounded(x, u, None)
+    }
+
+    /// The same with sums of unit roundoff u whose results are stored in `dtype`: gate and up, h and y are rounded once each.
+    pub(crate) fn forward_rounded(&self, x: &Tensor, u: f64, dtype: Option<DType>) -> Result<Matrix> {
+        let store = |matrix: Matrix| match dtype {
+            Some(dtype) => {
+                let tiny = if dtype == DType::F16 { 2f64.powi(-25) } else { 0.0 };
+                matrix.map(|near| near.rounded(unit_roundoff(dtype), tiny))
+            }
+            None => matrix,
+        };
         let x = Matrix::exact(x)?;
-        let (gate, up) = (self.project(&x, "gate_proj", u), self.project(&x, "up_proj", u));
+        let (gate, up) = (store(self.project(&x, "gate_proj", u)), store(self.project(&x, "up_proj", u)));
         let h = Matrix::from_fn(gate.rows, gate.columns, |r, c| {
             let [act, _, up, _] = glu_factors(&self.op, gate.at(r, c), up.at(r, c), u);
             act.times(up, u)
         });
-        Ok(self.scale(&self.project(&h, "down_proj", u), u))
+        Ok(store(self.scale(&self.project(&store(h), "down_proj", u), u)))
     }
 
     /// x, dy (M,H) -> `dx` (M,H) and `d<weight>`, the gradients of <y, dy>

@@ -1,0 +1,134 @@
+//! The block on one CUDA device beside candle's own, bare cuBLAS products and the device's limits, in turn in one process.
+//!
+//! ```text
+//! cargo bench --features cuda --bench gpu [-- OPTIONS]
+//!   --shapes  1b,8b,70b    of (H, I) = (2048, 8192), (4096, 14336), (8192, 28672)
+//!   --rows    1,4,8,16,32,64,128,512,2048,4096
+//!   --dtypes  bf16         and f16, f32
+//!   --budget  150          seconds; what is left then is reported as skipped
+//!   --csv     FILE
+//! ```
+//!
+//! | column | |
+//! |---|---|
+//! | `system` | `ours`; `ours-cublas` and `ours-fused`, one way of prefill forced; `candle`, three `candle_nn::Linear` with `silu` and `*`; `candle-merged`, one product for gate and up; `gemms`, the two products alone, no activation; a name with `+graph` is the replay of a CUDA graph of the same calls, without it each call is launched by the host |
+//! | `dtype`, `shape`, `hidden`, `intermediate`, `rows` | the case |
+//! | `us`, `min_us`, `max_us` | median and range over the samples, of one call |
+//! | `gb_per_s` | bytes of weights, x and y over `us` |
+//! | `tflops` | 6·M·H·I over `us` |
+//! | `floor_us` | the larger of those bytes at the ceiling `read` and those operations at the ceiling `cublas` of the same run |
+//! | `floor_share` | `floor_us / us` |
+//! | `rel_error` | rms of y's error over rms of y, y in f64 from the same numbers |
+//! | `over_ours` | `us` over that of `ours` (with `+graph` over `ours+graph`), samples taken in turn |
+//!
+//! Systems `read` (GB/s of a read of one layer's bytes, and of 4 GiB as shape `4gib`) and `cublas` (TFLOP/s of a product of 8192³)
+//! are the ceilings; their `us` is one read or product.
+//!
+//! 1. Every system's y is checked against f64 before it is timed; more than four times candle's error is an error of the run.
+//! 2. A sample is a row of calls of about 2 ms between two events on the stream. The systems' samples alternate, 15 of each.
+//! 3. Weights rotate over at least 600 MB, so that none lies in the L2 cache from the call before.
+
+mod systems;
+mod timing;
+
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device};
+
+use systems::{Case, System};
+use timing::Ceilings;
+
+const HEADER: &str =
+    "system,dtype,shape,hidden,intermediate,rows,us,min_us,max_us,gb_per_s,tflops,floor_us,floor_share,rel_error,over_ours";
+const SHAPES: [(&str, usize, usize); 3] = [("1b", 2048, 8192), ("8b", 4096, 14336), ("70b", 8192, 28672)];
+
+struct Options {
+    shapes: Vec<(&'static str, usize, usize)>,
+    rows: Vec<usize>,
+    dtypes: Vec<DType>,
+    budget: Duration,
+    csv: Option<String>,
+}
+
+fn options() -> Result<Options> {
+    let mut options = Options {
+        shapes: SHAPES.to_vec(),
+        rows: vec![1, 4, 8, 16, 32, 64, 128, 512, 2048, 4096],
+        dtypes: vec![DType::BF16],
+        budget: Duration::from_secs(150),
+        csv: None,
+    };
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().with_context(|| format!("{arg}: expected a value"));
+        match arg.as_str() {
+            "--shapes" => {
+                let names = value()?;
+                options.shapes = SHAPES.into_iter().filter(|(name, ..)| names.split(',').any(|n| n == *name)).collect();
+            }
+            "--rows" => options.rows = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--dtypes" => options.dtypes = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--budget" => options.budget = Duration::from_secs_f64(value()?.parse()?),
+            "--csv" => options.csv = Some(value()?),
+            _ => {}
+        }
+    }
+    Ok(options)
+}
+
+fn main() -> Result<()> {
+    let options = options()?;
+    let device = match Device::new_cuda(0) {
+        Ok(device) => device,
+        Err(error) => {
+            eprintln!("no CUDA device: {error}");
+            return Ok(());
+        }
+    };
+    let start = Instant::now();
+    let mut csv = String::from(HEADER) + "\n";
+    let ceilings = Ceilings::measure(&device, &options.shapes, &mut csv)?;
+    println!("read {:.0} GB/s, cuBLAS bf16 {:.0} TFLOP/s", ceilings.gb_per_s, ceilings.tflops);
+    println!(
+        "{:>20} {:>5} {:>5} {:>5} {:>10} {:>8} {:>8} {:>9}",
+        "system", "dtype", "shape", "rows", "us", "of floor", "/ ours", "error"
+    );
+    for (&dtype, &(shape, h, i)) in
+        options.dtypes.iter().flat_map(|dtype| options.shapes.iter().map(move |shape| (dtype, shape)))
+    {
+        let weights = systems::Weights::new(&device, dtype, h, i)?;
+        for &rows in &options.rows {
+            if start.elapsed() > options.budget {
+                println!("skipped {dtype:?} {shape} M = {rows}: out of time");
+                continue;
+            }
+            let case = Case::new(&weights, shape, rows)?;
+            write_case(&case, &ceilings, &mut csv)?;
+            if let Some(path) = &options.csv {
+                std::fs::write(path, &csv)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Times the systems of a case in turn, prints them and appends their lines.
+fn write_case(case: &Case<'_>, ceilings: &Ceilings, csv: &mut String) -> Result<()> {
+    let systems: Vec<System<'_>> = case.systems()?;
+    let times = timing::in_turn(&case.device()?, &systems)?;
+    for (system, time) in systems.iter().zip(&times) {
+        let us = time.median;
+        let floor = (case.bytes() / ceilings.gb_per_s * 1e-3).max(case.operations() / ceilings.tflops * 1e-6);
+        let ours = if system.name.ends_with("+graph") { "ours+graph" } else { "ours" };
+        let ours = systems.iter().position(|system| system.name == ours).map_or(f64::NAN, |at| times[at].median);
+        let (error, share, over) = (system.rel_error, floor / us, us / ours);
+        let (dtype, shape, rows) = (case.dtype().as_str(), case.shape, case.rows);
+        println!("{:>20} {dtype:>5} {shape:>5} {rows:>5} {us:>10.2} {share:>8.3} {over:>8.2} {error:>9.1e}", system.name);
+        let _ = write!(csv, "{},{dtype},{shape},{},{},{rows},", system.name, case.hidden_size(), case.intermediate_size());
+        let _ = write!(csv, "{us:.2},{:.2},{:.2},{:.0},", time.least, time.most, case.bytes() / us * 1e-3);
+        let _ = writeln!(csv, "{:.1},{floor:.2},{share:.3},{error:.2e},{over:.3}", case.operations() / us * 1e-6);
+    }
+    Ok(())
+}

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Runs the folder that scripts/gpu-suite.sh has packed, on a machine with an NVIDIA GPU, its driver, and PyTorch's or CUDA's cuBLAS:
+#
+#   OUT=results bash run.sh
+#
+#   1. facts.txt     the machine, versions, libraries found (ldd), clocks every 5 s while timing
+#   2. the tests of tests/cuda, with a device required
+#   3. compute-sanitizer, memcheck and racecheck, over small cases (if it is there)
+#   4. results.csv   the Rust bench (columns: gpu.md), then PyTorch (peers.py) with what time is left
+#   5. llama         tokens per second of the small checkpoint and of an 8B-shaped one of random weights
+#
+# log.txt has everything. The last lines say what passed, failed or was skipped; the exit status is 1 if anything failed. BUDGET=s is the
+# time for all of it (460), after which nothing new begins and what runs is ended. SANITIZE=0, PEERS=0, LLAMA=0 leave a part out.
+# LAYERS=n is the depth of the 8B-shaped model (8).
+set -u
+out=${OUT:-$PWD/out}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
+budget=${BUDGET:-460} scratch=$(mktemp -d) sampler=
+trap '[ -z "$sampler" ] || kill "$sampler" 2>/dev/null; rm -rf "$scratch"' EXIT
+log=$out/log.txt facts=$out/facts.txt csv=$out/results.csv summary=$scratch/summary
+: > "$log" > "$facts" > "$summary"
+say() { echo "$*" | tee -a "$log"; }
+
+# step SECONDS NAME COMMAND...: with a limit of its own within the budget
+step() {
+    local limit=$1 name=$2 left=$((budget - SECONDS)) status
+    shift 2
+    if ((left < 15)); then
+        say "skipped: $name" | tee -a "$summary"
+        return 0
+    fi
+    ((limit <= left - 5)) || limit=$((left - 5))
+    say "==> $name (at $SECONDS s, at most $limit s)"
+    timeout -k 5 "$limit" "$@" > "$scratch/step" 2>&1
+    status=$?
+    cat "$scratch/step" >> "$log"
+    case $status in
+        0) echo "passed: $name" >> "$summary" ;;
+        124 | 137) say "timed out: $name" | tee -a "$summary" ;;
+        *) say "failed: $name (exit $status)" | tee -a "$summary"; tail -15 "$scratch/step" ;;
+    esac
+    return $status
+}
+
+# ---- 1. facts, libraries
+nvidia-smi > "$facts" 2>&1 || { say "no working nvidia-smi"; cat "$facts"; exit 2; }
+# cuBLAS and cuRAND: PyTorch's, else the toolkit's; the driver's library is found by itself or in one of the usual folders.
+libraries=$(python3 - 2>/dev/null <<'PY'
+import glob, importlib.util, os
+spec = importlib.util.find_spec("nvidia")
+folders = {os.path.dirname(f) for root in (spec.submodule_search_locations or []) for name in ("cublas", "curand", "cudart", "nvrtc")
+           for f in glob.glob(os.path.join(root, "**", f"lib{name}.so.1*"), recursive=True)}
+print(":".join(sorted(folders)))
+PY
+)
+export LD_LIBRARY_PATH="${libraries:+$libraries:}/usr/local/cuda/lib64:/usr/local/nvidia/lib64:/usr/lib/x86_64-linux-gnu${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+{
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current --format=csv
+    uname -srm
+    nproc
+    cat commit.txt
+    nvcc --version 2>/dev/null | tail -2
+    python3 -c 'import importlib.metadata as m
+for name in ("torch", "triton", "nvidia-cublas", "nvidia-cublas-cu12", "liger-kernel"):
+    try: print(name, m.version(name))
+    except Exception: pass'
+    for program in cuda gpu llama; do echo "$program:"; ldd "$program"; done
+} >> "$facts" 2>&1
+if grep -q 'not found' "$facts"; then say "failed: libraries are missing"; grep 'not found' "$facts" | sort -u; exit 1; fi
+say "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
+
+# ---- 2. correctness
+export CANDLE_SWIGLU_REQUIRE_CUDA=1 RUST_BACKTRACE=0
+step 120 "tests" ./cuda --test-threads=1
+step 30 "tests, fused prefill forced" env CANDLE_SWIGLU_CUDA_PREFILL=fused ./cuda --test-threads=1 any_number_of_rows x_of_any_layout no_less_accurate
+
+# ---- 3. memory and races
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
+if [ "${SANITIZE:-1}" = 1 ] && [ -n "$sanitizer" ]; then
+    for tool in memcheck racecheck; do
+        step 35 "$tool" "$sanitizer" --tool $tool --error-exitcode 9 --print-limit 20 ./cuda --test-threads=1 --exact \
+            forward::x_of_any_layout gate::any_layout forward::weights_of_any_layout
+        grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|not supported' "$scratch/step" | head -3
+    done
+else say "skipped: compute-sanitizer" | tee -a "$summary"; fi
+
+# ---- 4. speed
+query=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active
+(while :; do nvidia-smi --query-gpu=$query --format=csv,noheader; sleep 5; done >> "$facts" 2>&1) &
+sampler=$!
+step 140 "bench" ./gpu --budget 120 --csv "$csv"
+cp "$scratch/step" "$out/bench.txt" 2>/dev/null
+if [ "${LLAMA:-1}" = 1 ]; then
+    prompt="Once upon a time"
+    step 30 "llama, weights/" ./llama --model-id weights --prompt "$prompt" --temperature 0 --sample-len 200
+    grep 'token/s\|kernel\|device' "$scratch/step" | sed 's/^/weights: /' | tee -a "$out/llama.txt"
+    on_gpu=$(sed '/^[a-z ]*:/d' "$scratch/step" | head -c 300)
+    model=$scratch/8b
+    step 60 "checkpoint of 8B's shape" ./make_checkpoint --preset 8b --layers "${LAYERS:-8}" --out "$model"
+    cp weights/tokenizer*.json "$model/" 2>/dev/null
+    step 40 "llama, 8B's shape, ${LAYERS:-8} layers" ./llama --model-id "$model" --prompt "$prompt" --temperature 0 --sample-len 200
+    grep 'token/s\|kernel\|device' "$scratch/step" | sed "s/^/8b, ${LAYERS:-8} layers: /" | tee -a "$out/llama.txt"
+    rm -rf "$model"
+    [ -z "$on_gpu" ] || echo "$on_gpu" >> "$log"
+fi
+if [ "${PEERS:-1}" = 1 ] && [ -s "$csv" ]; then
+    left=$((budget - SECONDS - 15))
+    export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" TRITON_CACHE_DIR="$scratch/triton" PYTHONUNBUFFERED=1
+    if ((left > 30)); then step "$left" "PyTorch" python3 peers.py "$csv" $((left - 10)); else say "skipped: PyTorch" | tee -a "$summary"; fi
+fi
+kill "$sampler" 2>/dev/null
+sampler=
+
+# ---- the end
+say "==> after $SECONDS s"
+cat "$summary"
+! grep -qE '^(failed|timed out)' "$summary"

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Builds all that a machine with an NVIDIA GPU needs to test and measure this crate, into one folder: that machine needs no cargo.
+#
+#   scripts/gpu-suite.sh [FOLDER]      default target/gpu-suite; then there: OUT=results bash FOLDER/run.sh
+#
+# Uses the CUDA toolkit that NVCC, CUDA_HOME or PATH name, or else fetches nvcc (scripts/cuda-toolkit.sh) into target/cuda-toolkit.
+# The folder has the tests, the benchmark and the example as programs without symbols, the checkpoint of weights/, PyTorch's side of the
+# benchmark and run.sh, whose head says what it does. The limit is 60 MB. Records go to benches/record/MACHINE/DATE.{csv,txt}.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-target/gpu-suite}
+
+if [ -z "${NVCC:-}" ] && ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
+    cargo fetch --locked
+    exports=$(scripts/cuda-toolkit.sh target/cuda-toolkit compile)
+    eval "$exports"
+fi
+export CUDA_NVCC_LITE="${CUDA_NVCC_LITE-1}" CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-90}"
+
+# The programs and where cargo has put them, from its messages. Two dependencies of other tests need not be fast.
+unused=()
+for package in candle-transformers plotters; do unused+=(--config "profile.release.package.$package.opt-level=0"); done
+programs=$(cargo build --locked --release --features cuda --test cuda --bench gpu --example llama --example make_checkpoint \
+    "${unused[@]}" --message-format=json-render-diagnostics | python3 -c '
+import json, sys
+wanted, found = {"cuda", "gpu", "llama", "make_checkpoint"}, {}
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("executable") and message["target"]["name"] in wanted:
+        found[message["target"]["name"]] = message["executable"]
+missing = wanted - found.keys()
+if missing:
+    sys.exit(f"not built: {sorted(missing)}")
+for name, path in sorted(found.items()):
+    print(name, path)')
+
+rm -rf "$folder"
+mkdir -p "$folder/weights"
+while read -r name path; do strip -o "$folder/$name" "$path"; done <<<"$programs"
+cp weights/*.json weights/*.safetensors "$folder/weights/"
+cp benches/gpu/run.sh benches/gpu/peers.py "$folder/"
+sed -n 's/^\/\/! \{0,1\}//p' benches/gpu/main.rs > "$folder/gpu.md"
+{ git rev-parse HEAD && git status --short; } > "$folder/commit.txt" 2>/dev/null || echo unknown > "$folder/commit.txt"
+
+du -sh "$folder"/* | sort -h
+size=$(du -sm "$folder" | cut -f1)
+[ "$size" -le 60 ] || { echo "gpu-suite.sh: $size MB in $folder, more than 60" >&2; exit 1; }
+echo "packed $size MB: copy $folder and run there: OUT=results bash $(basename "$folder")/run.sh"

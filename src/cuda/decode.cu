@@ -1,0 +1,341 @@
+// The block for few rows, M ≤ 32: `gate_up` h = glu(x·Wgᵀ + bg, x·Wuᵀ + bu) and `linear` y = (x·Wᵀ + b)·factor.
+//
+// Time is the time to read the weights once, so everything serves to keep loads of them in flight.
+//
+// mma (bf16, f16): the weights are the 16-row A operand of mma.m16n8k16, the tokens its 8-column B operand. A dot product does
+// not care about the order of k, so lane 4g + t feeds the tensor core the 8 consecutive k of one 16-byte load, the same for
+// both operands: no shared memory, shuffle or ldmatrix on the way. A tile is 16 rows of A:
+//   gate_up: rows 0..7 are 8 features of gate, rows 8..15 the same features of up, which so meet in one thread;
+//   linear: 16 features.
+// w1: one warp does a tile over all of K. w8: the 8 warps of a block share K, chunk by chunk. Sums go through shared memory
+// to the epilogue, partial sums in the order of the warps: no atomics, the same bits every time.
+//
+// fma (f32; in bf16 and f16 the shapes that mma does not take): CUDA cores. A warp does 4 rows of weights (2 features of gate
+// and of up, or 4), its lanes share k, 16 bytes at a time in f32 and element by element where rows lie at odd addresses, and a
+// butterfly of 31 shuffles for every 32 sums ends it.
+//
+// Two register tiles in turn: while one is used the loads of the other are in flight. mma: a tile is 4 KiB per warp, so 4 to
+// 8 KiB per warp in flight (n4: half of all these). By Little's law an H200 needs 4.8 TB/s · 1 µs / 132 = 36 KiB per SM. LLaMA-3-8B: gate_up has
+// 1792 tiles = 13.6 warps per SM (w1), 54..109 KiB; down 256 tiles = 15.5 warps per SM (w8), 62..124 KiB. 6 tiles per SM are
+// the fewest that w1 should have (24..48 KiB). fma: 2 to 4 KiB per warp (n1). This is reckoning, not measurement.
+// Tensor cores and not CUDA cores for M > 1: at M = 8 the products alone are 17 T FMA/s of about 33.
+//
+// The first tile of weights is loaded before pdl_wait, under the tail of the previous kernel.
+#include "activation.cuh"
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------ device maths
+
+// use(tile, i) for i in 0..steps, in order, with the loads one tile ahead if AHEAD; the first ones before the dependency.
+template <typename Tile, bool AHEAD = true, typename Load, typename Use> DEVICE void sweep(int steps, Load load, Use use) {
+  Tile even;
+  if (steps > 0) load(even, 0);
+  pdl_wait();
+  pdl_launch();
+  if constexpr (AHEAD) {
+    Tile odd;
+#pragma unroll 1
+    for (int i = 0; i < steps; i += 2) {
+      const bool more = i + 1 < steps;
+      if (more) load(odd, i + 1);
+      use(even, i);
+      if (i + 2 < steps) load(even, i + 2);
+      if (more) use(odd, i + 1);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+      if (i > 0) load(even, i);
+      use(even, i);
+    }
+  }
+}
+
+constexpr int CHUNK = 64;  // k of a chunk: 2 loads x 4 lanes x 8 elements
+// Chunks of a register tile: 2 · 2 loads · 2 halves of A · 512 B = 4 KiB per warp; half of that where 32 tokens need the registers.
+template <int NT> constexpr int PER_TILE = NT == 4 ? 1 : 2;
+
+// One load's worth of A: 8 k of row g and of row g+8.
+struct Piece {
+  uint4 a, b;
+};
+template <int NT> struct MmaTile {
+  Piece piece[PER_TILE<NT>][2];
+};
+
+template <typename T, int NT> struct MmaSums {
+  float d[NT][4];
+  // d += piece · x, for 8 k of every token; lane g has token 8·nt + g.
+  DEVICE void add(const Piece& w, const uint4 (&x)[NT]) {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+      mma_m16n8k16(T(), d[nt], w.a.x, w.b.x, w.a.y, w.b.y, x[nt].x, x[nt].y);
+      mma_m16n8k16(T(), d[nt], w.a.z, w.b.z, w.a.w, w.b.w, x[nt].z, x[nt].w);
+    }
+  }
+};
+
+// sums = rows (row_a of lane g, row_b of lane g) · x (M,K)ᵀ over chunks part, part + SPLIT, ...
+template <typename T, int NT, int SPLIT>
+DEVICE void dot_mma(MmaSums<T, NT>& sums, const T* x, const T* row_a, const T* row_b, int M, int K, int part) {
+  constexpr int STEP = SPLIT * CHUNK;
+  const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+  // This lane's first k of chunk `part`; everything below counts from there.
+  const int first = part * CHUNK + t * 8;
+  const T *a = row_a + first, *b = row_b + first, *token = x + size_t(g) * K + first;
+#pragma unroll
+  for (int nt = 0; nt < NT; ++nt) sums.d[nt][0] = sums.d[nt][1] = sums.d[nt][2] = sums.d[nt][3] = 0.0f;
+  const auto weights_at = [&](size_t k) { return Piece{load16_weights(a + k), load16_weights(b + k)}; };
+  const auto tokens_at = [&](size_t k, uint4 (&v)[NT]) {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) v[nt] = nt * 8 + g < M ? load16(token + size_t(nt * 8) * K + k) : make_uint4(0, 0, 0, 0);
+  };
+  const auto load = [&](MmaTile<NT>& tile, int i) {
+#pragma unroll
+    for (int u = 0; u < PER_TILE<NT>; ++u)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        tile.piece[u][half] = weights_at(size_t(i) * PER_TILE<NT> * STEP + u * STEP + half * (CHUNK / 2));
+  };
+  const auto use = [&](const MmaTile<NT>& tile, int i) {
+#pragma unroll
+    for (int u = 0; u < PER_TILE<NT>; ++u)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint4 v[NT];
+        tokens_at(size_t(i) * PER_TILE<NT> * STEP + u * STEP + half * (CHUNK / 2), v);
+        sums.add(tile.piece[u][half], v);
+      }
+  };
+  const int whole = max(0, (K / CHUNK - part + SPLIT - 1) / SPLIT), steps = whole / PER_TILE<NT>;
+  sweep<MmaTile<NT>>(steps, load, use);
+  // The chunks that fill no tile, and the last one's end: a multiple of 8, so every load is wholly in or wholly out.
+#pragma unroll 1
+  for (int k = steps * PER_TILE<NT> * STEP; k + part * CHUNK < K; k += STEP)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 zero = make_uint4(0, 0, 0, 0);
+      Piece w = {zero, zero};
+      uint4 v[NT];
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) v[nt] = zero;
+      const int here = k + half * (CHUNK / 2);
+      if (here + first < K) {
+        w = weights_at(here);
+        tokens_at(here, v);
+      }
+      sums.add(w, v);
+    }
+}
+
+constexpr int FMA_ROWS = 4, FMA_WIDTH = 4;  // rows of a warp's tile, k of a lane's load
+
+template <typename T> struct FmaTile {
+  T row[FMA_ROWS][FMA_WIDTH];
+};
+
+// v[i] = p[k + i] in one 16-byte load where VECTORS, else p[k + 32·i] or 0 from K on.
+template <bool VECTORS, typename T, typename Load16> DEVICE void load_four(T (&v)[FMA_WIDTH], const T* p, int k, int K, Load16 load) {
+  if constexpr (VECTORS) {
+    static_assert(sizeof(v) == 16);
+    const uint4 bits = load(p + k);
+    memcpy(v, &bits, 16);
+  } else {
+#pragma unroll
+    for (int i = 0; i < FMA_WIDTH; ++i) v[i] = k + 32 * i < K ? p[k + 32 * i] : T(0.0f);
+  }
+}
+
+// sums[r][n] += this lane's part of row r · x[n]
+template <typename T, int N, int SPLIT, bool VECTORS>
+DEVICE void dot_fma(float (&sums)[FMA_ROWS][N], const T* x, const T* const (&row)[FMA_ROWS], int M, int K, int part) {
+  constexpr int WARP = 32 * FMA_WIDTH, STEP = SPLIT * WARP;
+  const int first = part * WARP + (threadIdx.x & 31) * (VECTORS ? FMA_WIDTH : 1);
+  const auto load = [&](FmaTile<T>& tile, int i) {
+#pragma unroll
+    for (int r = 0; r < FMA_ROWS; ++r) load_four<VECTORS>(tile.row[r], row[r], first + i * STEP, K, load16_weights);
+  };
+  const auto use = [&](const FmaTile<T>& tile, int i) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      if (n < M) {
+        T token[FMA_WIDTH];
+        load_four<VECTORS>(token, x + size_t(n) * K, first + i * STEP, K, load16);
+#pragma unroll
+        for (int r = 0; r < FMA_ROWS; ++r)
+#pragma unroll
+          for (int v = 0; v < FMA_WIDTH; ++v) sums[r][n] += widen(tile.row[r][v]) * widen(token[v]);
+      }
+  };
+  // 64 sums and more leave no room for a second tile; so many rows need less of the memory's speed.
+  sweep<FmaTile<T>, (N < 16)>(first < K ? (K - first + STEP - 1) / STEP : 0, load, use);
+}
+
+// The sum over all lanes of v[l], in lane l: halves of the lanes exchange halves of the sums.
+template <int D = 16> DEVICE float sum_across(const float (&v)[2 * D]) {
+  const bool high = threadIdx.x & D;
+  float half[D];
+#pragma unroll
+  for (int i = 0; i < D; ++i) half[i] = (high ? v[i + D] : v[i]) + shuffle_xor(high ? v[i] : v[i + D], D);
+  if constexpr (D == 1) return half[0];
+  else return sum_across<D / 2>(half);
+}
+
+template <int SPLIT> DEVICE void sync_tile() {
+  if constexpr (SPLIT == 1) sync_warp();
+  else sync_block();
+}
+
+template <typename T> DEVICE float bias_at(const T* bias, int i) { return bias ? widen(bias[i]) : 0.0f; }
+
+// ------------------------------------------------------------------------------------------------ tiles: sums, then pairs
+
+// A finished tile is handed on as pairs: each(emit) calls emit(token, f, a, b) for tokens < M, with a the sum of row f of the
+// first half of the tile's rows and b that of row f of the second half.
+
+template <typename T, int NT, int SPLIT, int TILES> struct MmaBlock {
+  static constexpr int HALF = 8;
+  using Sums = float[TILES * SPLIT][NT][4][32];
+
+  // row(half, f): the weights of feature f of this tile
+  template <typename Row, typename Finish>
+  static DEVICE void run(Sums& shared, const T* x, int M, int K, Row row, Finish finish) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, part = warp % SPLIT;
+    MmaSums<T, NT> sums;
+    dot_mma<T, NT, SPLIT>(sums, x, row(0, lane >> 2), row(1, lane >> 2), M, K, part);
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) shared[warp][nt][e][lane] = sums.d[nt][e];
+    sync_tile<SPLIT>();
+    finish([&](auto emit) {
+#pragma unroll 1
+      for (int i = part * 32 + lane; i < NT * 64; i += SPLIT * 32) {
+        const int l = i & 31, e = (i >> 5) & 1, nt = i >> 6, token = nt * 8 + (l & 3) * 2 + e;
+        float a = 0.0f, b = 0.0f;
+#pragma unroll
+        for (int s = 0; s < SPLIT; ++s) {
+          a += shared[warp - part + s][nt][e][l];
+          b += shared[warp - part + s][nt][e + 2][l];
+        }
+        if (token < M) emit(token, l >> 2, a, b);
+      }
+    });
+  }
+};
+
+template <typename T, int NT, int SPLIT, int TILES> struct FmaBlock {
+  static constexpr int HALF = 2, N = NT * 8;
+  using Sums = float[TILES * SPLIT][NT][32];
+
+  template <typename Row, typename Finish>
+  static DEVICE void run(Sums& shared, const T* x, int M, int K, Row row, Finish finish) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, part = warp % SPLIT;
+    const T* const rows[FMA_ROWS] = {row(0, 0), row(0, 1), row(1, 0), row(1, 1)};
+    float sums[FMA_ROWS][N];
+#pragma unroll
+    for (int r = 0; r < FMA_ROWS; ++r)
+#pragma unroll
+      for (int n = 0; n < N; ++n) sums[r][n] = 0.0f;
+    // Rows lie on 16 bytes if the first ones do and K is a multiple of 16 bytes.
+    const bool vectors = sizeof(T) == 4 && K % FMA_WIDTH == 0 && on16(x) && on16(rows[0]) && on16(rows[2]);
+    if constexpr (sizeof(T) == 4) {
+      if (vectors) dot_fma<T, N, SPLIT, true>(sums, x, rows, M, K, part);
+    }
+    if (!vectors) dot_fma<T, N, SPLIT, false>(sums, x, rows, M, K, part);
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+      float v[32];
+#pragma unroll
+      for (int i = 0; i < 32; ++i) v[i] = sums[i >> 3][nt * 8 + (i & 7)];
+      shared[warp][nt][lane] = sum_across(v);
+    }
+    sync_tile<SPLIT>();
+    finish([&](auto emit) {
+#pragma unroll 1
+      for (int i = part * 32 + lane; i < NT * 16; i += SPLIT * 32) {
+        const int nt = i >> 4, f = (i >> 3) & 1, token = nt * 8 + (i & 7);
+        float a = 0.0f, b = 0.0f;
+#pragma unroll
+        for (int s = 0; s < SPLIT; ++s) {
+          a += shared[warp - part + s][nt][i & 15];
+          b += shared[warp - part + s][nt][16 + (i & 15)];
+        }
+        if (token < M) emit(token, f, a, b);
+      }
+    });
+  }
+};
+
+template <typename T, int NT, int SPLIT, int TILES, template <typename, int, int, int> class Block>
+DEVICE void gate_up(const T* x, const T* w_gate, const T* w_up, const T* b_gate, const T* b_up, T* h, int M, int I, int H, GluOp op) {
+  using B = Block<T, NT, SPLIT, TILES>;
+  SHARED(typename B::Sums, shared);
+  const int first = (blockIdx.x * TILES + (threadIdx.x >> 5) / SPLIT) * B::HALF;
+  // Past the end the last row is read once more, and not stored.
+  const auto row = [&](int half, int f) { return (half ? w_up : w_gate) + size_t(min(first + f, I - 1)) * H; };
+  B::run(shared, x, M, H, row, [&](auto each) {
+    with_formula<float>(op, [&](auto formula) {
+      each([&](int token, int f, float gate, float up) {
+        const int i = first + f;
+        if (i < I) h[size_t(token) * I + i] = Number<T>::narrow(formula.value(gate + bias_at(b_gate, i), up + bias_at(b_up, i)));
+      });
+    });
+  });
+}
+
+template <typename T, int NT, int SPLIT, int TILES, template <typename, int, int, int> class Block>
+DEVICE void linear(const T* x, const T* w, const T* bias, T* y, int M, int N, int K, float factor) {
+  using B = Block<T, NT, SPLIT, TILES>;
+  SHARED(typename B::Sums, shared);
+  const int first = (blockIdx.x * TILES + (threadIdx.x >> 5) / SPLIT) * 2 * B::HALF;
+  const auto row = [&](int half, int f) { return w + size_t(min(first + half * B::HALF + f, N - 1)) * K; };
+  B::run(shared, x, M, K, row, [&](auto each) {
+    const auto put = [&](int token, int n, float sum) {
+      if (n < N) y[size_t(token) * N + n] = Number<T>::narrow((sum + bias_at(bias, n)) * factor);
+    };
+    each([&](int token, int f, float a, float b) {
+      put(token, first + f, a);
+      put(token, first + B::HALF + f, b);
+    });
+  });
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------ kernels
+
+// NAME, threads, least blocks per SM (for the register limit), T, NT, warps per tile, tiles per block, family
+#define GATE_UP(NAME, THREADS, BLOCKS, T, NT, SPLIT, TILES, BLOCK)                                                           \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gate_up_##NAME(                                              \
+      const T* x, const T* w_gate, const T* w_up, const T* b_gate, const T* b_up, T* h, int M, int I, int H, GluOp op) {     \
+    gate_up<T, NT, SPLIT, TILES, BLOCK>(x, w_gate, w_up, b_gate, b_up, h, M, I, H, op);                                      \
+  }
+#define LINEAR(NAME, THREADS, BLOCKS, T, NT, SPLIT, TILES, BLOCK)                                                            \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_##NAME(                                               \
+      const T* x, const T* w, const T* bias, T* y, int M, int N, int K, float factor) {                                      \
+    linear<T, NT, SPLIT, TILES, BLOCK>(x, w, bias, y, M, N, K, factor);                                                      \
+  }
+#define MMA_KERNELS(T, NT)                                     \
+  GATE_UP(mma_w1_##T##_n##NT, 64, 8, T, NT, 1, 2, MmaBlock)     \
+  GATE_UP(mma_w8_##T##_n##NT, 256, 2, T, NT, 8, 1, MmaBlock)    \
+  LINEAR(mma_w1_##T##_n##NT, 64, 8, T, NT, 1, 2, MmaBlock)      \
+  LINEAR(mma_w8_##T##_n##NT, 256, 2, T, NT, 8, 1, MmaBlock)
+#define FMA_KERNELS(NAME, T, NT, BLOCKS)                      \
+  GATE_UP(fma_##NAME, 128, BLOCKS, T, NT, 1, 4, FmaBlock)      \
+  LINEAR(fma_##NAME, 128, BLOCKS, T, NT, 4, 1, FmaBlock)
+
+// Blocks per SM so that an H200 holds the 896 of LLaMA-3-8B's gate_up (w1) and the 256 of its down (w8) at once: 128
+// registers.
+MMA_KERNELS(bf16, 1)
+MMA_KERNELS(bf16, 2)
+MMA_KERNELS(bf16, 4)
+MMA_KERNELS(f16, 1)
+MMA_KERNELS(f16, 2)
+MMA_KERNELS(f16, 4)
+FMA_KERNELS(f32_n1, float, 1, 4)
+FMA_KERNELS(f32_n2, float, 2, 4)
+FMA_KERNELS(f32_n4, float, 4, 2)
+FMA_KERNELS(bf16, bf16, 4, 2)
+FMA_KERNELS(f16, f16, 4, 2)

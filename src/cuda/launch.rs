@@ -1,0 +1,247 @@
+//! What crosses to the device: pointers, arguments, launches, tensor maps.
+
+use std::ffi::c_void;
+use std::ops::Deref;
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::cublas::sys::cudaDataType_t;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop, sys};
+use candle_core::cuda_backend::{CudaDType, CudaStorage, WrapErr};
+use candle_core::{Layout, Result, Storage, Tensor, bail};
+use half::{bf16, f16};
+
+use super::module::{Kernel, PREFILL_SHARED};
+use crate::activation::GluActivation;
+use crate::glu::Glu;
+
+// ---------------------------------------------------------------- dtypes
+
+/// An element type of the kernels.
+pub(super) trait Element: CudaDType + DeviceRepr + 'static {
+    /// In the kernels' names.
+    const NAME: &'static str;
+    /// For cuBLAS.
+    const CUDA: cudaDataType_t;
+}
+
+impl Element for f64 {
+    const NAME: &'static str = "f64";
+    const CUDA: cudaDataType_t = cudaDataType_t::CUDA_R_64F;
+}
+
+impl Element for f32 {
+    const NAME: &'static str = "f32";
+    const CUDA: cudaDataType_t = cudaDataType_t::CUDA_R_32F;
+}
+
+impl Element for bf16 {
+    const NAME: &'static str = "bf16";
+    const CUDA: cudaDataType_t = cudaDataType_t::CUDA_R_16BF;
+}
+
+impl Element for f16 {
+    const NAME: &'static str = "f16";
+    const CUDA: cudaDataType_t = cudaDataType_t::CUDA_R_16F;
+}
+
+// ---------------------------------------------------------------- pointers
+
+/// Device memory that a launch reads or writes. While it lives, cudarc knows that the stream uses the memory: it has waited for other
+/// streams' writes, and at the end it records the use (both only where a device has a stream of its own). Drop it after the launch.
+pub(super) struct Pointer<'a> {
+    pub(super) address: u64,
+    _in_use: Option<SyncOnDrop<'a>>,
+}
+
+/// No bias.
+pub(super) const NULL: Pointer<'static> = Pointer { address: 0, _in_use: None };
+
+impl<'a> Pointer<'a> {
+    /// The elements of `storage` from `offset` on, to be read.
+    pub(super) fn read<T: Element>(storage: &'a CudaStorage, offset: usize, stream: &'a CudaStream) -> Result<Self> {
+        let slice = storage.as_cuda_slice::<T>()?;
+        if slice.context().cu_ctx() != stream.context().cu_ctx() {
+            bail!("the tensors of one operation lie on different GPUs");
+        }
+        let (start, in_use) = slice.device_ptr(stream);
+        Ok(Self { address: start + (offset * size_of::<T>()) as u64, _in_use: Some(in_use) })
+    }
+
+    /// All elements of `slice`, to be written and read.
+    pub(super) fn write<T: Element>(slice: &'a mut CudaSlice<T>, stream: &'a CudaStream) -> Self {
+        let (address, in_use) = slice.device_ptr_mut(stream);
+        Self { address, _in_use: Some(in_use) }
+    }
+
+    /// A vector access of 16 bytes may start here.
+    pub(super) fn is_aligned(&self) -> bool {
+        self.address.is_multiple_of(16)
+    }
+}
+
+/// A weight or bias, contiguous, on a CUDA device; G is the lock that candle holds for reading.
+pub(super) struct Weight<G> {
+    storage: G,
+    offset: usize,
+}
+
+/// Locks `tensor` for reading.
+pub(super) fn weight(tensor: &Tensor) -> Result<Weight<impl Deref<Target = Storage> + '_>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cuda(_), Some((offset, _))) => Ok(Weight { storage, offset }),
+        _ => bail!("a weight of the CUDA kernels is contiguous and lies on a CUDA device"),
+    }
+}
+
+impl<G: Deref<Target = Storage>> Weight<G> {
+    pub(super) fn pointer<'a, T: Element>(&'a self, stream: &'a CudaStream) -> Result<Pointer<'a>> {
+        match &*self.storage {
+            Storage::Cuda(storage) => Pointer::read::<T>(storage, self.offset, stream),
+            _ => bail!("a weight of the CUDA kernels lies on a CUDA device"),
+        }
+    }
+
+    /// Null where there is no weight.
+    pub(super) fn optional<'a, T: Element>(weight: &'a Option<Self>, stream: &'a CudaStream) -> Result<Pointer<'a>> {
+        weight.as_ref().map_or(Ok(NULL), |weight| weight.pointer::<T>(stream))
+    }
+}
+
+/// The elements of `layout` in row-major order, in a storage of their own.
+pub(super) fn contiguous<T: Element>(storage: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
+    let device = storage.device();
+    // SAFETY: the copy below writes all of it before anything reads it.
+    let copy = unsafe { device.alloc::<T>(layout.shape().elem_count())? };
+    let mut copy = CudaStorage::wrap_cuda_slice(copy, device.clone());
+    storage.copy_strided_src(&mut copy, 0, layout)?;
+    Ok(copy)
+}
+
+// ---------------------------------------------------------------- launches
+
+/// `struct GluOp` of activation.cuh.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct GluOp {
+    activation: i32,
+    beta: f32,
+    gate_multiplier: f32,
+    limit: f32,
+    up_offset: f32,
+}
+
+impl From<&Glu> for GluOp {
+    fn from(glu: &Glu) -> Self {
+        let (activation, beta) = match glu.activation {
+            GluActivation::Silu => (0, 1.0),
+            GluActivation::Swish { beta } => (1, beta),
+            GluActivation::Sigmoid => (2, 1.0),
+            GluActivation::Relu => (3, 1.0),
+            GluActivation::Gelu => (4, 1.0),
+            GluActivation::GeluTanh => (5, 1.0),
+            GluActivation::Identity => (6, 1.0),
+        };
+        let limit = glu.limit.unwrap_or(f32::INFINITY);
+        Self { activation, beta, gate_multiplier: glu.gate_multiplier, limit, up_offset: glu.up_offset }
+    }
+}
+
+/// Pointers to a kernel's arguments, in order.
+macro_rules! arguments {
+    ($($value:expr),* $(,)?) => { &mut [$(std::ptr::from_ref(&$value).cast_mut().cast::<std::ffi::c_void>()),*] };
+}
+pub(super) use arguments;
+
+/// A grid of one dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Grid {
+    pub(super) blocks: usize,
+    pub(super) threads: u32,
+    pub(super) shared: u32,
+}
+
+impl Grid {
+    pub(super) fn new(blocks: usize, threads: u32) -> Self {
+        Self { blocks, threads, shared: 0 }
+    }
+
+    pub(super) fn prefill(blocks: usize) -> Self {
+        Self { blocks, threads: 384, shared: PREFILL_SHARED }
+    }
+}
+
+/// Launches `kernel`. With `early`, and if the kernel waits by itself, it may start while what precedes it on the stream still runs
+/// (programmatic dependent launch), which hides its start and the latency of its first weights.
+///
+/// # Safety
+/// The arguments are those of the kernel in number, order and type; its pointers are valid for what it reads and writes. With `early`,
+/// the weights it reads were complete before whatever precedes it on the stream was launched.
+pub(super) unsafe fn launch(
+    stream: &CudaStream,
+    kernel: &Kernel,
+    grid: Grid,
+    early: bool,
+    arguments: &mut [*mut c_void],
+) -> Result<()> {
+    let Ok(blocks) = u32::try_from(grid.blocks) else { bail!("a grid of {} blocks is too large", grid.blocks) };
+    stream.context().bind_to_thread().w()?;
+    let mut attribute = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: Default::default(),
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    let config = sys::CUlaunchConfig {
+        gridDimX: blocks,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: grid.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: grid.shared,
+        hStream: stream.cu_stream(),
+        attrs: &mut attribute,
+        numAttrs: u32::from(early && kernel.waits),
+    };
+    // SAFETY: the configuration and its attribute outlive the call, the context is current; the rest is the caller's promise.
+    unsafe { sys::cuLaunchKernelEx(&config, kernel.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()) }.result().w()
+}
+
+/// The stream records a CUDA graph. (An error says that another stream does, which the next launch will report.)
+pub(super) fn is_capturing(stream: &CudaStream) -> bool {
+    let none = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    stream.capture_status().is_ok_and(|status| status != none)
+}
+
+/// The tensor map of a row-major matrix (rows, columns) of 2-byte elements at `address`, in boxes of `box_rows` by 64 elements = 128 B,
+/// swizzled.
+pub(super) fn tensor_map<T: Element>(address: u64, (rows, columns): (usize, usize), box_rows: u32) -> Result<sys::CUtensorMap> {
+    let dtype = match T::CUDA {
+        cudaDataType_t::CUDA_R_16BF => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+    };
+    let (dims, strides) = ([columns as u64, rows as u64], [(columns * size_of::<T>()) as u64]);
+    let (boxes, element_strides) = ([64, box_rows], [1, 1]);
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    // SAFETY: every pointer is to an array of the rank's length, or for the strides of one less, that outlives the call; `address` is only
+    // encoded.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            dtype,
+            2,
+            address as *mut c_void,
+            dims.as_ptr(),
+            strides.as_ptr(),
+            boxes.as_ptr(),
+            element_strides.as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    }
+    .result()
+    .w()?;
+    Ok(map)
+}

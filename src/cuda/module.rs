@@ -1,0 +1,157 @@
+//! The kernels of build.rs, loaded once for each CUDA context.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, result, sys};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{CudaDevice, WrapErr};
+use candle_core::{Result, bail};
+
+const DECODE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/decode.fatbin"));
+const GLU: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/glu.fatbin"));
+const PREFILL_SM90: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/prefill_sm90.fatbin"));
+
+/// Dynamic shared memory of the kernels of prefill_sm90.cu, of 232448 B that a block can have.
+pub(super) const PREFILL_SHARED: u32 = 230_656;
+
+/// A kernel's name in its parts: `gate_up_mma_w1_bf16_n1`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Name {
+    /// gate_up, linear, glu_mul, ...
+    pub(super) op: &'static str,
+    /// _mma_w1, _sm90, ... or nothing
+    pub(super) family: &'static str,
+    pub(super) dtype: &'static str,
+    /// _n1, _c2, ... or nothing
+    pub(super) variant: &'static str,
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}_{}{}", self.op, self.family, self.dtype, self.variant)
+    }
+}
+
+const ROWS: [&str; 3] = ["_n1", "_n2", "_n4"];
+
+fn decode_names() -> Vec<Name> {
+    let mut names = vec![];
+    for op in ["gate_up", "linear"] {
+        let mut add = |family, dtype, variant| names.push(Name { op, family, dtype, variant });
+        for variant in ROWS {
+            add("_fma", "f32", variant);
+            for (family, dtype) in [("_mma_w1", "bf16"), ("_mma_w1", "f16"), ("_mma_w8", "bf16"), ("_mma_w8", "f16")] {
+                add(family, dtype, variant);
+            }
+        }
+        add("_fma", "bf16", "");
+        add("_fma", "f16", "");
+    }
+    names
+}
+
+fn glu_names() -> Vec<Name> {
+    let all = ["glu_mul", "glu_grad", "bias_rows"].into_iter();
+    let all = all.flat_map(|op| ["f32", "bf16", "f16", "f64"].map(|dtype| Name { op, family: "", dtype, variant: "" }));
+    all.filter(|name| (name.op, name.dtype) != ("bias_rows", "f64")).collect()
+}
+
+fn prefill_names() -> Vec<Name> {
+    let variants = ["_c1", "_c2"].into_iter();
+    variants.flat_map(|variant| ["bf16", "f16"].map(|dtype| Name { op: "gate_up", family: "_sm90", dtype, variant })).collect()
+}
+
+/// The first number of the device's compute capability. (The context's own method would also take, and so hide, an error that the context
+/// has recorded for the next operation.)
+pub(super) fn major(device: &CudaDevice) -> Option<i32> {
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+    // SAFETY: a candle device holds the context of a device that exists.
+    unsafe { result::device::get_attribute(device.cuda_stream().context().cu_device(), attribute) }.ok()
+}
+
+/// A function of a module.
+pub(super) struct Kernel {
+    function: CudaFunction,
+    /// It was compiled for sm_90 or newer, and so waits for what precedes it before it reads an activation or writes: it may be
+    /// launched before that has ended.
+    pub(super) waits: bool,
+}
+
+impl Kernel {
+    pub(super) fn cu_function(&self) -> sys::CUfunction {
+        self.function.cu_function()
+    }
+}
+
+/// All kernels that a device can run.
+pub(super) struct Kernels {
+    kernels: HashMap<Name, Kernel>,
+    /// Streaming multiprocessors.
+    pub(super) sms: usize,
+    /// Compute capability 9.0: the kernels of prefill_sm90.cu are there.
+    pub(super) hopper: bool,
+}
+
+impl Kernels {
+    /// Loads them at the first call for the context of `device`. That takes milliseconds and may synchronise, so the constructors of
+    /// layers call it, not `forward`.
+    pub(super) fn of(device: &CudaDevice) -> Result<Arc<Self>> {
+        static LOADED: Mutex<Option<HashMap<usize, Arc<Kernels>>>> = Mutex::new(None);
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = loaded.get_or_insert_default();
+        let key = context.cu_ctx().addr();
+        if let Some(kernels) = loaded.get(&key) {
+            return Ok(kernels.clone());
+        }
+        // The functions keep the context alive, so its address is not used again.
+        let kernels = Arc::new(Self::load(context)?);
+        loaded.insert(key, kernels.clone());
+        Ok(kernels)
+    }
+
+    fn load(context: &Arc<CudaContext>) -> Result<Self> {
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let sms = context.attribute(attribute).w()? as usize;
+        let (major, minor) = context.compute_capability().w()?;
+        if major < 8 {
+            bail!("CUDA kernels of candle-swiglu need compute capability 8.0 or newer, found {major}.{minor}");
+        }
+        let mut all = Self { kernels: HashMap::new(), sms, hopper: (major, minor) == (9, 0) };
+        all.add(&module(context, DECODE)?, decode_names())?;
+        all.add(&module(context, GLU)?, glu_names())?;
+        if all.hopper {
+            all.add(&module(context, PREFILL_SM90)?, prefill_names())?;
+        }
+        Ok(all)
+    }
+
+    fn add(&mut self, module: &Arc<CudaModule>, names: Vec<Name>) -> Result<()> {
+        use sys::CUfunction_attribute_enum as Attribute;
+        for name in names {
+            let function = module.load_function(&name.to_string()).w()?;
+            let waits = function.get_attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION).w()? >= 90;
+            if name.family == "_sm90" {
+                let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                function.set_attribute(attribute, PREFILL_SHARED as i32).w()?;
+            }
+            self.kernels.insert(name, Kernel { function, waits });
+        }
+        Ok(())
+    }
+
+    pub(super) fn get(&self, name: Name) -> Result<&Kernel> {
+        self.kernels.get(&name).ok_or_else(|| candle_core::Error::Msg(format!("no CUDA kernel {name}")))
+    }
+}
+
+fn module(context: &Arc<CudaContext>, fatbin: &[u8]) -> Result<Arc<CudaModule>> {
+    if fatbin.is_empty() {
+        bail!("this build of candle-swiglu has no CUDA kernels: it was built with CANDLE_SWIGLU_CUDA_SKIP_NVCC=1");
+    }
+    let module = context.load_module(Ptx::from_binary(fatbin.to_vec()));
+    module.map_err(|error| candle_core::Error::Msg(format!("cannot load the CUDA kernels built into candle-swiglu: {error}")))
+}

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Plants faults in copies of the kernels, one at a time, and asks that tests/cuda_emu/run.sh catch each. About 15 s per fault.
+#   tests/cuda_emu/faults.sh [PATTERN]     only faults whose name matches
+# The last line is `N caught, N missed`; exit 1 if any was missed.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+kernels=$here/../../src/cuda
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+caught=0 missed=0
+
+# fault NAME TEST FILE PERL: the substitution must change the file
+fault() {
+  [[ $1 =~ ${pattern:-.} ]] || return 0
+  rm -rf "$work/k"
+  mkdir "$work/k"
+  cp "$kernels"/*.cu "$kernels"/*.cuh "$work/k"
+  perl -0pi -e "$4" "$work/k/$3"
+  if cmp -s "$kernels/$3" "$work/k/$3"; then
+    echo "NOT PLANTED $1"
+    missed=$((missed + 1))
+  elif KERNELS=$work/k LIMIT=120 CXXFLAGS="-Wno-error" "$here/run.sh" "$2" > "$work/out.txt" 2>&1; then
+    echo "MISSED      $1"
+    missed=$((missed + 1))
+  elif grep -q 'error:' "$work/out.txt"; then
+    echo "NO BUILD    $1"
+    missed=$((missed + 1))
+  else
+    # What it said first: a fault, a failed check, or how it ended.
+    echo "caught      $1: $(grep -m1 -oE 'FAULT.*|FAILED.*|exit [0-9]+' "$work/out.txt" | cut -c1-80)"
+    caught=$((caught + 1))
+  fi
+}
+pattern=${1:-}
+
+fault "decode: wrong token of a lane" decode decode.cu 's/x + size_t(g)/x + size_t(nt * 8 + t)/'
+fault "decode: no barrier before the sums are read" decode decode.cu 's/    sync_tile<SPLIT>\(\);\n//g'
+fault "decode: f16 multiplied as bf16" decode decode.cu 's/mma_m16n8k16\(T\(\)/mma_m16n8k16(bf16()/'
+fault "decode: gate and up swapped" decode decode.cu 's/\(half \? w_up : w_gate\)/(half ? w_gate : w_up)/'
+fault "decode: no guard of the last feature" decode decode.cu 's/if \(i < I\) h\[/h[/'
+fault "decode: no guard of the last rows of W" decode decode.cu 's/min\(first \+ f, I - 1\)/(first + f)/'
+fault "decode: no guard of the end of K (mma)" decode decode.cu 's/if \(here \+ first < K\)/if (true)/'
+fault "decode: no guard of the end of K (fma)" decode decode.cu 's/k \+ 32 \* i < K \? p\[k \+ 32 \* i\] : T\(0.0f\)/p[k + 32 * i]/'
+fault "decode: no guard of the last token" decode decode.cu 's/if \(token < M\) emit\(token, l >> 2/emit(token, l >> 2/'
+fault "decode: a warp's part of the sum forgotten" decode decode.cu 's/s < SPLIT; \+\+s/s < (SPLIT > 1 ? SPLIT - 1 : 1); ++s/'
+fault "decode: up's bias is gate's" decode decode.cu 's/bias_at\(b_up, i\)/bias_at(b_gate, i)/'
+fault "decode: activations read before pdl_wait" decode decode.cu 's/(  if \(steps > 0\) load\(even, 0\);\n)  pdl_wait\(\);\n  pdl_launch\(\);/$1  if (steps > 0) use(even, 0);\n  pdl_wait();\n  pdl_launch();/'
+fault "decode: no pdl_wait" decode decode.cu 's/  pdl_wait\(\);\n  pdl_launch\(\);\n//'
+fault "decode: the second chunk of a tile is the first" decode decode.cu 's/\+ u \* STEP \+ half/+ half/'
+fault "decode: the last tile of an even number is lost" decode decode.cu 's/if \(more\) use\(odd, i \+ 1\);//'
+fault "decode: butterfly over the wrong lanes" decode decode.cu 's/: v\[i \+ D\], D\)/: v[i + D], D == 2 ? 1 : D)/'
+fault "decode: 16-byte loads at odd addresses" decode decode.cu 's/ && on16\(x\) && on16\(rows\[0\]\) && on16\(rows\[2\]\)//'
+fault "decode: no factor" decode decode.cu 's/bias_at\(bias, n\)\) \* factor/bias_at(bias, n))/'
+fault "glu: strides not looked at" glu glu.cu 's/on16\(p\) && stride % LANES<T> == 0/on16(p)/'
+fault "glu: no guard of the last store" glu glu.cu 's/      if \(i < n\) p\[i\] = raw\[i\];/      p[i] = raw[i];/'
+fault "glu: no guard of the last load" glu glu.cu 's/i < n \? p\[i\] : T\(0.0f\)/p[i]/'
+fault "glu: up's bias without its column" glu glu.cu 's/b_up \+ column/b_up/'
+fault "glu: a row is not carried" glu glu.cu 's/      row \+= 1;\n//'
+fault "glu: gradients swapped" glu glu.cu 's/store_pack\(dgate \+ row \* dgate_stride \+ column, g,/store_pack(dgate + row * dgate_stride + column, u,/'
+fault "glu: dy with gate's stride" glu glu.cu 's/dy \+ row \* dy_stride/dy + row * gate_stride/'
+fault "activation: gradient passes at the limit" glu activation.cuh 's/limit < R\(INFINITY\) && x >= limit/limit < R(INFINITY) && x > limit/'
+fault "activation: NaN lost in the limit" glu activation.cuh 's/return g >= limit \? limit : g;/return g < limit ? g : limit;/'
+fault "activation: up not bounded from below" glu activation.cuh 's/: x <= -bound \? -bound : x;/: x;/'
+fault "activation: -inf times 0" glu activation.cuh 's/return f <= R\(0\) \? -R\(0\) : g \* f;/return g * f;/'
+fault "activation: dgate without m" glu activation.cuh 's/within\(m \* gate, m \* \(/within(m * gate, (/'
+fault "activation: sigma of the wrong sign" glu activation.cuh 's/value = z <= R\(0\) \? tq : q;/value = z <= R(0) ? q : tq;/'
+fault "activation: GELU coefficient off by 1e-6" glu activation.cuh 's/0.38713697f/0.38713797f/'
+fault "activation: tanh cubic off by 2e-6" glu activation.cuh 's/CUBIC = R\(0.044715\)/CUBIC = R(0.044717)/'
+fault "activation: square of a not corrected" glu activation.cuh 's/exp = fmaf\(e, -0.5f \* rest, e\);/exp = e;/'
+fault "prefill: out written before it is read (no wait)" prefill prefill_sm90.cu 's/    if \(leader\) tma_store_wait_read\(\);\n//'
+fault "prefill: out written before it is read (no barrier)" prefill prefill_sm90.cu 's/(tma_store_wait_read\(\);\n)    sync_threads\(1 \+ consumer, 128\);\n/$1/'
+fault "prefill: no proxy fence" prefill prefill_sm90.cu 's/    async_proxy_fence\(\);\n//'
+fault "prefill: stored before all have written" prefill prefill_sm90.cu 's/(async_proxy_fence\(\);\n)    sync_threads\(1 \+ consumer, 128\);\n/$1/'
+fault "prefill: ended before the store" prefill prefill_sm90.cu 's/  if \(leader\) tma_store_wait\(\);\n//'
+fault "prefill: a stage freed by one block of two" prefill prefill_sm90.cu 's/CONSUMERS \* CLUSTER_SIZE\);/CONSUMERS);/'
+fault "prefill: a stage freed while wgmma reads it" prefill prefill_sm90.cu 's/    previous = ring.stage;\n/    previous = (ring.stage + 0);\n    release(previous);\n    previous = -1;\n/; s/  release\(previous\);\n\}/}/'
+fault "prefill: wrong phase of an empty stage" prefill prefill_sm90.cu 's/ring.phase \^ 1\)/ring.phase)/'
+fault "prefill: the phase never flips" prefill prefill_sm90.cu 's/      phase \^= 1;\n//'
+fault "prefill: out not swizzled" prefill prefill_sm90.cu 's/\(\(piece \^ \(row & 7\)\) << 4\)/(piece << 4)/'
+fault "prefill: multicast to one block" prefill prefill_sm90.cu 's/feature, 0b11\)/feature, 0b01)/'
+fault "prefill: bytes of a stage miscounted" prefill prefill_sm90.cu 's/barrier_expect\(full, STAGE_BYTES\)/barrier_expect(full, X_BYTES + HALF_BYTES)/'
+fault "prefill: the last strip as high as the others" prefill prefill_sm90.cu 's/min\(STRIP, down - strip \* STRIP\)/STRIP/'
+fault "prefill: gate for up" prefill prefill_sm90.cu 's/sums\[64 \+ I \+ i\]\)/sums[I + i])/'
+fault "prefill: x read before pdl_wait" prefill prefill_sm90.cu 's/  pdl_wait\(\);\n  pdl_launch\(\);\n//; s/(\n  \/\/ No block may leave)/\n  pdl_wait();\n  pdl_launch();$1/'
+fault "prefill: bias of the next feature" prefill prefill_sm90.cu 's/bias.up\[feature\]/bias.up[feature + (feature + 1 < bias.I)]/'
+fault "prefill: bias beyond I" prefill prefill_sm90.cu 's/if \(feature < bias.I\)/if (true)/'
+fault "prefill: sums not moved down" prefill prefill_sm90.cu 's/sums\[64 \+ i\] = sums\[64 \+ i \+ 8\];\n//'
+
+echo "$caught caught, $missed missed"
+[ "$missed" = 0 ]

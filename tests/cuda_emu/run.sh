@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Builds and runs the kernels of src/cuda on the CPU emulator, against the definition. Needs g++ 12 or later, nothing of CUDA.
+#   tests/cuda_emu/run.sh [decode|glu|prefill ...]
+# KERNELS=dir: other sources than src/cuda. CXX, CXXFLAGS: the compiler, more flags for it. The last line is `N passed, N failed`; exit 1 if any failed, stopped or hung.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+kernels=$(cd "${KERNELS:-$here/../../src/cuda}" && pwd)
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+# The kernels as they are, beside the emulator's headers of the same names as their own device.cuh and hopper.cuh.
+ln -s "$kernels"/*.cu "$kernels/activation.cuh" "$here"/*.cpp "$here"/*.h "$here"/*.cuh "$build"
+[ $# -gt 0 ] || set -- decode glu prefill
+cd "$build"
+flags=(-std=c++20 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas ${CXXFLAGS:-})
+one() {
+  "${CXX:-g++}" "${flags[@]}" -o "$1" "$1_test.cpp" && timeout "${LIMIT:-600}" "./$1" > "$1.txt" 2>&1 || echo "exit $?" > "$1.rc"
+}
+for name in "$@"; do
+  one "$name" &
+  # Two at a time.
+  [ "$(jobs -rp | wc -l)" -lt 2 ] || wait -n
+done
+wait
+passed=0 failed=0
+for name in "$@"; do
+  if [ -f "$name.txt" ]; then grep -vE '^[0-9]+ passed, [0-9]+ failed$' "$name.txt" || true; fi
+  read -r p _ f _rest < <(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$name.txt" 2> /dev/null || echo "0 passed, 1 failed")
+  # A test that stopped without a summary, or failed without a count, counts as a failure.
+  [ -f "$name.rc" ] && [ "$f" = 0 ] && f=1
+  [ -f "$name.rc" ] && echo "$name: $(cat "$name.rc")"
+  passed=$((passed + p)) failed=$((failed + f))
+done
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]

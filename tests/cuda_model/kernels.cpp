@@ -1,0 +1,303 @@
+// What each kernel computes, by its contract, and what the contract asks of the launch. First ours, then those of candle that the tests
+// come across.
+#include <cmath>
+
+#include "model.h"
+
+namespace {
+
+constexpr size_t SMS = 7;
+
+template <typename T> T argument(const Launch& launch, int n) {
+  T value;
+  memcpy(&value, launch.arguments[n], sizeof value);
+  return value;
+}
+
+size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
+void require_grid(const Launch& launch, size_t grid, unsigned block) {
+  REQUIRE(launch.grid == grid && launch.block == block && launch.shared == 0, "%s: grid %u, block %u, shared %u, expected %zu, %u, 0",
+          launch.name.c_str(), launch.grid, launch.block, launch.shared, grid, block);
+}
+
+Type type_named(const std::string& name) {
+  if (name == "f32") return Type::F32;
+  if (name == "f64") return Type::F64;
+  if (name == "f16") return Type::F16;
+  REQUIRE(name == "bf16", "no type %s", name.c_str());
+  return Type::BF16;
+}
+
+std::vector<std::string> split(const std::string& name) {
+  std::vector<std::string> parts(1);
+  for (char c : name)
+    if (c == '_') parts.emplace_back();
+    else parts.back().push_back(c);
+  return parts;
+}
+
+bool begins(const std::string& name, const char* prefix) { return name.rfind(prefix, 0) == 0; }
+
+// ---- the gate
+
+struct GluOp {
+  int activation;
+  float beta, gate_multiplier, limit, up_offset;
+};
+
+double sigmoid(double z) { return z < 0 ? std::exp(z) / (1 + std::exp(z)) : 1 / (1 + std::exp(-z)); }
+
+double tail(double g, double s) { return s == 0 ? -0.0 : g * s; }
+
+double act(const GluOp& op, double g) {
+  const double x = g > 40 ? 40 : g < -40 ? -40 : g;
+  switch (op.activation) {
+    case 0: return tail(g, sigmoid(g));
+    case 1: return tail(g, sigmoid(op.beta * g));
+    case 2: return sigmoid(g);
+    case 3: return g > 0 || g != g ? g : 0;
+    case 4: return tail(g, 0.5 * std::erfc(-x / std::sqrt(2.0)));
+    case 5: return tail(g, sigmoid(1.595769121605730711759 * (x + 0.044715 * x * x * x)));
+    case 6: return g;
+  }
+  fail("no activation %d", op.activation);
+}
+
+double slope(const GluOp& op, double g) {
+  const double x = g > 40 ? 40 : g < -40 ? -40 : g;
+  switch (op.activation) {
+    case 0:
+    case 1: {
+      const double beta = op.activation ? op.beta : 1, s = sigmoid(beta * g);
+      return s + beta * g * s * (1 - s);
+    }
+    case 2: return sigmoid(g) * (1 - sigmoid(g));
+    case 3: return g > 0;
+    case 4: return 0.5 * std::erfc(-x / std::sqrt(2.0)) + x * std::exp(-x * x / 2) * 0.398942280401432677940;
+    case 5: {
+      const double k = 1.595769121605730711759, s = sigmoid(k * (x + 0.044715 * x * x * x));
+      return s + x * s * (1 - s) * k * (1 + 3 * 0.044715 * x * x);
+    }
+  }
+  return 1;
+}
+
+double glu(const GluOp& op, double gate, double up) {
+  const double g = std::fmin(gate * op.gate_multiplier, op.limit), u = std::fmax(std::fmin(up, op.limit), -double(op.limit));
+  return act(op, gate != gate ? gate : g) * ((up != up ? up : u) + op.up_offset);
+}
+
+// ---- decode.cu
+
+struct Decode {
+  std::string family;
+  Type type;
+  size_t rows;  // the variant's
+};
+
+Decode decode_of(const std::string& name, const char* op) {
+  const auto parts = split(name.substr(strlen(op)));
+  const bool mma = parts[0] == "mma";
+  Decode d{mma ? "mma_" + parts[1] : parts[0], type_named(parts[mma ? 2 : 1]), 32};
+  if (parts.back() == "n1") d.rows = 8;
+  if (parts.back() == "n2") d.rows = 16;
+  return d;
+}
+
+void require_decode(const Launch& launch, const Decode& d, size_t m, size_t k, size_t tiles, size_t fma_grid, std::initializer_list<uint64_t> aligned) {
+  REQUIRE(m >= 1 && m <= d.rows && (m > d.rows / 2 || d.rows == 8 || d.family == "fma"), "%s for %zu rows", launch.name.c_str(), m);
+  if (d.family == "fma") return require_grid(launch, fma_grid, 128);
+  REQUIRE(k % 8 == 0, "%s: K = %zu", launch.name.c_str(), k);
+  for (uint64_t address : aligned) REQUIRE(address % 16 == 0, "%s: an operand off 16 bytes", launch.name.c_str());
+  REQUIRE((d.family == "mma_w1") == (tiles >= 6 * SMS), "%s for %zu tiles", launch.name.c_str(), tiles);
+  if (d.family == "mma_w1") require_grid(launch, ceil_div(tiles, 2), 64);
+  else require_grid(launch, tiles, 256);
+}
+
+// x (M,K) · w (N,K)ᵀ
+double dot(const Operand& x, const Operand& w, size_t row, size_t column, size_t k) {
+  double sum = 0;
+  for (size_t p = 0; p < k; ++p) sum += x.at(row * k + p) * w.at(column * k + p);
+  return sum;
+}
+
+Work gate_up(Type t, uint64_t x, uint64_t wg, uint64_t wu, uint64_t bg, uint64_t bu, uint64_t h, size_t m, size_t i, size_t k, GluOp op) {
+  return [=] {
+    const auto X = operand(t, x, m * k, "x"), G = operand(t, wg, i * k, "gate"), U = operand(t, wu, i * k, "up"), H = operand(t, h, m * i, "h");
+    const auto BG = operand(t, bg, bg ? i : 0, "gate's bias"), BU = operand(t, bu, bu ? i : 0, "up's bias");
+    for (size_t r = 0; r < m; ++r)
+      for (size_t c = 0; c < i; ++c)
+        H.put(r * i + c, glu(op, dot(X, G, r, c, k) + (bg ? BG.at(c) : 0), dot(X, U, r, c, k) + (bu ? BU.at(c) : 0)));
+  };
+}
+
+Work gate_up_kernel(const Launch& l) {
+  const auto a = [&](int n) { return argument<uint64_t>(l, n); };
+  const size_t m = argument<int>(l, 6), i = argument<int>(l, 7), h = argument<int>(l, 8);
+  const Decode d = decode_of(l.name, "gate_up_");
+  require_decode(l, d, m, h, ceil_div(i, 8), ceil_div(i, 8), {a(0), a(1), a(2)});
+  return gate_up(d.type, a(0), a(1), a(2), a(3), a(4), a(5), m, i, h, argument<GluOp>(l, 9));
+}
+
+Work linear_kernel(const Launch& l) {
+  const uint64_t x = argument<uint64_t>(l, 0), w = argument<uint64_t>(l, 1), bias = argument<uint64_t>(l, 2), y = argument<uint64_t>(l, 3);
+  const size_t m = argument<int>(l, 4), n = argument<int>(l, 5), k = argument<int>(l, 6);
+  const float factor = argument<float>(l, 7);
+  const Decode d = decode_of(l.name, "linear_");
+  require_decode(l, d, m, k, ceil_div(n, 16), ceil_div(n, 4), {x, w});
+  return [=, t = d.type] {
+    const auto X = operand(t, x, m * k, "x"), W = operand(t, w, n * k, "the weight"), Y = operand(t, y, m * n, "y");
+    const auto B = operand(t, bias, bias ? n : 0, "the bias");
+    for (size_t r = 0; r < m; ++r)
+      for (size_t c = 0; c < n; ++c) Y.put(r * n + c, (dot(X, W, r, c, k) + (bias ? B.at(c) : 0)) * factor);
+  };
+}
+
+// ---- prefill_sm90.cu
+
+struct Map {
+  uint64_t address, rows, columns, box, type, rest[11];
+};
+
+Work prefill_kernel(const Launch& l) {
+  const Map x = argument<Map>(l, 0), g = argument<Map>(l, 1), u = argument<Map>(l, 2), h = argument<Map>(l, 3);
+  const size_t m = argument<int>(l, 6), i = argument<int>(l, 7), k = argument<int>(l, 8), c = l.name.back() - '0';
+  REQUIRE(k % 8 == 0 && i % 8 == 0 && (c == 1) == (m <= 128), "%s for M, H, I = %zu, %zu, %zu", l.name.c_str(), m, k, i);
+  const size_t tiles = ceil_div(m, 128 * c) * ceil_div(i, 128);
+  REQUIRE(l.grid == c * std::min(tiles, SMS / c) && l.block == 384 && l.shared == 230656, "%s: grid %u, block %u", l.name.c_str(), l.grid, l.block);
+  for (auto [map, rows, columns, box] : {std::tuple{x, m, k, 128}, {g, i, k, 128}, {u, i, k, 128}, {h, m, i, 64}})
+    REQUIRE(map.rows == rows && map.columns == columns && map.box == uint64_t(box), "a map of %lu by %lu in boxes of %lu rows", map.rows, map.columns,
+            map.box);
+  return gate_up(type_named(split(l.name)[3]), x.address, g.address, u.address, argument<uint64_t>(l, 4), argument<uint64_t>(l, 5), h.address, m, i,
+                 k, argument<GluOp>(l, 9));
+}
+
+// ---- glu.cu
+
+void require_elementwise(const Launch& l, Type t, size_t rows, size_t columns) {
+  const size_t threads = rows * ceil_div(columns, 16 / size_of(t));
+  require_grid(l, std::min(std::max<size_t>(ceil_div(threads, 256), 1), 16 * SMS), 256);
+}
+
+size_t extent(size_t rows, size_t columns, size_t stride) { return rows && columns ? (rows - 1) * stride + columns : 0; }
+
+Work glu_mul_kernel(const Launch& l) {
+  const Type t = type_named(split(l.name)[2]);
+  const auto a = [&](int n) { return argument<uint64_t>(l, n); };
+  const size_t rows = a(5), columns = a(6), gs = a(7), us = a(8), os = a(9);
+  require_elementwise(l, t, rows, columns);
+  return [=, gate = a(0), up = a(1), bg = a(2), bu = a(3), out = a(4), op = argument<GluOp>(l, 10)] {
+    const auto G = operand(t, gate, extent(rows, columns, gs), "gate"), U = operand(t, up, extent(rows, columns, us), "up");
+    const auto O = operand(t, out, extent(rows, columns, os), "out");
+    const auto BG = operand(t, bg, bg ? columns : 0, "gate's bias"), BU = operand(t, bu, bu ? columns : 0, "up's bias");
+    for (size_t r = 0; r < rows; ++r)
+      for (size_t c = 0; c < columns; ++c)
+        O.put(r * os + c, glu(op, G.at(r * gs + c) + (bg ? BG.at(c) : 0), U.at(r * us + c) + (bu ? BU.at(c) : 0)));
+  };
+}
+
+Work glu_grad_kernel(const Launch& l) {
+  const Type t = type_named(split(l.name)[2]);
+  const auto a = [&](int n) { return argument<uint64_t>(l, n); };
+  const size_t rows = a(5), columns = a(6), gs = a(7), us = a(8), ds = a(9), dgs = a(10), dus = a(11);
+  require_elementwise(l, t, rows, columns);
+  return [=, gate = a(0), up = a(1), dy = a(2), dgate = a(3), dup = a(4), op = argument<GluOp>(l, 12)] {
+    const auto G = operand(t, gate, extent(rows, columns, gs), "gate"), U = operand(t, up, extent(rows, columns, us), "up"),
+               D = operand(t, dy, extent(rows, columns, ds), "dy");
+    const auto DG = operand(t, dgate, extent(rows, columns, dgs), "dgate"), DU = operand(t, dup, extent(rows, columns, dus), "dup");
+    for (size_t r = 0; r < rows; ++r)
+      for (size_t c = 0; c < columns; ++c) {
+        const double g = G.at(r * gs + c) * op.gate_multiplier, u = U.at(r * us + c), d = D.at(r * ds + c), bounded = std::fmin(g, op.limit);
+        const double factor = std::fmax(std::fmin(u, op.limit), -double(op.limit)) + op.up_offset;
+        DG.put(r * dgs + c, g >= op.limit ? 0 : d * factor * slope(op, bounded) * op.gate_multiplier);
+        DU.put(r * dus + c, std::fabs(u) >= op.limit ? 0 : d * act(op, bounded));
+      }
+  };
+}
+
+Work bias_rows_kernel(const Launch& l) {
+  const Type t = type_named(split(l.name)[2]);
+  const size_t rows = argument<uint64_t>(l, 2), columns = argument<uint64_t>(l, 3);
+  require_elementwise(l, t, rows, columns);
+  return [=, bias = argument<uint64_t>(l, 0), y = argument<uint64_t>(l, 1)] {
+    const auto B = operand(t, bias, columns, "the bias"), Y = operand(t, y, rows * columns, "y");
+    for (size_t i = 0; i < rows * columns; ++i) Y.put(i, B.at(i % columns));
+  };
+}
+
+// ---- candle's
+
+// Where element i of a strided tensor lies; `info` has dims, then strides (on the device), or is null.
+struct Strided {
+  std::vector<uint64_t> dims, strides;
+  Strided(uint64_t info, size_t rank, size_t skip = 0) {
+    if (!info) return;
+    const auto* numbers = static_cast<const uint64_t*>(span(info, (2 + (skip > 0)) * rank * 8, "dims and strides"));
+    dims.assign(numbers, numbers + rank);
+    strides.assign(numbers + rank + skip * rank, numbers + 2 * rank + skip * rank);
+  }
+  size_t at(size_t i) const {
+    if (dims.empty()) return i;
+    size_t place = 0;
+    for (size_t d = dims.size(); d-- > 0; i /= dims[d]) place += i % dims[d] * strides[d];
+    return place;
+  }
+  size_t extent(size_t n) const {
+    if (dims.empty() || n == 0) return n;
+    size_t last = 1;
+    for (size_t d = 0; d < dims.size(); ++d) last += (dims[d] - 1) * strides[d];
+    return last;
+  }
+};
+
+// out[i] = f(in[i]), of any layout: (n, rank, info, in, out, ...)
+Work unary(const Launch& l, Type from, Type to, std::function<double(double)> f, int first = 3) {
+  const size_t n = argument<uint64_t>(l, 0), rank = argument<uint64_t>(l, 1);
+  return [=, info = argument<uint64_t>(l, 2), in = argument<uint64_t>(l, first), out = argument<uint64_t>(l, first + 1)] {
+    const Strided strided(info, rank);
+    const auto A = operand(from, in, strided.extent(n), "input"), O = operand(to, out, n, "output");
+    for (size_t i = 0; i < n; ++i) O.put(i, f(A.at(strided.at(i))));
+  };
+}
+
+Work binary(const Launch& l, Type t, std::function<double(double, double)> f) {
+  const size_t n = argument<uint64_t>(l, 0), rank = argument<uint64_t>(l, 1);
+  return [=, info = argument<uint64_t>(l, 2), a = argument<uint64_t>(l, 3), b = argument<uint64_t>(l, 4), out = argument<uint64_t>(l, 5)] {
+    const Strided sa(info, rank), sb(info, rank, 1);
+    const auto A = operand(t, a, sa.extent(n), "left"), B = operand(t, b, sb.extent(n), "right"), O = operand(t, out, n, "output");
+    for (size_t i = 0; i < n; ++i) O.put(i, f(A.at(sa.at(i)), B.at(sb.at(i))));
+  };
+}
+
+Work copy2d(const Launch& l, Type t) {
+  const size_t d1 = argument<uint32_t>(l, 2), d2 = argument<uint32_t>(l, 3), ss = argument<uint32_t>(l, 4), ds = argument<uint32_t>(l, 5);
+  return [=, from = argument<uint64_t>(l, 0), to = argument<uint64_t>(l, 1)] {
+    const auto A = operand(t, from, extent(d1, d2, ss), "source"), O = operand(t, to, extent(d1, d2, ds), "target");
+    for (size_t i = 0; i < d1; ++i)
+      for (size_t j = 0; j < d2; ++j) O.put(i * ds + j, A.at(i * ss + j));
+  };
+}
+
+}  // namespace
+
+Work kernel(const Launch& l) {
+  const std::string& name = l.name;
+  const auto parts = split(name);
+  if (begins(name, "gate_up_sm90")) return prefill_kernel(l);
+  if (begins(name, "gate_up")) return gate_up_kernel(l);
+  if (begins(name, "linear")) return linear_kernel(l);
+  if (begins(name, "glu_mul")) return glu_mul_kernel(l);
+  if (begins(name, "glu_grad")) return glu_grad_kernel(l);
+  if (begins(name, "bias_rows")) return bias_rows_kernel(l);
+  if (begins(name, "copy2d")) return copy2d(l, type_named(parts[1]));
+  if (begins(name, "ucopy")) return unary(l, type_named(parts[1]), type_named(parts[1]), [](double v) { return v; });
+  if (begins(name, "cast")) return unary(l, type_named(parts[1]), type_named(parts[2]), [](double v) { return v; });
+  if (begins(name, "affine"))
+    return unary(l, type_named(parts[1]), type_named(parts[1]),
+                 [m = read_element(type_named(parts[1]), l.arguments[5], 0),
+                  a = read_element(type_named(parts[1]), l.arguments[6], 0)](double v) { return v * m + a; });
+  if (begins(name, "badd")) return binary(l, type_named(parts[1]), [](double a, double b) { return a + b; });
+  if (begins(name, "bmul")) return binary(l, type_named(parts[1]), [](double a, double b) { return a * b; });
+  fail("no model of kernel %s", name.c_str());
+}

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The Rust tests of tests/cuda on the model of the driver (model.h), without a GPU. Arguments go to the test program.
+#
+#   eval "$(scripts/cuda-toolkit.sh DIR none)"; tests/cuda_model/run.sh
+#
+# Left out: what would take the device long on purpose, what compares with candle's own kernels, and gradients, whose graph has them.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+[ -f "${CUDA_HOME:-}/lib/stubs/cuda.c" ] || { echo "run.sh: CUDA_HOME is not a toolkit of scripts/cuda-toolkit.sh" >&2; exit 1; }
+model=${CARGO_TARGET_DIR:-target}/cuda-model
+mkdir -p "$model"
+
+for part in driver kernels; do
+    g++ -std=c++20 -O2 -Wall -Wextra -Wno-unused-parameter -fPIC -c "tests/cuda_model/$part.cpp" -o "$model/$part.o"
+done
+# All functions that a program may be linked to: the model's, and the stubs for the rest.
+for stub in cuda cublas curand; do
+    gcc -w -fPIC -fno-builtin -c "$CUDA_HOME/lib/stubs/$stub.c" -o "$model/$stub.o"
+    objcopy --weaken "$model/$stub.o"
+done
+g++ -shared -o "$model/libcuda.so.1" -Wl,-soname,libcuda.so.1 "$model"/{driver,kernels,cuda,cublas,curand}.o
+ln -sf libcuda.so.1 "$model/libcublas.so.13"
+ln -sf libcuda.so.1 "$model/libcurand.so.10"
+
+# An nvcc without code is enough: the model looks at names.
+export LD_LIBRARY_PATH="$model:$CUDA_HOME/lib/stubs" CANDLE_SWIGLU_REQUIRE_CUDA=1
+unset CANDLE_SWIGLU_CUDA_SKIP_NVCC
+skip=(--skip forward_does_not_wait --skip no_less_accurate_than_candle --skip gradient --skip derivative --skip gate::any_layout --skip chunks)
+cargo test --locked --features cuda --test cuda -- "${skip[@]}" "$@"
