@@ -19,8 +19,8 @@ use crate::weights::{GateUp, PackedOrder, Piece, Weights};
 /// # Kernels
 /// On the CPU, weights in f32, bf16 or f16 through which no gradient is tracked are packed once, each before the next is read,
 /// and the packed copy is the only one that is kept. gate, up and the activation are one sweep over them, down a second; gate
-/// and up are never written. Everything else (weights from a `VarMap`, f64, other devices) runs as candle's matmuls around
-/// [`crate::glu_mul`]. [`SwiGluFfn::kernel`] says which.
+/// and up are never written. On CUDA and Metal they are kept as they come, gate and up in one matrix. Everything else (weights
+/// from a `VarMap`, f64) runs as candle's matmuls around [`crate::glu_mul`]. [`SwiGluFfn::kernel`] says which.
 ///
 /// # Accuracy
 /// Products are summed in f32 in the order of k, whatever the number of rows and threads, in parts of 64; h and y are rounded
@@ -134,8 +134,8 @@ impl SwiGluFfn {
     }
 
     /// The name of the kernel that will run: on the CPU an instruction set (one of [`crate::cpu_kernels`]; the environment
-    /// variable `CANDLE_SWIGLU_KERNEL` forces one), with `plain-` before it where only the gate is ours; `plain` on
-    /// other devices.
+    /// variable `CANDLE_SWIGLU_KERNEL` forces one), with `plain-` before it where only the gate is ours; on a GPU that has
+    /// kernels of ours their name (`metal`, say), else `plain`.
     pub fn kernel(&self) -> &str {
         &self.kernel
     }

@@ -153,6 +153,9 @@ fn layouts_become_rows_and_columns() {
     let one_row = pair(&[contiguous(&[2, 3, 4]), contiguous(&[2, 3, 4])]).unwrap();
     assert_eq!(one_row, Pair { rows: 1, columns: 24, strides: vec![(1, 1); 2] });
     assert!(one_row.is_aligned(&[0, 8]) && !one_row.is_aligned(&[0, 2]));
+    for (columns, groups) in [(512, 1), (513, 2)] {
+        assert_eq!(pair(&[Layout::new(Shape::from((3, columns)), vec![4096, 1], 0)]).unwrap().grid(), [groups, 3, 1]);
+    }
 
     // Halves of a packed row: (2, 3, 4) of (2, 3, 8)
     let half = Layout::new(Shape::from((2, 3, 4)), vec![24, 8, 1], 4);

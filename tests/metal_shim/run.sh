@@ -25,6 +25,10 @@ built=$!
 # Metal may contract a·b + c to fma outside of our own fma, so the bounds must hold with that too.
 if [ $# -eq 0 ] && grep -qw fma /proc/cpuinfo 2>/dev/null; then build contracted -ffp-contract=fast -mfma; fi
 wait "$built"
+if [ $# -eq 0 ] && ! "$work/test" --names | diff - "$here/kernels.txt"; then
+    echo "kernels.txt is not the list of kernels: run.sh --names > kernels.txt" >&2
+    exit 1
+fi
 if [ -x "$work/contracted" ]; then
     echo "a·b + c contracted to fma:"
     "$work/contracted"
