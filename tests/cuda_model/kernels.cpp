@@ -270,6 +270,30 @@ Work binary(const Launch& l, Type t, std::function<double(double, double)> f) {
   };
 }
 
+// out[j] = the sum of elements j·each.. of the strided input: (n, each, rank, info, in, out)
+Work sum(const Launch& l, Type t, bool small) {
+  const size_t each = argument<uint64_t>(l, 1), n = argument<uint64_t>(l, 0) * (small ? each : 1), rank = argument<uint64_t>(l, 2);
+  return [=, info = argument<uint64_t>(l, 3), in = argument<uint64_t>(l, 4), out = argument<uint64_t>(l, 5)] {
+    const Strided strided(info, rank);
+    const auto A = operand(t, in, strided.extent(n), "input"), O = operand(t, out, n / each, "output");
+    for (size_t j = 0; j < n / each; ++j) {
+      double total = 0;
+      for (size_t i = 0; i < each; ++i) total += A.at(strided.at(j * each + i));
+      O.put(j, total);
+    }
+  };
+}
+
+// (n, rank, info, value, out)
+Work constant(const Launch& l, Type t) {
+  const size_t n = argument<uint64_t>(l, 0), rank = argument<uint64_t>(l, 1);
+  return [=, info = argument<uint64_t>(l, 2), value = read_element(t, l.arguments[3], 0), out = argument<uint64_t>(l, 4)] {
+    const Strided strided(info, rank);
+    const auto O = operand(t, out, strided.extent(n), "output");
+    for (size_t i = 0; i < n; ++i) O.put(strided.at(i), value);
+  };
+}
+
 Work copy2d(const Launch& l, Type t) {
   const size_t d1 = argument<uint32_t>(l, 2), d2 = argument<uint32_t>(l, 3), ss = argument<uint32_t>(l, 4), ds = argument<uint32_t>(l, 5);
   return [=, from = argument<uint64_t>(l, 0), to = argument<uint64_t>(l, 1)] {
@@ -297,6 +321,10 @@ Work kernel(const Launch& l) {
     return unary(l, type_named(parts[1]), type_named(parts[1]),
                  [m = read_element(type_named(parts[1]), l.arguments[5], 0),
                   a = read_element(type_named(parts[1]), l.arguments[6], 0)](double v) { return v * m + a; });
+  if (begins(name, "fast_sum_small")) return sum(l, type_named(parts[3]), true);
+  if (begins(name, "fast_sum")) return sum(l, type_named(parts[2]), false);
+  if (begins(name, "const_set")) return constant(l, type_named(parts[2]));
+  if (begins(name, "usqr")) return unary(l, type_named(parts[1]), type_named(parts[1]), [](double v) { return v * v; });
   if (begins(name, "badd")) return binary(l, type_named(parts[1]), [](double a, double b) { return a + b; });
   if (begins(name, "bmul")) return binary(l, type_named(parts[1]), [](double a, double b) { return a * b; });
   fail("no model of kernel %s", name.c_str());

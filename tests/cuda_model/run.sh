@@ -3,7 +3,7 @@
 #
 #   eval "$(scripts/cuda-toolkit.sh DIR none)"; tests/cuda_model/run.sh
 #
-# Left out: what would take the device long on purpose, what compares with candle's own kernels, and gradients, whose graph has them.
+# Left out: what would take the device long on purpose, and what compares with candle's own activations.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -f "${CUDA_HOME:-}/lib/stubs/cuda.c" ] || { echo "run.sh: CUDA_HOME is not a toolkit of scripts/cuda-toolkit.sh" >&2; exit 1; }
@@ -25,5 +25,5 @@ ln -sf libcuda.so.1 "$model/libcurand.so.10"
 # An nvcc without code is enough: the model looks at names.
 export LD_LIBRARY_PATH="$model:$CUDA_HOME/lib/stubs" CANDLE_SWIGLU_REQUIRE_CUDA=1
 unset CANDLE_SWIGLU_CUDA_SKIP_NVCC
-skip=(--skip forward_does_not_wait --skip no_less_accurate_than_candle --skip gradient --skip derivative --skip gate::any_layout --skip chunks)
+skip=(--skip forward_does_not_wait --skip no_less_accurate_than_candle --skip chunks_of_rows)
 cargo test --locked --features cuda --test cuda -- "${skip[@]}" "$@"
