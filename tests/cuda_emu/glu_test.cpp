@@ -128,8 +128,10 @@ template <typename T> void layouts() {
       }
   current = "more packs than threads";
   Case<T> c(37, 16 * V + 3, 16 * V + 3, 16 * V + 3, 0);
-  c.forward(OPS[0], true, true, 2);
-  c.backward(OPS[0], 2);
+  for (const int grid : {1, 2}) {
+    c.forward(OPS[0], true, true, grid);
+    c.backward(OPS[0], grid);
+  }
 }
 
 template <typename T> void every_operation() {
