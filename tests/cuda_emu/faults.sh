@@ -55,7 +55,7 @@ fault "glu: strides not looked at" glu glu.cu 's/on16\(p\) && stride % LANES<T> 
 fault "glu: no guard of the last store" glu glu.cu 's/      if \(i < n\) p\[i\] = raw\[i\];/      p[i] = raw[i];/'
 fault "glu: no guard of the last load" glu glu.cu 's/i < n \? p\[i\] : T\(0.0f\)/p[i]/'
 fault "glu: up's bias without its column" glu glu.cu 's/b_up \+ column/b_up/'
-fault "glu: a row is not carried" glu glu.cu 's/      row \+= 1;\n//'
+fault "glu: a pack is not carried" glu glu.cu 's/      pack -= per_row;\n//'
 fault "glu: gradients swapped" glu glu.cu 's/store_pack\(dgate \+ row \* dgate_stride \+ column, g,/store_pack(dgate + row * dgate_stride + column, u,/'
 fault "glu: dy with gate's stride" glu glu.cu 's/dy \+ row \* dy_stride/dy + row * gate_stride/'
 fault "activation: gradient passes at the limit" glu activation.cuh 's/limit < R\(INFINITY\) && x >= limit/limit < R(INFINITY) && x > limit/'
