@@ -33,7 +33,7 @@ fault() {
 }
 pattern=${1:-}
 
-fault "decode: wrong token of a lane" decode decode.cu 's/x + size_t(g)/x + size_t(nt * 8 + t)/'
+fault "decode: wrong token of a lane" decode decode.cu 's/x \+ size_t\(g\) \* K/x + size_t(t) * K/'
 fault "decode: no barrier before the sums are read" decode decode.cu 's/    sync_tile<SPLIT>\(\);\n//g'
 fault "decode: f16 multiplied as bf16" decode decode.cu 's/mma_m16n8k16\(T\(\)/mma_m16n8k16(bf16()/'
 fault "decode: gate and up swapped" decode decode.cu 's/\(half \? w_up : w_gate\)/(half ? w_gate : w_up)/'
