@@ -17,11 +17,9 @@ if [ -z "${NVCC:-}" ] && ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/u
 fi
 export CUDA_NVCC_LITE="${CUDA_NVCC_LITE-1}" CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-90}"
 
-# The programs and where cargo has put them, from its messages. Two dependencies of other tests need not be fast.
-unused=()
-for package in candle-transformers plotters; do unused+=(--config "profile.release.package.$package.opt-level=0"); done
+# The programs and where cargo has put them, from its messages.
 programs=$(cargo build --locked --release --features cuda --test cuda --bench gpu --example llama --example make_checkpoint \
-    "${unused[@]}" --message-format=json-render-diagnostics | python3 -c '
+    --message-format=json-render-diagnostics | python3 -c '
 import json, sys
 wanted, found = {"cuda", "gpu", "llama", "make_checkpoint"}, {}
 for line in sys.stdin:

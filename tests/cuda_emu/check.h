@@ -66,7 +66,7 @@ template <typename T> class Buffer {
  public:
   T* data = nullptr;
   size_t n = 0;
-  // `shift` elements off the alignment, for misaligned operands.
+  // Begins `shift` elements off the alignment.
   explicit Buffer(size_t n, size_t align = 16, size_t shift = 0) : n(n) {
     const size_t used = n * sizeof(T) + align;
     bytes = (used + PAGE - 1) / PAGE * PAGE + 2 * PAGE;

@@ -1,7 +1,8 @@
 // Runs the kernels of src/cuda on the CPU: blocks, warps, shared memory and barriers, one fiber per CUDA thread.
 //
 // All runs in one OS thread. A fiber runs until it has to wait; then the scheduler takes the next one that can go on, in rising,
-// falling or random order, by the seed of the launch. So a missing barrier shows in some order, and every run can be repeated.
+// falling or random order, by the seed of the launch; in random order some warps sleep for a while. So a missing barrier shows in
+// some order, and every run can be repeated.
 // Shared memory is filled with NaN before a block. Clusters (one block where there are none) run one after another in random
 // order; the blocks of a cluster run together. What is asynchronous on the GPU is an `Effect` that happens at once, at the last
 // moment or at a random one, again by the seed. When nothing can go on, a dependency on the previous kernel (pdl_wait) is
@@ -132,6 +133,8 @@ struct Machine {
   size_t next_id = 0;
   jmp_buf scheduler;
   bool dependency_met = false;
+  unsigned rounds = 0;
+  std::vector<bool> asleep;  // by warp of the cluster
 };
 inline Machine machine;
 inline Thread* self = nullptr;
@@ -212,11 +215,28 @@ inline void resume(Thread& thread, size_t slot) {
   setcontext(&thread.start);
 }
 
+// Which warps sleep, anew every 16 rounds.
+inline void put_to_sleep() {
+  machine.asleep.resize(machine.threads.size() / 32 + 1);
+  if (machine.rounds++ % 16) return;
+  for (size_t warp = 0; warp < machine.asleep.size(); ++warp) machine.asleep[warp] = machine.random() % 5 < 2;
+}
+inline bool wake_all() {
+  bool any = false;
+  for (const bool asleep : machine.asleep) any |= asleep;
+  machine.asleep.assign(machine.asleep.size(), false);
+  return any;
+}
+
 inline bool round_of_threads(std::vector<size_t>& order) {
-  if (machine.order == Order::RANDOM) std::shuffle(order.begin(), order.end(), machine.random);
+  if (machine.order == Order::RANDOM) {
+    std::shuffle(order.begin(), order.end(), machine.random);
+    put_to_sleep();
+  }
   bool progress = false;
   for (const size_t slot : order) {
     Thread& thread = *machine.threads[slot];
+    if (machine.order == Order::RANDOM && machine.asleep[slot / 32]) continue;
     if (thread.done || (thread.ready && !thread.ready(thread.condition))) continue;
     resume(thread, slot);
     progress = true;
@@ -236,6 +256,7 @@ inline bool meet_dependency() {
 
 inline void run_cluster(Cluster& cluster) {
   machine.dependency_met = false;
+  machine.asleep.clear();
   if (machine.previous) machine.previous(false);
   std::vector<size_t> order(machine.threads.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = machine.order == Order::FALLING ? order.size() - 1 - i : i;
@@ -243,7 +264,7 @@ inline void run_cluster(Cluster& cluster) {
     return std::all_of(machine.threads.begin(), machine.threads.end(), [](const auto& t) { return t->done; });
   };
   while (!all_done())
-    if (!round_of_threads(order) && !some_effects(0.3, true) && !meet_dependency()) fault("deadlock");
+    if (!round_of_threads(order) && !wake_all() && !some_effects(0.3, true) && !meet_dependency()) fault("deadlock");
   if (!machine.in_flight.empty()) fault("a block ended with a copy in flight");
   for (const auto& thread : machine.threads) {
     if (!thread->groups.empty() || !thread->open_group.empty()) fault("a block ended with a wgmma in flight");

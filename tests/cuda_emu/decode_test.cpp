@@ -74,8 +74,8 @@ enum BiasKind { NONE, BOTH, GATE_ONLY, UP_ONLY };
 template <typename T> struct Block {
   int M, I, H;
   Buffer<T> x, gate_up, b_gate, b_up, h;
-  Block(int M, int I, int H, size_t align = 16, size_t shift = 0)
-      : M(M), I(I), H(H), x(size_t(M) * H, align, shift), gate_up(size_t(2) * I * H, align, shift), b_gate(I, 2), b_up(I, 2),
+  Block(int M, int I, int H, size_t shift = 0)
+      : M(M), I(I), H(H), x(size_t(M) * H, 16, shift), gate_up(size_t(2) * I * H, 16, shift), b_gate(I, 2), b_up(I, 2),
         h(size_t(M) * I, 2) {
     x.fill(1);
     gate_up.fill(2 / sqrt(H));
@@ -114,15 +114,14 @@ template <typename T>
 void gate_up_case(const Family<T>& family, int M, int I, int H, const GluOp& op, BiasKind bias, size_t shift = 0) {
   current = std::string("gate_up ") + family.name + " M=" + std::to_string(M) + " I=" + std::to_string(I) + " H=" + std::to_string(H) +
             " activation " + std::to_string(op.activation) + " bias " + std::to_string(bias);
-  Block<T> b(M, I, H, shift ? sizeof(T) : 16, shift);
+  Block<T> b(M, I, H, shift);
   b.run(family, op, bias, seed(), M);
   b.verify(op, bias);
 }
 
 template <typename T> void linear_case(const Family<T>& family, int M, int N, int K, float factor, bool bias, size_t shift = 0) {
   current = std::string("linear ") + family.name + " M=" + std::to_string(M) + " N=" + std::to_string(N) + " K=" + std::to_string(K);
-  const size_t align = shift ? sizeof(T) : 16;
-  Buffer<T> x(size_t(M) * K, align, shift), w(size_t(N) * K, align, shift), b(N, 2), y(size_t(M) * N, 2);
+  Buffer<T> x(size_t(M) * K, 16, shift), w(size_t(N) * K, 16, shift), b(N, 2), y(size_t(M) * N, 2);
   x.fill(1);
   w.fill(1 / sqrt(K));
   b.fill(1);

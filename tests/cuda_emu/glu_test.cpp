@@ -32,7 +32,7 @@ template <typename T> struct Matrix {
   long long stride;
   Buffer<T> buffer;
   Matrix(long long rows, long long cols, long long stride, size_t shift = 0)
-      : stride(stride), buffer(size_t((rows - 1) * stride + cols), shift ? sizeof(T) : 16, shift) {}
+      : stride(stride), buffer(size_t((rows - 1) * stride + cols), 16, shift) {}
   T& at(long long r, long long c) { return buffer.data[r * stride + c]; }
 };
 
@@ -128,8 +128,10 @@ template <typename T> void layouts() {
       }
   current = "more packs than threads";
   Case<T> c(37, 16 * V + 3, 16 * V + 3, 16 * V + 3, 0);
-  c.forward(OPS[0], true, true, 2);
-  c.backward(OPS[0], 2);
+  for (const int grid : {1, 2}) {
+    c.forward(OPS[0], true, true, grid);
+    c.backward(OPS[0], grid);
+  }
 }
 
 template <typename T> void every_operation() {
@@ -212,7 +214,7 @@ template <typename T, typename Kernel> void bias(const char* name, Kernel kernel
     for (const size_t shift : {size_t(0), size_t(1)}) {
       current = "cols " + std::to_string(cols);
       const long long rows = 5;
-      Buffer<T> b(cols, 16), y(rows * cols, shift ? sizeof(T) : 16, shift);
+      Buffer<T> b(cols, 16), y(rows * cols, 16, shift);
       b.fill(1);
       emu::launch(2, 256, 1, 0, seed(), [&] { kernel(b.data, y.data, rows, cols); });
       bool ok = y.surroundings_untouched();

@@ -46,46 +46,65 @@ struct GluOp {
   float beta, gate_multiplier, limit, up_offset;
 };
 
-double sigmoid(double z) { return z < 0 ? std::exp(z) / (1 + std::exp(z)) : 1 / (1 + std::exp(-z)); }
+// As src/reference.rs has it.
+
+struct Value {
+  double value, slope;
+};
+
+Value sigmoid(double z) {
+  const double t = std::exp(-std::fabs(z)), q = 1 / (1 + t);
+  return {z < 0 ? t * q : q, t * q * q};
+}
+
+double bounded(double x, double bound) { return x > bound ? bound : x < -bound ? -bound : x; }
 
 double tail(double g, double s) { return s == 0 ? -0.0 : g * s; }
 
-double act(const GluOp& op, double g) {
-  const double x = g > 40 ? 40 : g < -40 ? -40 : g;
+Value swish(double g, double beta) {
+  const double z = bounded(beta * g, 800);
+  const auto [s, ds] = sigmoid(z);
+  return {tail(g, s), s + z * ds};
+}
+
+Value act(const GluOp& op, double g) {
+  constexpr double K = 1.5957691216057307, SQRT_HALF = 0.70710678118654752440, INV_SQRT_2PI = 0.3989422804014327;
+  const double x = bounded(g, 40);
   switch (op.activation) {
-    case 0: return tail(g, sigmoid(g));
-    case 1: return tail(g, sigmoid(op.beta * g));
+    case 0: return swish(g, 1);
+    case 1: return swish(g, op.beta);
     case 2: return sigmoid(g);
-    case 3: return g > 0 || g != g ? g : 0;
-    case 4: return tail(g, 0.5 * std::erfc(-x / std::sqrt(2.0)));
-    case 5: return tail(g, sigmoid(1.595769121605730711759 * (x + 0.044715 * x * x * x)));
-    case 6: return g;
+    case 3: return g <= 0 ? Value{0, 0} : Value{g, 1};
+    case 4: {
+      const double cdf = 0.5 * std::erfc(-x * SQRT_HALF);
+      return {tail(g, cdf), cdf + x * INV_SQRT_2PI * std::exp(-0.5 * x * x)};
+    }
+    case 5: {
+      const auto [s, ds] = sigmoid(K * (x + 0.044715 * x * x * x));
+      return {tail(g, s), s + x * ds * K * (1 + 3 * 0.044715 * x * x)};
+    }
+    case 6: return {g, 1};
   }
   fail("no activation %d", op.activation);
 }
 
-double slope(const GluOp& op, double g) {
-  const double x = g > 40 ? 40 : g < -40 ? -40 : g;
-  switch (op.activation) {
-    case 0:
-    case 1: {
-      const double beta = op.activation ? op.beta : 1, s = sigmoid(beta * g);
-      return s + beta * g * s * (1 - s);
-    }
-    case 2: return sigmoid(g) * (1 - sigmoid(g));
-    case 3: return g > 0;
-    case 4: return 0.5 * std::erfc(-x / std::sqrt(2.0)) + x * std::exp(-x * x / 2) * 0.398942280401432677940;
-    case 5: {
-      const double k = 1.595769121605730711759, s = sigmoid(k * (x + 0.044715 * x * x * x));
-      return s + x * s * (1 - s) * k * (1 + 3 * 0.044715 * x * x);
-    }
-  }
-  return 1;
+// What the formula makes of a pair: its two factors, and whether each side lies within the limit.
+struct Factors {
+  Value act;
+  double up;
+  bool in_gate, in_up;
+};
+
+Factors factors(const GluOp& op, double gate, double up) {
+  const bool limited = std::isfinite(op.limit);
+  const double g = gate * op.gate_multiplier;
+  const bool beyond_gate = limited && g >= op.limit, beyond_up = limited && std::fabs(up) >= op.limit;
+  return {act(op, beyond_gate ? op.limit : g), bounded(up, op.limit) + op.up_offset, !beyond_gate, !beyond_up};
 }
 
 double glu(const GluOp& op, double gate, double up) {
-  const double g = std::fmin(gate * op.gate_multiplier, op.limit), u = std::fmax(std::fmin(up, op.limit), -double(op.limit));
-  return act(op, gate != gate ? gate : g) * ((up != up ? up : u) + op.up_offset);
+  const Factors f = factors(op, gate, up);
+  return f.act.value * f.up;
 }
 
 // ---- decode.cu
@@ -115,10 +134,16 @@ void require_decode(const Launch& launch, const Decode& d, size_t m, size_t k, s
   else require_grid(launch, tiles, 256);
 }
 
-// x (M,K) · w (N,K)ᵀ
-double dot(const Operand& x, const Operand& w, size_t row, size_t column, size_t k) {
+std::vector<double> widened(const Operand& from, size_t start, size_t n) {
+  std::vector<double> wide(n);
+  for (size_t i = 0; i < n; ++i) wide[i] = from.at(start + i);
+  return wide;
+}
+
+// Row `row` of x (M,K) · w (K)
+double dot(const std::vector<double>& x, size_t row, const std::vector<double>& w) {
   double sum = 0;
-  for (size_t p = 0; p < k; ++p) sum += x.at(row * k + p) * w.at(column * k + p);
+  for (size_t p = 0; p < w.size(); ++p) sum += x[row * w.size() + p] * w[p];
   return sum;
 }
 
@@ -126,9 +151,12 @@ Work gate_up(Type t, uint64_t x, uint64_t wg, uint64_t wu, uint64_t bg, uint64_t
   return [=] {
     const auto X = operand(t, x, m * k, "x"), G = operand(t, wg, i * k, "gate"), U = operand(t, wu, i * k, "up"), H = operand(t, h, m * i, "h");
     const auto BG = operand(t, bg, bg ? i : 0, "gate's bias"), BU = operand(t, bu, bu ? i : 0, "up's bias");
-    for (size_t r = 0; r < m; ++r)
-      for (size_t c = 0; c < i; ++c)
-        H.put(r * i + c, glu(op, dot(X, G, r, c, k) + (bg ? BG.at(c) : 0), dot(X, U, r, c, k) + (bu ? BU.at(c) : 0)));
+    const auto rows = widened(X, 0, m * k);
+    for (size_t c = 0; c < i; ++c) {
+      const auto gate = widened(G, c * k, k), up = widened(U, c * k, k);
+      for (size_t r = 0; r < m; ++r)
+        H.put(r * i + c, glu(op, dot(rows, r, gate) + (bg ? BG.at(c) : 0), dot(rows, r, up) + (bu ? BU.at(c) : 0)));
+    }
   };
 }
 
@@ -149,8 +177,11 @@ Work linear_kernel(const Launch& l) {
   return [=, t = d.type] {
     const auto X = operand(t, x, m * k, "x"), W = operand(t, w, n * k, "the weight"), Y = operand(t, y, m * n, "y");
     const auto B = operand(t, bias, bias ? n : 0, "the bias");
-    for (size_t r = 0; r < m; ++r)
-      for (size_t c = 0; c < n; ++c) Y.put(r * n + c, (dot(X, W, r, c, k) + (bias ? B.at(c) : 0)) * factor);
+    const auto rows = widened(X, 0, m * k);
+    for (size_t c = 0; c < n; ++c) {
+      const auto weight = widened(W, c * k, k);
+      for (size_t r = 0; r < m; ++r) Y.put(r * n + c, (dot(rows, r, weight) + (bias ? B.at(c) : 0)) * factor);
+    }
   };
 }
 
@@ -208,10 +239,10 @@ Work glu_grad_kernel(const Launch& l) {
     const auto DG = operand(t, dgate, extent(rows, columns, dgs), "dgate"), DU = operand(t, dup, extent(rows, columns, dus), "dup");
     for (size_t r = 0; r < rows; ++r)
       for (size_t c = 0; c < columns; ++c) {
-        const double g = G.at(r * gs + c) * op.gate_multiplier, u = U.at(r * us + c), d = D.at(r * ds + c), bounded = std::fmin(g, op.limit);
-        const double factor = std::fmax(std::fmin(u, op.limit), -double(op.limit)) + op.up_offset;
-        DG.put(r * dgs + c, g >= op.limit ? 0 : d * factor * slope(op, bounded) * op.gate_multiplier);
-        DU.put(r * dus + c, std::fabs(u) >= op.limit ? 0 : d * act(op, bounded));
+        const Factors f = factors(op, G.at(r * gs + c), U.at(r * us + c));
+        const double d = D.at(r * ds + c);
+        DG.put(r * dgs + c, f.in_gate ? d * f.up * f.act.slope * op.gate_multiplier : 0);
+        DU.put(r * dus + c, f.in_up ? d * f.act.value : 0);
       }
   };
 }
@@ -270,6 +301,30 @@ Work binary(const Launch& l, Type t, std::function<double(double, double)> f) {
   };
 }
 
+// out[j] = the sum of elements j·each.. of the strided input: (n, each, rank, info, in, out)
+Work sum(const Launch& l, Type t, bool small) {
+  const size_t each = argument<uint64_t>(l, 1), n = argument<uint64_t>(l, 0) * (small ? each : 1), rank = argument<uint64_t>(l, 2);
+  return [=, info = argument<uint64_t>(l, 3), in = argument<uint64_t>(l, 4), out = argument<uint64_t>(l, 5)] {
+    const Strided strided(info, rank);
+    const auto A = operand(t, in, strided.extent(n), "input"), O = operand(t, out, n / each, "output");
+    for (size_t j = 0; j < n / each; ++j) {
+      double total = 0;
+      for (size_t i = 0; i < each; ++i) total += A.at(strided.at(j * each + i));
+      O.put(j, total);
+    }
+  };
+}
+
+// (n, rank, info, value, out)
+Work constant(const Launch& l, Type t) {
+  const size_t n = argument<uint64_t>(l, 0), rank = argument<uint64_t>(l, 1);
+  return [=, info = argument<uint64_t>(l, 2), value = read_element(t, l.arguments[3], 0), out = argument<uint64_t>(l, 4)] {
+    const Strided strided(info, rank);
+    const auto O = operand(t, out, strided.extent(n), "output");
+    for (size_t i = 0; i < n; ++i) O.put(strided.at(i), value);
+  };
+}
+
 Work copy2d(const Launch& l, Type t) {
   const size_t d1 = argument<uint32_t>(l, 2), d2 = argument<uint32_t>(l, 3), ss = argument<uint32_t>(l, 4), ds = argument<uint32_t>(l, 5);
   return [=, from = argument<uint64_t>(l, 0), to = argument<uint64_t>(l, 1)] {
@@ -297,6 +352,10 @@ Work kernel(const Launch& l) {
     return unary(l, type_named(parts[1]), type_named(parts[1]),
                  [m = read_element(type_named(parts[1]), l.arguments[5], 0),
                   a = read_element(type_named(parts[1]), l.arguments[6], 0)](double v) { return v * m + a; });
+  if (begins(name, "fast_sum_small")) return sum(l, type_named(parts[3]), true);
+  if (begins(name, "fast_sum")) return sum(l, type_named(parts[2]), false);
+  if (begins(name, "const_set")) return constant(l, type_named(parts[2]));
+  if (begins(name, "usqr")) return unary(l, type_named(parts[1]), type_named(parts[1]), [](double v) { return v * v; });
   if (begins(name, "badd")) return binary(l, type_named(parts[1]), [](double a, double b) { return a + b; });
   if (begins(name, "bmul")) return binary(l, type_named(parts[1]), [](double a, double b) { return a * b; });
   fail("no model of kernel %s", name.c_str());
