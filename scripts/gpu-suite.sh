@@ -4,8 +4,8 @@
 #   scripts/gpu-suite.sh [FOLDER]      default target/gpu-suite; then there: OUT=results bash FOLDER/run.sh
 #
 # Uses the CUDA toolkit that NVCC, CUDA_HOME or PATH name, or else fetches nvcc (scripts/cuda-toolkit.sh) into target/cuda-toolkit.
-# The folder has the tests, the benchmark and the example as programs without symbols, the checkpoint of weights/, PyTorch's side of the
-# benchmark and run.sh, whose head says what it does. The limit is 60 MB. Records go to benches/record/MACHINE/DATE.{csv,txt}.
+# The folder has the tests, the benchmark and the example as programs without symbols, packed, the checkpoint of weights/, PyTorch's side of
+# the benchmark and run.sh, whose head says what it does. The limit is 60 MB. Records go to benches/record/MACHINE/DATE.{csv,txt}.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-target/gpu-suite}
@@ -34,12 +34,16 @@ for name, path in sorted(found.items()):
 
 rm -rf "$folder"
 mkdir -p "$folder/weights"
-while read -r name path; do strip -o "$folder/$name" "$path"; done <<<"$programs"
+stripped=$(mktemp -d)
+trap 'rm -rf "$stripped"' EXIT
+while read -r name path; do strip -o "$stripped/$name" "$path"; done <<<"$programs"
+tar -czf "$folder/programs.tar.gz" -C "$stripped" .
 cp weights/*.json weights/*.safetensors "$folder/weights/"
 cp benches/gpu/run.sh benches/gpu/peers.py "$folder/"
 sed -n 's/^\/\/! \{0,1\}//p' benches/gpu/main.rs > "$folder/gpu.md"
 { git rev-parse HEAD && git status --short; } > "$folder/commit.txt" 2>/dev/null || echo unknown > "$folder/commit.txt"
 
+ls -s --block-size=K "$stripped"
 du -sh "$folder"/* | sort -h
 size=$(du -sm "$folder" | cut -f1)
 [ "$size" -le 60 ] || { echo "gpu-suite.sh: $size MB in $folder, more than 60" >&2; exit 1; }

@@ -18,7 +18,8 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 budget=${BUDGET:-460} scratch=$(mktemp -d) sampler=
 trap '[ -z "$sampler" ] || kill "$sampler" 2>/dev/null; rm -rf "$scratch"' EXIT
-log=$out/log.txt facts=$out/facts.txt csv=$out/results.csv summary=$scratch/summary
+mkdir -p "$scratch/bin" && tar -xzf programs.tar.gz -C "$scratch/bin" || exit 1
+bin=$scratch/bin log=$out/log.txt facts=$out/facts.txt csv=$out/results.csv summary=$scratch/summary
 : > "$log" > "$facts" > "$summary"
 say() { echo "$*" | tee -a "$log"; }
 
@@ -65,21 +66,21 @@ export LD_LIBRARY_PATH="${libraries:+$libraries:}/usr/local/cuda/lib64:/usr/loca
 for name in ("torch", "triton", "nvidia-cublas", "nvidia-cublas-cu12", "liger-kernel"):
     try: print(name, m.version(name))
     except Exception: pass'
-    for program in cuda gpu llama; do echo "$program:"; ldd "$program"; done
+    for program in cuda gpu llama; do echo "$program:"; ldd "$bin/$program"; done
 } >> "$facts" 2>&1
 if grep -q 'not found' "$facts"; then say "failed: libraries are missing"; grep 'not found' "$facts" | sort -u; exit 1; fi
 say "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
 
 # ---- 2. correctness
 export CANDLE_SWIGLU_REQUIRE_CUDA=1 RUST_BACKTRACE=0
-step 120 "tests" ./cuda --test-threads=1
-step 30 "tests, fused prefill forced" env CANDLE_SWIGLU_CUDA_PREFILL=fused ./cuda --test-threads=1 any_number_of_rows x_of_any_layout no_less_accurate
+step 120 "tests" "$bin/cuda" --test-threads=1
+step 30 "tests, fused prefill forced" env CANDLE_SWIGLU_CUDA_PREFILL=fused "$bin/cuda" --test-threads=1 any_number_of_rows x_of_any_layout no_less_accurate
 
 # ---- 3. memory and races
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
 if [ "${SANITIZE:-1}" = 1 ] && [ -n "$sanitizer" ]; then
     for tool in memcheck racecheck; do
-        step 35 "$tool" "$sanitizer" --tool $tool --error-exitcode 9 --print-limit 20 ./cuda --test-threads=1 --exact \
+        step 35 "$tool" "$sanitizer" --tool $tool --error-exitcode 9 --print-limit 20 "$bin/cuda" --test-threads=1 --exact \
             forward::x_of_any_layout gate::any_layout forward::weights_of_any_layout
         grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|not supported' "$scratch/step" | head -3
     done
@@ -89,18 +90,18 @@ else say "skipped: compute-sanitizer" | tee -a "$summary"; fi
 query=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active
 (while :; do nvidia-smi --query-gpu=$query --format=csv,noheader; sleep 5; done >> "$facts" 2>&1) &
 sampler=$!
-step 140 "bench" ./gpu --budget 120 --csv "$csv"
+step 140 "bench" "$bin/gpu" --budget 120 --csv "$csv"
 cp "$scratch/step" "$out/bench.txt" 2>/dev/null
 if [ "${LLAMA:-1}" = 1 ]; then
     prompt="Once upon a time"
-    step 30 "llama, weights/" ./llama --model-id weights --prompt "$prompt" --temperature 0 --sample-len 200
-    grep 'token/s\|kernel\|device' "$scratch/step" | sed 's/^/weights: /' | tee -a "$out/llama.txt"
+    step 30 "llama, weights/" "$bin/llama" --model-id weights --prompt "$prompt" --temperature 0 --sample-len 200
+    grep -E '^(kernel|device):|token/s' "$scratch/step" | sed 's/^/weights: /' | tee -a "$out/llama.txt"
     on_gpu=$(sed '/^[a-z ]*:/d' "$scratch/step" | head -c 300)
     model=$scratch/8b
-    step 60 "checkpoint of 8B's shape" ./make_checkpoint --preset 8b --layers "${LAYERS:-8}" --out "$model"
+    step 60 "checkpoint of 8B's shape" "$bin/make_checkpoint" --preset 8b --layers "${LAYERS:-8}" --out "$model"
     cp weights/tokenizer*.json "$model/" 2>/dev/null
-    step 40 "llama, 8B's shape, ${LAYERS:-8} layers" ./llama --model-id "$model" --prompt "$prompt" --temperature 0 --sample-len 200
-    grep 'token/s\|kernel\|device' "$scratch/step" | sed "s/^/8b, ${LAYERS:-8} layers: /" | tee -a "$out/llama.txt"
+    step 40 "llama, 8B's shape, ${LAYERS:-8} layers" "$bin/llama" --model-id "$model" --prompt "$prompt" --temperature 0 --sample-len 200
+    grep -E '^(kernel|device):|token/s' "$scratch/step" | sed "s/^/8b, ${LAYERS:-8} layers: /" | tee -a "$out/llama.txt"
     rm -rf "$model"
     [ -z "$on_gpu" ] || echo "$on_gpu" >> "$log"
 fi
