@@ -13,22 +13,12 @@ use candle_swiglu::{FfnConfig, GateUp, Glu, GluActivation, Linear, PackedOrder, 
 
 mod common;
 use common::{
-    Block, FLOATS, Numbers, bits, check_within, composed, glu_of, integers, pack, rms_error, unit_roundoff, values, weights,
+    ACTIVATIONS, Block, FLOATS, Numbers, bits, check_within, composed, glu_of, integers, pack, rms_error, unit_roundoff,
+    values, weights,
 };
 
 const H: usize = 33;
 const I: usize = 45;
-
-const ACTIVATIONS: [GluActivation; 8] = [
-    GluActivation::Silu,
-    GluActivation::Swish { beta: 1.5 },
-    GluActivation::Swish { beta: -0.5 },
-    GluActivation::Sigmoid,
-    GluActivation::Relu,
-    GluActivation::Gelu,
-    GluActivation::GeluTanh,
-    GluActivation::Identity,
-];
 
 /// The block of `cfg` over named tensors.
 fn build(cfg: &FfnConfig, weights: &HashMap<String, Tensor>) -> Result<SwiGluFfn> {

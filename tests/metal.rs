@@ -14,23 +14,13 @@ use candle_swiglu::{FfnConfig, Glu, GluActivation, Linear, SwiGluFfn, glu_mul, r
 
 mod common;
 use common::{
-    Block, Numbers, check_within, composed, glu_of, glu_units, rms_error, slope_size, unit_roundoff, values, weights,
+    ACTIVATIONS, Block, Numbers, check_within, composed, glu_of, glu_units, rms_error, slope_size, unit_roundoff, values,
+    weights,
 };
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 const ROWS: [usize; 14] = [1, 2, 3, 5, 8, 9, 31, 32, 33, 63, 64, 65, 130, 520];
 const SIZES: [(usize, usize); 3] = [(33, 45), (64, 96), (72, 40)];
-
-const ACTIVATIONS: [GluActivation; 8] = [
-    GluActivation::Silu,
-    GluActivation::Swish { beta: 1.5 },
-    GluActivation::Swish { beta: -0.5 },
-    GluActivation::Sigmoid,
-    GluActivation::Relu,
-    GluActivation::Gelu,
-    GluActivation::GeluTanh,
-    GluActivation::Identity,
-];
 
 fn gpu() -> Result<Device> {
     Device::new_metal(0).context("a Mac with a GPU")

@@ -74,6 +74,18 @@ impl Golden {
 
 pub(crate) const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 
+/// The family.
+pub(crate) const ACTIVATIONS: [GluActivation; 8] = [
+    GluActivation::Silu,
+    GluActivation::Swish { beta: 1.5 },
+    GluActivation::Swish { beta: -0.5 },
+    GluActivation::Sigmoid,
+    GluActivation::Relu,
+    GluActivation::Gelu,
+    GluActivation::GeluTanh,
+    GluActivation::Identity,
+];
+
 /// Half the distance from 1 to the next number.
 pub(crate) fn unit_roundoff(dtype: DType) -> f64 {
     match dtype {

@@ -4,8 +4,8 @@ use anyhow::Result;
 use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
 use candle_swiglu::{FfnConfig, GateUp, GluActivation, Linear, SwiGluFfn, Weights};
 
-use super::common::{Block, Numbers, bits, check_within, composed, integers, rms_error, values, weights};
-use super::{ACTIVATIONS, KERNEL_DTYPES, build, cuda, run, sum_roundoff};
+use super::common::{ACTIVATIONS, Block, Numbers, bits, check_within, composed, integers, rms_error, values, weights};
+use super::{KERNEL_DTYPES, build, cuda, run, sum_roundoff};
 
 /// (H, I): odd; multiples of 8, which the tensor cores take; and edges of the tiles of 64 (k), 128 (columns) and 16 (outputs).
 const SIZES: [(usize, usize); 4] = [(33, 45), (72, 136), (128, 128), (136, 200)];

@@ -4,8 +4,8 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_swiglu::{Glu, GluActivation, glu_mul, reference, silu_mul};
 
-use super::common::{FLOATS, Numbers, bits, check_within, glu_units, slope_size, unit_roundoff, values};
-use super::{ACTIVATIONS, cuda};
+use super::common::{ACTIVATIONS, FLOATS, Numbers, bits, check_within, glu_units, slope_size, unit_roundoff, values};
+use super::cuda;
 
 /// The operation without and with all of its modifiers.
 fn operations(activation: GluActivation) -> [Glu; 2] {

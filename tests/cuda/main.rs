@@ -10,24 +10,13 @@ use std::io::Write;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
-use candle_swiglu::{FfnConfig, GluActivation, SwiGluFfn};
+use candle_swiglu::{FfnConfig, SwiGluFfn};
 
 #[path = "../common/mod.rs"]
 mod common;
 mod forward;
 mod gate;
 mod streams;
-
-const ACTIVATIONS: [GluActivation; 8] = [
-    GluActivation::Silu,
-    GluActivation::Swish { beta: 1.5 },
-    GluActivation::Swish { beta: -0.5 },
-    GluActivation::Sigmoid,
-    GluActivation::Relu,
-    GluActivation::Gelu,
-    GluActivation::GeluTanh,
-    GluActivation::Identity,
-];
 
 /// Dtypes that the kernels of the block take.
 const KERNEL_DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
