@@ -26,4 +26,4 @@ ln -sf libcuda.so.1 "$model/libcurand.so.10"
 export LD_LIBRARY_PATH="$model:$CUDA_HOME/lib/stubs" CANDLE_SWIGLU_REQUIRE_CUDA=1
 unset CANDLE_SWIGLU_CUDA_SKIP_NVCC
 skip=(--skip forward_does_not_wait --skip no_less_accurate_than_candle --skip chunks_of_rows --skip results_do_not_vary)
-cargo test --locked --features cuda --test cuda -- --test-threads=1 "${skip[@]}" "$@"
+cargo test --locked --features "${FEATURES:-cuda}" --test cuda -- --test-threads=1 "${skip[@]}" "$@"
