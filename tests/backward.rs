@@ -394,8 +394,7 @@ fn a_second_derivative_of_the_block_is_an_error() -> Result<()> {
     const KEEP_GRAPH: &str = "CANDLE_GRAD_DO_NOT_DETACH";
     if std::env::var_os(KEEP_GRAPH).is_none() {
         let name = "a_second_derivative_of_the_block_is_an_error";
-        let output =
-            std::process::Command::new(std::env::current_exe()?).args([name, "--exact"]).env(KEEP_GRAPH, "1").output()?;
+        let output = common::this_program()?.args([name, "--exact"]).env(KEEP_GRAPH, "1").output()?;
         let stdout = String::from_utf8_lossy(&output.stdout);
         ensure!(output.status.success() && stdout.contains("1 passed"), "{stdout}");
         return Ok(());

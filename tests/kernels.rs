@@ -2,9 +2,10 @@
 //! is this program again, asked for one of the functions of [`ROLES`].
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod common;
+
 use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hasher};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,24 +32,9 @@ fn child() -> Result<()> {
     f()
 }
 
-/// Through TEST_RUNNER where that names a program which runs programs for this target.
-fn this_program() -> Result<Command> {
-    let program = std::env::current_exe()?;
-    let runner = std::env::var("TEST_RUNNER").unwrap_or_default();
-    let mut words = runner.split_whitespace();
-    Ok(match words.next() {
-        Some(first) => {
-            let mut command = Command::new(first);
-            command.args(words).arg(program);
-            command
-        }
-        None => Command::new(program),
-    })
-}
-
 /// What the child says after `> `, line by line; an error if it fails or hangs.
 fn run(role: &str, environment: &[(&str, &str)]) -> Result<Vec<String>> {
-    let mut command = this_program()?;
+    let mut command = common::this_program()?;
     command.args(["child", "--exact", "--ignored", "--nocapture"]).env(ROLE, role);
     for name in [FORCED, "RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"] {
         command.env_remove(name);

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -68,6 +69,23 @@ impl Golden {
     pub(crate) fn dtype(&self) -> Result<DType> {
         Ok(self.text("dtype")?.parse()?)
     }
+}
+
+// ---------------------------------------------------------------- processes
+
+/// This test program once more: through TEST_RUNNER where that names a program which runs programs for this target.
+pub(crate) fn this_program() -> Result<Command> {
+    let program = std::env::current_exe()?;
+    let runner = std::env::var("TEST_RUNNER").unwrap_or_default();
+    let mut words = runner.split_whitespace();
+    Ok(match words.next() {
+        Some(first) => {
+            let mut command = Command::new(first);
+            command.args(words).arg(program);
+            command
+        }
+        None => Command::new(program),
+    })
 }
 
 // ---------------------------------------------------------------- numbers
