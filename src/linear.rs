@@ -203,7 +203,14 @@ impl Weight {
     }
 
     /// x (M,in) · W (out,in)ᵀ -> (M,out)
+    ///
+    /// f16 is multiplied in f32 on 64-bit ARM's CPU: candle's own product sums in f16 there, which costs accuracy and makes the
+    /// bits depend on the layout.
     fn product(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        if cfg!(target_arch = "aarch64") && x.dtype() == DType::F16 && x.device().is_cpu() {
+            let weight = self.0.to_dtype(DType::F32)?;
+            return x.to_dtype(DType::F32)?.matmul(&weight.t()?)?.to_dtype(DType::F16);
+        }
         if is_matrix(&self.0) { x.matmul(&self.0.t()?) } else { x.matmul(&self.0.contiguous()?.t()?) }
     }
 }
