@@ -12,8 +12,8 @@ sid_install() {
             apt-get update -qq
             apt-get install -y -qq debootstrap
         fi
-        local mirror
-        mirror=$(grep -rhoE 'https?://[^ ]+' /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null | grep /debian/*$ | head -1)
+        local mirror # this machine's own; one of the files may be missing
+        mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | grep -oE 'https?://[^ ]+/debian/*$' | head -1 || true)
         debootstrap --variant=minbase --include=ca-certificates sid "$sid" ${mirror:+"$mirror"}
         chroot "$sid" dpkg --add-architecture arm64
         touch "$sid/ready"
