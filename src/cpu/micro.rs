@@ -199,6 +199,8 @@ impl<S: Simd> Product<S> for Widen<bf16> {
                 *column = s.load_bf16_even(b.add(v * S::LANES * 2));
             }
             rank_one(s, acc, a, at, columns);
+            // Vectors that stayed in registers for both would take the place of sums, which then go to memory and back each time.
+            let b = unknown(b);
             for (v, column) in columns.iter_mut().enumerate() {
                 *column = s.load_bf16_odd(b.add(v * S::LANES * 2));
             }
@@ -232,6 +234,20 @@ impl<S: Simd> Product<S> for Widen<bf16> {
             }
         }
     }
+}
+
+/// The same pointer, but the compiler does not know that: what was loaded from it is loaded again.
+#[inline(always)]
+fn unknown<T>(p: *const T) -> *const T {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut p = p;
+        // SAFETY: a comment alone; the register keeps its value.
+        unsafe { std::arch::asm!("/* {p} */", p = inout(reg) p, options(pure, nomem, nostack, preserves_flags)) };
+        p
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    p
 }
 
 /// Pairs of bf16 on both sides, by the instruction for them.
@@ -371,15 +387,15 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
 /// Prefetches what belongs to some steps; where to go on.
 #[inline(always)]
 fn fetch<const AHEAD: u8>(next: *const u8, steps: usize, step_bytes: usize) -> *const u8 {
-    let lines = match AHEAD {
+    let bytes = match AHEAD {
         Ahead::NOTHING => 0,
-        Ahead::TWO_LINES => 2 * steps,
-        _ => (steps * step_bytes).div_ceil(LINE),
+        Ahead::TWO_LINES => 2 * LINE * steps,
+        _ => steps * step_bytes,
     };
-    for line in 0..lines {
+    for line in 0..bytes.div_ceil(LINE) {
         prefetch(next.wrapping_add(line * LINE));
     }
-    next.wrapping_add(lines * LINE)
+    next.wrapping_add(bytes)
 }
 
 /// Asks for the line at `p` in the first-level cache; any address will do.
