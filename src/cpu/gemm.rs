@@ -25,9 +25,10 @@ use crate::glu::Glu;
 /// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes, with a = 2 where the kernel multiplies bf16 as it is, else 4;
 /// rows ≤ 512.
 pub(super) const CHUNK_ROWS: usize = 512;
-/// Bytes of B that pass all rows before the next ones. 16 KiB leave room for the sums in L1; 256 KiB are a quarter of L2, and
-/// carry the sums in and out of registers so rarely that it no longer shows (64 KiB: 3 % slower in f32).
-const FEW_ROWS_BLOCK: usize = 16 << 10;
+/// Bytes of B that pass all rows before the next ones. With few rows 256 B of each column: 16 KiB with 64 columns and 4 KiB with
+/// 16, which leave room in L1 for the sums and for as much of each row (16 KiB with 16 columns: 3 to 10 % slower). Else 256 KiB, a
+/// quarter of L2, which carry the sums in and out of registers so rarely that it no longer shows (64 KiB: 3 % slower in f32).
+const FEW_ROWS_BLOCK: usize = 256;
 const BLOCK: usize = 256 << 10;
 /// Up to so many rows the smaller block is faster (measured: 1.2 times at 16 rows, the same at 32).
 const FEW_ROWS: usize = 24;
@@ -409,7 +410,7 @@ unsafe fn product<T: Packable>(
         // SAFETY: the caller's contract.
         return unsafe { micro[a.rows - 1](call) };
     }
-    let block = if a.rows <= FEW_ROWS { FEW_ROWS_BLOCK } else { BLOCK };
+    let block = if a.rows <= FEW_ROWS { FEW_ROWS_BLOCK * gemm.nr } else { BLOCK };
     let panels = a.rows.div_ceil(mr);
     let first_row = |panel: usize| a.rows * panel / panels;
     let wide_bytes = gemm.nr * T::K_STEP * size_of::<f32>();
