@@ -20,5 +20,6 @@ done
 if [ "${1:-}" = check ]; then exit; fi
 
 printf '\n==> unit tests in WASI, simd128\n'
+export CARGO_TARGET_WASM32_WASIP1_LINKER=wasm-ld # Debian has no rust-lld
 export CARGO_TARGET_WASM32_WASIP1_RUNNER="node --no-warnings scripts/wasi.mjs"
 RUSTFLAGS="-C target-feature=+simd128" in_sid cargo test --locked --lib --target wasm32-wasip1 cpu::

@@ -368,8 +368,11 @@ fn vector_kernels_of_one_arithmetic_give_the_same_bits() {
         y.iter().fold(0, |hash: u64, y| (hash ^ y.to_bits()).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32))
     }
     for kernel in available() {
-        let scalar_fuses = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
-        if kernel.name == "scalar" && !scalar_fuses {
+        let fuses = match kernel.name {
+            "scalar" => cfg!(any(target_feature = "fma", target_arch = "aarch64")),
+            name => name != "simd128",
+        };
+        if !fuses {
             continue;
         }
         let native = ["avx512bf16", "neonbf16"].contains(&kernel.name);
