@@ -45,6 +45,11 @@ fn present(device: candle_core::Result<Device>) -> Result<Option<Device>> {
     }
 }
 
+/// Whether the driver is the model of tests/cuda_model, which is slow and whose kernels are their own definition.
+fn on_model() -> bool {
+    std::env::var_os("CUDA_MODEL").is_some()
+}
+
 /// The block of `cfg` over named tensors, on `device`.
 fn build(cfg: &FfnConfig, weights: &HashMap<String, Tensor>, device: &Device) -> Result<SwiGluFfn> {
     let dtype = weights["down_proj.weight"].dtype();
