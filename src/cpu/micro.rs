@@ -238,6 +238,7 @@ impl<S: Simd> Product<S> for Widen<bf16> {
 
 /// The same pointer, but the compiler does not know that: what was loaded from it is loaded again.
 #[inline(always)]
+#[cfg_attr(target_arch = "x86_64", allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is read or written"))]
 fn unknown<T>(p: *const T) -> *const T {
     #[cfg(target_arch = "x86_64")]
     {
