@@ -2,6 +2,8 @@
 # The tests on 64-bit ARM without such a machine: built across, and run under qemu's user emulation.
 #
 #   scripts/aarch64.sh                     all suites under every kernel there is for ARM
+#   scripts/aarch64.sh quick               unit tests, and the suites that compare with other implementations (CI)
+#   scripts/aarch64.sh prepare             only what is needed from Debian
 #   scripts/aarch64.sh test --lib tests    any cargo command
 #
 # Everything comes from Debian (scripts/sid.sh); needs root. Proves that the results are right, on a CPU with every extension
@@ -23,18 +25,28 @@ export AR_aarch64_unknown_linux_gnu=aarch64-linux-gnu-ar
 # Flags for this machine's own compiler would be wrong there.
 unset RUSTFLAGS RUSTC RUSTUP_TOOLCHAIN CARGO_BUILD_RUSTFLAGS
 
-if [ $# -gt 0 ]; then
-    in_sid cargo "$@"
-    exit
-fi
+# Unit tests and tests/kernels.rs go through all kernels by themselves.
+all=(--lib) suites=(--test forward --test golden_blocks)
+case "${1:-}" in
+    prepare)
+        in_sid true
+        exit
+        ;;
+    quick) ;;
+    "")
+        all+=(--test kernels) suites+=(--test backward --test properties)
+        printf '\n==> examples and benchmarks are checked\n'
+        in_sid cargo check --locked --examples --benches
+        ;;
+    *)
+        in_sid cargo "$@"
+        exit
+        ;;
+esac
 
-suites=(--test forward --test backward --test properties --test golden_blocks)
-
-printf '\n==> examples and benchmarks are checked\n'
-in_sid cargo check --locked --examples --benches
-
-printf '\n==> unit tests, and the choice of the kernel: each goes through all kernels by itself\n'
-in_sid cargo test --locked --lib --test kernels
+printf '\n==> %s\n' "${all[*]}"
+in_sid cargo test --locked "${all[@]}" "${suites[@]}" --no-run
+in_sid cargo test --locked "${all[@]}"
 
 export PROPTEST_CASES="${PROPTEST_CASES:-32}"
 for kernel in neonbf16 neon scalar; do

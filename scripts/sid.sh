@@ -9,7 +9,7 @@ sid=$(realpath -m "${SID:-target/sid}")
 sid_install() {
     if [ ! -e "$sid/ready" ]; then
         if ! command -v debootstrap >/dev/null; then
-            apt-get update -qq
+            apt-get update -qq -o Acquire::Check-Valid-Until=false
             apt-get install -y -qq debootstrap
         fi
         local mirror # this machine's own; one of the files may be missing

@@ -24,4 +24,4 @@ ln -sf libcuda.so.1 "$model/libcurand.so.10"
 # An nvcc without code is enough: the model looks at names.
 export LD_LIBRARY_PATH="$model:$CUDA_HOME/lib/stubs" CANDLE_SWIGLU_REQUIRE_CUDA=1 CUDA_MODEL=1
 unset CANDLE_SWIGLU_CUDA_SKIP_NVCC
-cargo test --locked --features "${FEATURES:-cuda}" --test cuda -- --test-threads=1 "$@"
+cargo test --locked --profile "${PROFILE:-test}" --features "${FEATURES:-cuda}" --test cuda -- --test-threads=1 "$@"
