@@ -2,7 +2,7 @@
 # The tests on 64-bit ARM without such a machine: built across, and run under qemu's user emulation.
 #
 #   scripts/aarch64.sh                     all suites under every kernel there is for ARM
-#   scripts/aarch64.sh quick               unit tests, and the suites that compare with other implementations (CI)
+#   scripts/aarch64.sh quick               unit tests, and the block against f64, PyTorch and transformers under every kernel (CI)
 #   scripts/aarch64.sh prepare             only what is needed from Debian
 #   scripts/aarch64.sh test --lib tests    any cargo command
 #

@@ -4,12 +4,14 @@
 # SID names the directory (default target/sid, 2.7 GB; remove it to get newer packages).
 
 sid=$(realpath -m "${SID:-target/sid}")
+# A mirror may lag behind by more than the days that a release file is good for; its signature is checked all the same.
+lagging=(-o Acquire::Check-Valid-Until=false)
 
 # sid_install PACKAGE...: makes the directory if it is not there, and installs packages into it if they are not.
 sid_install() {
     if [ ! -e "$sid/ready" ]; then
         if ! command -v debootstrap >/dev/null; then
-            apt-get update -qq -o Acquire::Check-Valid-Until=false
+            apt-get update -qq "${lagging[@]}"
             apt-get install -y -qq debootstrap
         fi
         local mirror # this machine's own; one of the files may be missing
@@ -20,8 +22,7 @@ sid_install() {
     fi
     if ! chroot "$sid" dpkg-query -W "$@" >/dev/null 2>&1; then
         cp /etc/resolv.conf /etc/hosts "$sid/etc/"
-        # A mirror may lag behind by more than the days that a release file is good for; its signature is checked all the same.
-        chroot "$sid" apt-get update -qq -o Acquire::Check-Valid-Until=false
+        chroot "$sid" apt-get update -qq "${lagging[@]}"
         DEBIAN_FRONTEND=noninteractive chroot "$sid" apt-get install -y -qq --no-install-recommends "$@"
     fi
 }

@@ -25,10 +25,11 @@ use crate::glu::Glu;
 /// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes, with a = 2 where the kernel multiplies bf16 as it is, else 4;
 /// rows ≤ 512.
 pub(super) const CHUNK_ROWS: usize = 512;
-/// Bytes of B that pass all rows before the next ones. With few rows 256 B of each column: 16 KiB with 64 columns and 4 KiB with
-/// 16, which leave room in L1 for the sums and for as much of each row (16 KiB with 16 columns: 3 to 10 % slower). Else 256 KiB, a
-/// quarter of L2, which carry the sums in and out of registers so rarely that it no longer shows (64 KiB: 3 % slower in f32).
+/// With few rows, bytes of each column of B that pass all rows before the next ones: 16 KiB with 64 columns and 4 KiB with 16 leave
+/// room in L1 for the sums and the same k of the rows (16 KiB with 16 columns: 3 to 10 % slower).
 const FEW_ROWS_BLOCK: usize = 256;
+/// With more rows, bytes of B: a quarter of 1 MiB of L2, carrying the sums in and out of registers so rarely that it no longer shows
+/// (64 KiB: 3 % slower in f32).
 const BLOCK: usize = 256 << 10;
 /// Up to so many rows the smaller block is faster (measured: 1.2 times at 16 rows, the same at 32).
 const FEW_ROWS: usize = 24;

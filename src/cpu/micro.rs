@@ -385,7 +385,7 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
     }
 }
 
-/// Prefetches what belongs to some steps; where to go on.
+/// Prefetches what belongs to some steps (twice where two steps share a line); where to go on.
 #[inline(always)]
 fn fetch<const AHEAD: u8>(next: *const u8, steps: usize, step_bytes: usize) -> *const u8 {
     let bytes = match AHEAD {

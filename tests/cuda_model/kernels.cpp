@@ -356,11 +356,10 @@ Work kernel(const Launch& l) {
   if (begins(name, "fast_sum")) return sum(l, type_named(parts[2]), false);
   if (begins(name, "const_set")) return constant(l, type_named(parts[2]));
   if (begins(name, "usqr")) return unary(l, type_named(parts[1]), type_named(parts[1]), [](double v) { return v * v; });
-  // usilu, usigmoid, urelu, ugelu, ugelu_erf: in the order of GluOp's activations
-  const char* activations[] = {"usilu_", "", "usigmoid_", "urelu_", "ugelu_erf_", "ugelu_"};
-  for (int i = 0; i < 6; ++i)
-    if (*activations[i] && begins(name, activations[i]))
-      return unary(l, type_named(parts.back()), type_named(parts.back()), [op = GluOp{i, 1, 1, INFINITY, 0}](double v) { return act(op, v).value; });
+  for (auto [prefix, activation] : {std::pair{"usilu", 0}, {"usigmoid", 2}, {"urelu", 3}, {"ugelu_erf", 4}, {"ugelu", 5}})
+    if (begins(name, prefix))
+      return unary(l, type_named(parts.back()), type_named(parts.back()),
+                   [op = GluOp{activation, 1, 1, INFINITY, 0}](double v) { return act(op, v).value; });
   if (begins(name, "badd")) return binary(l, type_named(parts[1]), [](double a, double b) { return a + b; });
   if (begins(name, "bmul")) return binary(l, type_named(parts[1]), [](double a, double b) { return a * b; });
   fail("no model of kernel %s", name.c_str());

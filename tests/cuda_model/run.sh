@@ -3,6 +3,7 @@
 #
 #   eval "$(scripts/cuda-toolkit.sh DIR none)"; tests/cuda_model/run.sh
 #
+# FEATURES (cuda) and PROFILE (test): as another build has them, whose candle is then used again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -f "${CUDA_HOME:-}/lib/stubs/cuda.c" ] || { echo "run.sh: CUDA_HOME is not a toolkit of scripts/cuda-toolkit.sh" >&2; exit 1; }
