@@ -24,6 +24,7 @@ sid_install() {
         cp /etc/resolv.conf /etc/hosts "$sid/etc/"
         chroot "$sid" apt-get update -qq "${lagging[@]}"
         DEBIAN_FRONTEND=noninteractive chroot "$sid" apt-get install -y -qq --no-install-recommends "$@"
+        chroot "$sid" apt-get clean
     fi
 }
 
