@@ -2,8 +2,9 @@
 //!
 //! 1. Rows of x are copied, in the microkernel's element type and with padded strides, into scratch; at most
 //!    [`CHUNK_ROWS`] at a time, so that scratch is bounded.
-//! 2. Units of work are one panel of weights times a block of rows. Threads claim them in order, so the weights are read as
-//!    one stream. The sums of a unit, (rows, NR) in f32, lie in its thread's scratch.
+//! 2. Units of work are one panel of weights times a block of rows; a few panels side by side where one row or two leave the
+//!    registers for them and the processor reads several streams faster than one. Threads claim units in order. The sums of a
+//!    unit, (panels, rows, NR) in f32, lie in its thread's scratch.
 //! 3. Up to MR rows take one sweep along the panel, which is fetched ahead of use (decode). More take the panel in blocks of k
 //!    that stay in cache while all rows pass by (prefill). Sums run over k in the same parts and order either way.
 //! 4. An epilogue turns the sums into h or y while they are in cache; gate and up are never written.
@@ -43,6 +44,8 @@ const SWEEP_AHEAD: usize = 8 << 10;
 const PAD: usize = 64;
 /// With fewer rows in a unit, reading its panel shows beside multiplying.
 const BLOCK_ROWS: usize = 96;
+/// Panels go side by side where so many units of them remain for each thread.
+const UNITS_BESIDE: usize = 4;
 /// Below this many multiply-adds per thread one thread is faster than waking another.
 const SERIAL: usize = 1 << 16;
 
@@ -59,6 +62,8 @@ pub(super) struct Gemm<T> {
     /// The same, fetching ahead in one sweep along the panel: from `sweep_from` rows on.
     pub(super) micro_sweep: Vec<Micro>,
     pub(super) sweep_from: usize,
+    /// For 1, 2, .. rows: microkernels for several panels at once, and for how many. Of as many rows as there are.
+    pub(super) micro_beside: Vec<(usize, Micro)>,
     /// Where T is not what is multiplied: with many rows (more than MR, and `widen_from` at least) each block of k is widened
     /// once, for these microkernels.
     pub(super) widen: Option<(WidenSteps<T>, Vec<Micro>)>,
@@ -198,8 +203,9 @@ struct Pass<'a, T> {
     y: SendPtr<T>,
     y_stride: usize,
     threads: usize,
-    /// Rows of one unit of each stage.
+    /// Rows and panels of one unit of each stage.
     block_rows: [usize; 2],
+    panels: [usize; 2],
     scratch: Scratch,
     /// A of the first stage, A of the second, then each thread's own: sums, and widened weights.
     offsets: [usize; 3],
@@ -215,20 +221,23 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         let a_strides = [0, 1].map(|i| stages.get(i).map_or(0, |s| s.projection.weight.k().next_multiple_of(gemm.nr) + PAD));
         let offsets = [0, x.rows * a_strides[0] * a_bytes, x.rows * (a_strides[0] + a_strides[1]) * a_bytes];
         let offsets = offsets.map(|offset| offset.next_multiple_of(64));
-        let sums = x.rows * gemm.nr * size_of::<f32>();
+        let panels = [0, 1].map(|i| stages.get(i).map_or(1, |s| beside(gemm, x.rows, s.projection.weight.panels, threads)));
+        let sums = x.rows * gemm.nr * panels[0].max(panels[1]) * size_of::<f32>();
         let widened = if gemm.widen.is_some() && x.rows >= gemm.widen_from { BLOCK } else { 0 };
         let thread_bytes = (sums + widened).next_multiple_of(64);
         let scratch = Scratch::borrow(offsets[2] + threads * thread_bytes);
         let block_rows =
             [0, 1].map(|i| stages.get(i).map_or(x.rows, |s| block_rows(x.rows, s.projection.weight.panels, threads)));
-        Self { gemm, stages, x, y, y_stride, threads, block_rows, scratch, offsets, a_strides, thread_bytes }
+        Self { gemm, stages, x, y, y_stride, threads, block_rows, panels, scratch, offsets, a_strides, thread_bytes }
     }
 
     fn run(mut self) {
         let scratch = SendPtr(self.scratch.as_mut_ptr());
         let blocks = self.block_rows.map(|rows| self.x.rows.div_ceil(rows));
         let copy = Phase::new(self.x.rows.div_ceil(COPY_ROWS));
-        let phases = [0, 1].map(|i| Phase::new(self.stages.get(i).map_or(0, |s| s.projection.weight.panels * blocks[i])));
+        let units =
+            |i: usize| self.stages.get(i).map_or(0, |s| s.projection.weight.panels.div_ceil(self.panels[i]) * blocks[i]);
+        let phases = [0, 1].map(|i| Phase::new(units(i)));
         let work = |thread: usize| {
             // SAFETY: scratch has `threads` pieces of this size from the last offset on.
             let own = unsafe { scratch.at(self.offsets[2] + thread * self.thread_bytes) };
@@ -274,11 +283,11 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         }
     }
 
-    /// One panel of a stage times one block of rows.
+    /// One panel of a stage, or some side by side, times one block of rows.
     ///
     /// # Safety
     /// `scratch` is this pass's, `own` this thread's piece of it; A of this stage is complete; no other thread has this unit.
-    unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, panel: usize, block: usize) {
+    unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, unit: usize, block: usize) {
         let start = block * self.block_rows[stage];
         let rows = self.block_rows[stage].min(self.x.rows - start);
         let Stage { projection, glu, factor } = self.stages[stage];
@@ -287,21 +296,32 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         // SAFETY: the pieces lie within scratch as `new` laid it out; y has this chunk's rows.
         unsafe {
             let a = scratch.at(self.offsets[stage] + start * a_stride * a_bytes);
-            let widened = own.add(self.x.rows * self.gemm.nr * size_of::<f32>()).cast();
-            let after = self.likely_next(stage, panel);
-            product(self.gemm, &projection.weight, panel, Rows { a, a_stride, a_bytes, rows }, sums, widened, after);
-            let tile = projection.tile(panel, rows, sums);
-            match glu {
-                Some(glu) => {
-                    let (width, stride) = (self.gemm.nr / 2, self.a_strides[1]);
-                    let h = scratch.at(self.offsets[1] + (start * stride + panel * width) * a_bytes);
-                    (self.gemm.glu_tile)(glu, tile, h, stride);
-                    self.fill_up(scratch, panel, start..start + rows);
+            let a = Rows { a, a_stride, a_bytes, rows };
+            let most = self.panels[stage];
+            let panels = unit * most..projection.weight.panels.min((unit + 1) * most);
+            if most > 1 && panels.len() == most {
+                sweep_beside(self.gemm, &projection.weight, panels.start, a, sums);
+            } else {
+                let widened = own.add(self.x.rows * self.gemm.nr * most * size_of::<f32>()).cast();
+                for (i, panel) in panels.clone().enumerate() {
+                    let sums = sums.add(i * rows * self.gemm.nr);
+                    product(self.gemm, &projection.weight, panel, a, sums, widened, self.likely_next(stage, panel));
                 }
-                None => {
-                    let columns = self.gemm.nr.min(projection.columns - panel * self.gemm.nr);
-                    let y = self.y.at(start * self.y_stride + panel * self.gemm.nr);
-                    (self.gemm.out_tile)(tile, factor, y, self.y_stride, columns);
+            }
+            for (i, panel) in panels.enumerate() {
+                let tile = projection.tile(panel, rows, sums.add(i * rows * self.gemm.nr));
+                match glu {
+                    Some(glu) => {
+                        let (width, stride) = (self.gemm.nr / 2, self.a_strides[1]);
+                        let h = scratch.at(self.offsets[1] + (start * stride + panel * width) * a_bytes);
+                        (self.gemm.glu_tile)(glu, tile, h, stride);
+                        self.fill_up(scratch, panel, start..start + rows);
+                    }
+                    None => {
+                        let columns = self.gemm.nr.min(projection.columns - panel * self.gemm.nr);
+                        let y = self.y.at(start * self.y_stride + panel * self.gemm.nr);
+                        (self.gemm.out_tile)(tile, factor, y, self.y_stride, columns);
+                    }
                 }
             }
         }
@@ -355,6 +375,14 @@ pub(super) fn block_rows(rows: usize, panels: usize, threads: usize) -> usize {
     rows.div_ceil(best.unwrap_or(1))
 }
 
+/// Panels of a unit: what the kernel takes at once for so few rows, or one, where threads would be left without work.
+fn beside<T>(gemm: &Gemm<T>, rows: usize, panels: usize, threads: usize) -> usize {
+    match gemm.micro_beside.get(rows.wrapping_sub(1)) {
+        Some(&(beside, _)) if panels >= UNITS_BESIDE * threads * beside => beside,
+        _ => 1,
+    }
+}
+
 /// Rows that a thread copies at a time.
 const COPY_ROWS: usize = 8;
 
@@ -376,6 +404,20 @@ impl Rows {
         // SAFETY: the caller's contract.
         unsafe { self.a.add((row * self.a_stride + k) * self.a_bytes) }
     }
+}
+
+/// A (rows, k) · panels (k, NR) -> sums (panels, rows, NR), as many panels from this one on as the kernel takes at once.
+///
+/// # Safety
+/// A and `sums` have the rows, A of all steps of a panel; the panels exist.
+unsafe fn sweep_beside<T: Packable>(gemm: &Gemm<T>, weight: &Packed<T>, panel: usize, a: Rows, sums: *mut f32) {
+    let (_, micro) = gemm.micro_beside[a.rows - 1];
+    let steps = weight.steps();
+    let apart = steps * weight.step_len() * size_of::<T>();
+    let nothing = [std::ptr::null(); 2];
+    let b = weight.panel(panel).cast();
+    // SAFETY: the caller's contract; panels follow each other.
+    unsafe { micro(Call { a: a.a, a_stride: a.a_stride, b, steps, acc: sums, first: true, next: nothing, turn: 0, apart }) }
 }
 
 /// A (rows, k) · panel (k, NR) -> sums (rows, NR)
@@ -406,6 +448,7 @@ unsafe fn product<T: Packable>(
             first: true,
             next: [b.cast::<u8>().wrapping_add(ahead * step_bytes), after],
             turn: steps.saturating_sub(ahead),
+            apart: 0,
         };
         let micro = if a.rows < gemm.sweep_from { &gemm.micro } else { &gemm.micro_sweep };
         // SAFETY: the caller's contract.
@@ -446,6 +489,7 @@ unsafe fn product<T: Packable>(
                     first: start == 0,
                     next: [block_end.wrapping_add(ahead); 2],
                     turn: 0,
+                    apart: 0,
                 });
             }
         }

@@ -177,13 +177,15 @@ fn silu() -> Glu {
 }
 
 /// Rows around the heights of microkernels (6), of the smaller block (24) and of chunks (512); H and I around the widths of
-/// vectors and panels, odd, and longer than a block of k (64 steps with few rows, 2048 values with many).
+/// vectors and panels, odd, and longer than a block of k (64 steps with few rows, 2048 values with many); with one row and two so
+/// many that panels go side by side (on up to 16 threads), one of them left over.
 fn sizes() -> Vec<(usize, usize, usize)> {
     let small = [(1, 1), (7, 5), (33, 65), (64, 32), (67, 129)];
     let mut sizes: Vec<_> = (1..=13).flat_map(|m| small.map(|(h, i)| (m, h, i))).collect();
     sizes.extend([23, 24, 25, 47, 48, 49].map(|m| (m, 67, 70)));
     sizes.extend([127, 128, 129, 511, 512, 513].map(|m| (m, 35, 37)));
-    sizes.extend([(3, 2051, 33), (3, 33, 2051), (11, 521, 35), (26, 2051, 33), (26, 33, 4099), (1030, 5, 6)]);
+    sizes.extend([1, 2, 3].into_iter().flat_map(|m| [(m, 2051, 33), (m, 33, 2051)]));
+    sizes.extend([(11, 521, 35), (26, 2051, 33), (26, 33, 4099), (1030, 5, 6)]);
     sizes
 }
 
@@ -393,7 +395,9 @@ fn reading_sums_all_words() {
         let bits = |row: usize, k: usize| u64::from((matrix.row(row)[k] as f32).to_bits());
         let pairs = (0..300).step_by(2).flat_map(|row| (0..700).map(move |k| (row, k)));
         let expected = pairs.fold(0u64, |sum, (row, k)| sum.wrapping_add(bits(row, k) + (bits(row + 1, k) << 32)));
-        assert_eq!(layer.read(), expected, "{}", kernel.name);
+        for streams in [1, 4] {
+            assert_eq!(layer.read(streams), expected, "{}, {streams} streams", kernel.name);
+        }
     }
 }
 

@@ -33,7 +33,7 @@ pub(crate) trait Layer: Send + Sync {
     /// The bias (rows), if one was set.
     fn bias(&self, part: Part) -> Option<Vec<f32>>;
     /// Reads all packed weights with all threads, as a sweep over them would: the floor of a decode step. Gives their sum mod 2⁶⁴.
-    fn read(&self) -> u64;
+    fn read(&self, streams: usize) -> u64;
     /// x (M, k) of any layout -> y (M, columns)
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage>;
 }
@@ -123,8 +123,8 @@ impl<T: GemmElement + WithDType> Layer for LinearLayer<T> {
         self.projection.bias(Place::Whole)
     }
 
-    fn read(&self) -> u64 {
-        self.projection.weight.read(self.kernel.sum_words)
+    fn read(&self, streams: usize) -> u64 {
+        self.projection.weight.read(self.kernel.sum_words, streams)
     }
 
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
@@ -172,8 +172,9 @@ impl<T: GemmElement + WithDType> Layer for Block<T> {
         projection.bias(place)
     }
 
-    fn read(&self) -> u64 {
-        let parts = [&self.gate_up, &self.down].map(|projection| projection.weight.read(self.kernel.sum_words));
+    fn read(&self, streams: usize) -> u64 {
+        let read = |projection: &Projection<T>| projection.weight.read(self.kernel.sum_words, streams);
+        let parts = [&self.gate_up, &self.down].map(read);
         parts[0].wrapping_add(parts[1])
     }
 

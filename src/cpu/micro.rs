@@ -305,6 +305,8 @@ pub(super) struct Call {
     /// What to bring into the cache meanwhile, see [`Ahead`]: from here on, and from the step `turn` on from there.
     pub(super) next: [*const u8; 2],
     pub(super) turn: usize,
+    /// Bytes from one panel to the next, for [`run_beside`].
+    pub(super) apart: usize,
 }
 
 /// How much a microkernel prefetches in each step.
@@ -381,6 +383,50 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
             if at >= end {
                 return;
             }
+        }
+    }
+}
+
+/// [`run`] for PANELS neighbouring panels at once, a step of each in turn: as many streams from memory, where one stream does
+/// not keep enough of it under way. The processor fetches ahead by itself.
+///
+/// # Safety
+/// As [`run`] for each panel, `apart` bytes after the one before it; its sums (MR, NR) lie behind those of the one before it.
+#[inline(always)]
+pub(super) unsafe fn run_beside<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const PANELS: usize>(
+    s: S,
+    call: Call,
+) {
+    // SAFETY: all pointers stay within what the caller promises.
+    unsafe {
+        let mut a = [call.a.cast::<P::A>(); MR];
+        for (r, row) in a.iter_mut().enumerate() {
+            *row = row.add(r * call.a_stride);
+        }
+        let mut b = [call.b.cast::<P::B>(); PANELS];
+        for (p, panel) in b.iter_mut().enumerate() {
+            *panel = call.b.add(p * call.apart).cast();
+        }
+        let (mut at, end, mut first) = (0, call.steps * P::K_STEP, call.first);
+        while at < end {
+            let mut acc = [[[s.splat(0.0); NV]; MR]; PANELS];
+            let sum_end = if P::SUM_K < end - at { at + P::SUM_K } else { end };
+            while at < sum_end {
+                for (acc, b) in acc.iter_mut().zip(&mut b) {
+                    P::step(s, acc, &a, at, *b);
+                    *b = b.add(NV * S::LANES * P::K_STEP);
+                }
+                at += P::K_STEP;
+            }
+            for (p, panel) in acc.iter().enumerate() {
+                for (r, row) in panel.iter().enumerate() {
+                    for (v, &sum) in row.iter().enumerate() {
+                        let total = call.acc.add(((p * MR + r) * NV + v) * S::LANES);
+                        s.store_f32(if first { sum } else { s.add(s.load_f32(total), sum) }, total);
+                    }
+                }
+            }
+            first = false;
         }
     }
 }

@@ -65,7 +65,7 @@ pub(crate) struct Kernel {
     gemm_bf16: Gemm<bf16>,
     gemm_f16: Gemm<f16>,
     /// The sum of words mod 2⁶⁴, as fast as this instruction set reads.
-    sum_words: fn(&[u64]) -> u64,
+    sum_words: pack::SumWords,
 }
 
 impl GemmElement for f32 {
@@ -95,6 +95,7 @@ macro_rules! instantiate {
     (
         $module:ident, $name:literal, $proof:path, $detected:expr, $([$features:literal],)?
         nv $nv:literal, mr [$($mr:literal),*], bf16 $bf16:ty, $native:literal $(, many $many:expr)?
+        $(, beside [$($rows:literal => $panels:literal),*])?
     ) => {
         mod $module {
             use super::*;
@@ -168,14 +169,23 @@ macro_rules! instantiate {
             }
 
             $(#[target_feature(enable = $features)])?
-            fn sum_words_body(words: &[u64]) -> u64 {
-                pack::sum_words(words)
+            fn sum_words_body(words: &[u64], streams: usize) -> u64 {
+                pack::sum_words(words, streams)
             }
 
             #[allow(unused_unsafe, reason = "the scalar kernel has no target features")]
-            fn sum_words(words: &[u64]) -> u64 {
+            fn sum_words(words: &[u64], streams: usize) -> u64 {
                 // SAFETY: only `kernel` names this function, after detection.
-                unsafe { sum_words_body(words) }
+                unsafe { sum_words_body(words, streams) }
+            }
+
+            /// # Safety
+            /// As [`micro::run_beside`].
+            #[allow(dead_code, reason = "not every kernel takes panels side by side")]
+            $(#[target_feature(enable = $features)])?
+            unsafe fn micro_beside<P: Product<$proof>, const MR: usize, const PANELS: usize>(call: Call) {
+                // SAFETY: the caller's contract, and the target features.
+                unsafe { micro::run_beside::<$proof, P, MR, $nv, PANELS>(<$proof>::assume(), call) }
             }
 
             fn micros<P: Product<$proof>, const AHEAD: u8>() -> Vec<Micro> {
@@ -204,6 +214,7 @@ macro_rules! instantiate {
                         (true, 8) => 3,
                         _ => 1,
                     },
+                    micro_beside: vec![$($(($panels, micro_beside::<Widen<T>, $rows, $panels>)),*)?],
                     widen: (!is_f32).then(|| (widen::<T> as _, micros::<Widen<f32>, { Ahead::NOTHING }>())),
                     widen_from: if <$proof>::LANES == 1 { 0 } else { gemm::WIDEN_FROM },
                     convert: convert::<T>,
@@ -229,6 +240,7 @@ macro_rules! instantiate {
                     micro_block: micros::<$bf16, { Ahead::TWO_LINES }>(),
                     micro_sweep: micros::<$bf16, { Ahead::A_STEP }>(),
                     sweep_from: 2,
+                    micro_beside: vec![],
                     widen: None$(.or(Some($many)))?,
                     widen_from: [$($mr),*].len() + 1,
                     convert: gemm::copy_bf16,
@@ -269,7 +281,7 @@ instantiate!(
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx2_kernel, "avx2", super::avx2::Avx2, super::avx2::Avx2::new().is_some(), ["avx2,fma,f16c"],
-    nv 2, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false
+    nv 2, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false, beside [1 => 4, 2 => 2]
 );
 #[cfg(target_arch = "aarch64")]
 instantiate!(
