@@ -2,7 +2,7 @@
 # The tests on 64-bit ARM without such a machine: built across, and run under qemu's user emulation.
 #
 #   scripts/aarch64.sh                     all suites under every kernel there is for ARM
-#   scripts/aarch64.sh quick               unit tests, and the block against f64, PyTorch and transformers under every kernel (CI)
+#   scripts/aarch64.sh quick               unit tests, and the block against f64, PyTorch and transformers under NEON's kernels (CI)
 #   scripts/aarch64.sh prepare             only what is needed from Debian
 #   scripts/aarch64.sh test --lib tests    any cargo command
 #
@@ -26,7 +26,7 @@ export AR_aarch64_unknown_linux_gnu=aarch64-linux-gnu-ar
 unset RUSTFLAGS RUSTC RUSTUP_TOOLCHAIN CARGO_BUILD_RUSTFLAGS
 
 # Unit tests and tests/kernels.rs go through all kernels by themselves.
-all=(--lib) suites=(--test forward --test golden_blocks)
+all=(--lib) suites=(--test forward --test golden_blocks) kernels=(neonbf16 neon)
 case "${1:-}" in
     prepare)
         in_sid true
@@ -34,7 +34,7 @@ case "${1:-}" in
         ;;
     quick) ;;
     "")
-        all+=(--test kernels) suites+=(--test backward --test properties)
+        all+=(--test kernels) suites+=(--test backward --test properties) kernels+=(scalar)
         printf '\n==> examples and benchmarks are checked\n'
         in_sid cargo check --locked --examples --benches
         ;;
@@ -49,7 +49,7 @@ in_sid cargo test --locked "${all[@]}" "${suites[@]}" --no-run
 in_sid cargo test --locked "${all[@]}"
 
 export PROPTEST_CASES="${PROPTEST_CASES:-32}"
-for kernel in neonbf16 neon scalar; do
+for kernel in "${kernels[@]}"; do
     printf '\n==> %s\n' "$kernel"
     CANDLE_SWIGLU_KERNEL=$kernel in_sid cargo test --locked "${suites[@]}"
 done

@@ -207,8 +207,8 @@ macro_rules! instantiate {
                     micro: micros::<Widen<T>, { Ahead::NOTHING }>(),
                     micro_block: micros::<Widen<T>, { Ahead::TWO_LINES }>(),
                     micro_sweep: micros::<Widen<T>, { Ahead::A_STEP }>(),
-                    // With nothing to convert and few rows the processor fetches ahead by itself (AVX2: 1.00 of the read for one
-                    // row and 0.94 for two, instead of 0.90 and 0.87).
+                    // With nothing to convert and few rows the processor fetches ahead by itself (AVX2: 1.00 of a read in order for
+                    // one row and 0.94 for two, instead of 0.90 and 0.87).
                     sweep_from: match (is_f32, <$proof>::LANES) {
                         (true, 16) => 2,
                         (true, 8) => 3,
