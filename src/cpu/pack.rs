@@ -256,12 +256,12 @@ pub(super) fn sum_words(words: &[u64], streams: usize) -> u64 {
 
 #[inline(always)]
 fn sum_streams<const STREAMS: usize>(words: &[u64]) -> u64 {
-    const LINES: usize = 16;
-    let each = words.len() / STREAMS / LINES * LINES;
-    let mut sums = [0u64; LINES];
-    for at in (0..each).step_by(LINES) {
+    const WORDS: usize = 16; // two lines
+    let each = words.len() / STREAMS / WORDS * WORDS;
+    let mut sums = [0u64; WORDS];
+    for at in (0..each).step_by(WORDS) {
         for stream in 0..STREAMS {
-            let line = &words[stream * each + at..][..LINES];
+            let line = &words[stream * each + at..][..WORDS];
             sums.iter_mut().zip(line).for_each(|(sum, &word)| *sum = sum.wrapping_add(word));
         }
     }
