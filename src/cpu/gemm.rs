@@ -292,7 +292,7 @@ impl<'a, T: GemmElement> Pass<'a, T> {
     unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, unit: usize, block: usize) {
         let start = block * self.block_rows[stage];
         let rows = self.block_rows[stage].min(self.x.rows - start);
-        let Stage { projection, glu, factor } = self.stages[stage];
+        let projection = self.stages[stage].projection;
         let (a_bytes, a_stride) = (self.a_bytes(), self.a_strides[stage]);
         let sums = own.cast::<f32>();
         // SAFETY: the pieces lie within scratch as `new` laid it out; y has this chunk's rows.
@@ -311,19 +311,30 @@ impl<'a, T: GemmElement> Pass<'a, T> {
                 }
             }
             for (i, panel) in panels.enumerate() {
-                let tile = projection.tile(panel, rows, sums.add(i * rows * self.gemm.nr));
-                match glu {
-                    Some(glu) => {
-                        let (width, stride) = (self.gemm.nr / 2, self.a_strides[1]);
-                        let h = scratch.at(self.offsets[1] + (start * stride + panel * width) * a_bytes);
-                        (self.gemm.glu_tile)(glu, tile, h, stride);
-                        self.fill_up(scratch, panel, start..start + rows);
-                    }
-                    None => {
-                        let columns = self.gemm.nr.min(projection.columns - panel * self.gemm.nr);
-                        let y = self.y.at(start * self.y_stride + panel * self.gemm.nr);
-                        (self.gemm.out_tile)(tile, factor, y, self.y_stride, columns);
-                    }
+                self.write(stage, scratch, panel, start, projection.tile(panel, rows, sums.add(i * rows * self.gemm.nr)));
+            }
+        }
+    }
+
+    /// The sums of one panel and the rows from `start` on -> h or y.
+    ///
+    /// # Safety
+    /// As [`Pass::unit`], whose tile it is.
+    unsafe fn write(&self, stage: usize, scratch: &SendPtr<u8>, panel: usize, start: usize, tile: Tile) {
+        let (rows, Stage { projection, glu, factor }) = (tile.rows, self.stages[stage]);
+        // SAFETY: as there.
+        unsafe {
+            match glu {
+                Some(glu) => {
+                    let (width, stride) = (self.gemm.nr / 2, self.a_strides[1]);
+                    let h = scratch.at(self.offsets[1] + (start * stride + panel * width) * self.a_bytes());
+                    (self.gemm.glu_tile)(glu, tile, h, stride);
+                    self.fill_up(scratch, panel, start..start + rows);
+                }
+                None => {
+                    let columns = self.gemm.nr.min(projection.columns - panel * self.gemm.nr);
+                    let y = self.y.at(start * self.y_stride + panel * self.gemm.nr);
+                    (self.gemm.out_tile)(tile, factor, y, self.y_stride, columns);
                 }
             }
         }
@@ -464,7 +475,7 @@ unsafe fn product<T: Packable>(
     let block_steps = block / if widen.is_some() { wide_bytes } else { step_bytes };
     debug_assert!(block_steps * T::K_STEP % SUM_F32 == 0, "blocks end where sums do");
     let mut start = 0;
-    while start < steps {
+    loop {
         let count = block_steps.min(steps - start);
         // SAFETY: the caller's contract; the block's steps exist, and `next` is only prefetched.
         unsafe {
@@ -496,6 +507,9 @@ unsafe fn product<T: Packable>(
             }
         }
         start += count;
+        if start >= steps {
+            return;
+        }
     }
 }
 

@@ -237,6 +237,24 @@ macro_rules! per_dtype {
                 }
             }
 
+            /// A product over no k is its bias, whatever the scratch held before.
+            #[test]
+            fn no_k_gives_the_bias() {
+                let (n, bias) = (2051, Matrix::random::<T>(1, 2051, 0.3, 2));
+                for kernel in available() {
+                    let mut used = linear(kernel, T::DTYPE, n, 3).unwrap();
+                    let (storage, layout) = Matrix::random::<T>(n, 3, 1.0, 1).storage::<T>();
+                    used.set_weight(Part::Whole, &storage, &layout).unwrap();
+                    let mut layer = linear(kernel, T::DTYPE, n, 0).unwrap();
+                    layer.set_bias(Part::Whole, &bias.data.iter().map(|&v| v as f32).collect::<Vec<_>>());
+                    for m in [1, 2, 3, 9, 30] {
+                        run::<T>(&*used, &Matrix::random::<T>(m, 3, 1.0, 4));
+                        let y = run::<T>(&*layer, &Matrix { rows: m, columns: 0, data: vec![] });
+                        assert_eq!(y, bias.data.repeat(m), "{} {m} rows", kernel.name);
+                    }
+                }
+            }
+
             /// Decode and prefill agree to the bit, whatever the cuts in rows and in k.
             #[test]
             fn a_row_does_not_depend_on_its_company() {

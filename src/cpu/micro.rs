@@ -408,7 +408,7 @@ pub(super) unsafe fn run_beside<S: Simd, P: Product<S>, const MR: usize, const N
             *panel = call.b.add(p * call.apart).cast();
         }
         let (mut at, end, mut first) = (0, call.steps * P::K_STEP, call.first);
-        while at < end {
+        loop {
             let mut acc = [[[s.splat(0.0); NV]; MR]; PANELS];
             let sum_end = if P::SUM_K < end - at { at + P::SUM_K } else { end };
             while at < sum_end {
@@ -427,6 +427,9 @@ pub(super) unsafe fn run_beside<S: Simd, P: Product<S>, const MR: usize, const N
                 }
             }
             first = false;
+            if at >= end {
+                return;
+            }
         }
     }
 }
