@@ -28,9 +28,9 @@ pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
     }
 }
 
-/// The packed form has a size: its padding is less than 256 rows and 2 columns, an element at most 4 B.
+/// The packed form has a size: its padding is less than 256 rows and 8 columns, an element at most 4 B.
 fn check_addressable(name: &'static str, rows: usize, columns: usize) -> Result<()> {
-    let padded = rows.checked_add(256).zip(columns.checked_add(2)).and_then(|(r, c)| r.checked_mul(c)?.checked_mul(4));
+    let padded = rows.checked_add(256).zip(columns.checked_add(8)).and_then(|(r, c)| r.checked_mul(c)?.checked_mul(4));
     match padded {
         Some(bytes) if bytes <= isize::MAX as usize => Ok(()),
         _ => Err(Error::TooLarge { name, rows, columns }),

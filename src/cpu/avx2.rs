@@ -36,6 +36,7 @@ unsafe fn pow2(n: __m256i) -> __m256 {
 
 impl Simd for Avx2 {
     const LANES: usize = 8;
+    const ROW_BY_ROW: bool = true;
     type F = __m256;
     type Mask = __m256;
 

@@ -3,8 +3,7 @@
 //! 1. Rows of x are copied, in the microkernel's element type and with padded strides, into scratch; at most
 //!    [`CHUNK_ROWS`] at a time, so that scratch is bounded.
 //! 2. Units of work are one panel of weights times a block of rows; a few panels side by side where one row or two leave the
-//!    registers for them and the processor reads several streams faster than one. Threads claim units in order. The sums of a
-//!    unit, (panels, rows, NR) in f32, lie in its thread's scratch.
+//!    registers for them. Threads claim units in order. The sums of a unit, (panels, rows, NR) in f32, lie in its thread's scratch.
 //! 3. Up to MR rows take one sweep along the panel, which is fetched ahead of use (decode). More take the panel in blocks of k
 //!    that stay in cache while all rows pass by (prefill). Sums run over k in the same parts and order either way.
 //! 4. An epilogue turns the sums into h or y while they are in cache; gate and up are never written.
@@ -40,6 +39,8 @@ pub(super) const WIDEN_FROM: usize = 160;
 /// How far ahead a sweep fetches. At 8 KiB the memory is what it waits for (4 KiB: up to 20 % slower with few instructions per
 /// byte; 16 KiB: up to 4 %).
 const SWEEP_AHEAD: usize = 8 << 10;
+/// The least part of a line that is worth an instruction to fetch it.
+const LEAST_PACE: usize = 8;
 /// Elements between the rows of A beyond their length: rows a power of two apart would share cache sets.
 const PAD: usize = 64;
 /// With fewer rows in a unit, reading its panel shows beside multiplying.
@@ -53,6 +54,8 @@ const SERIAL: usize = 1 << 16;
 pub(super) struct Gemm<T> {
     /// Columns of a panel.
     pub(super) nr: usize,
+    /// Streams of a panel.
+    pub(super) streams: usize,
     /// A holds f32, else T.
     pub(super) a_is_f32: bool,
     /// Microkernels for 1, 2, .., MR rows over panels as they are packed.
@@ -62,9 +65,8 @@ pub(super) struct Gemm<T> {
     /// The same, fetching ahead in one sweep along the panel: from `sweep_from` rows on.
     pub(super) micro_sweep: Vec<Micro>,
     pub(super) sweep_from: usize,
-    /// For 1, 2, .. rows: microkernels for several panels at once, and for how many. On Zen 3 four streams bring 1.3 times what one
-    /// does (AVX2, one row: 1.3 times as fast in bf16 and f16, 1.1 to 1.4 in f32; two rows: 1.0 to 1.2; three rows: slower in
-    /// bf16 and f16). Not measured on a processor with AVX-512, nor on ARM.
+    /// For 1, 2, .. rows: microkernels for several panels at once, and for how many. Few rows leave the registers for it, and one
+    /// panel alone would wait for each of its sums.
     pub(super) micro_beside: Vec<(usize, Micro)>,
     /// Where T is not what is multiplied: with many rows (more than MR, and `widen_from` at least) each block of k is widened
     /// once, for these microkernels.
@@ -78,8 +80,8 @@ pub(super) struct Gemm<T> {
     pub(super) out_tile: unsafe fn(Tile, f32, *mut T, usize, usize),
 }
 
-/// Packed steps, how many, f32 out.
-type WidenSteps<T> = unsafe fn(*const T, usize, *mut f32);
+/// Packed steps, bytes from stream to stream, how many, f32 out.
+type WidenSteps<T> = unsafe fn(*const T, usize, usize, *mut f32);
 
 /// A dtype that the kernels multiply.
 pub(super) trait GemmElement: Packable {
@@ -99,14 +101,15 @@ pub(super) struct Projection<T> {
 impl<T: GemmElement> Projection<T> {
     /// Of zeros: (columns, k).
     pub(super) fn new(kernel: &Kernel, columns: usize, k: usize) -> Self {
-        Self { weight: Packed::zeroed(columns, k, T::gemm(kernel).nr), bias: None, columns }
+        let gemm = T::gemm(kernel);
+        Self { weight: Packed::zeroed(columns, k, gemm.nr, gemm.streams), bias: None, columns }
     }
 
     /// Zeros for gate and up, (intermediate_size, k) each.
     pub(super) fn new_pair(kernel: &Kernel, intermediate_size: usize, k: usize) -> Self {
-        let nr = T::gemm(kernel).nr;
-        let columns = 2 * intermediate_size.next_multiple_of(nr / 2);
-        Self { weight: Packed::zeroed(columns, k, nr), bias: None, columns: intermediate_size }
+        let gemm = T::gemm(kernel);
+        let columns = 2 * intermediate_size.next_multiple_of(gemm.nr / 2);
+        Self { weight: Packed::zeroed(columns, k, gemm.nr, gemm.streams), bias: None, columns: intermediate_size }
     }
 
     pub(super) fn set_weight(&mut self, place: Place, weight: Matrix<T>) {
@@ -425,12 +428,25 @@ impl Rows {
 /// A and `sums` have the rows, A of all steps of a panel; the panels exist.
 unsafe fn sweep_beside<T: Packable>(gemm: &Gemm<T>, weight: &Packed<T>, panel: usize, a: Rows, sums: *mut f32) {
     let (_, micro) = gemm.micro_beside[a.rows - 1];
-    let steps = weight.steps();
-    let apart = steps * weight.step_len() * size_of::<T>();
-    let nothing = [std::ptr::null(); 2];
-    let b = weight.panel(panel).cast();
     // SAFETY: the caller's contract; panels follow each other.
-    unsafe { micro(Call { a: a.a, a_stride: a.a_stride, b, steps, acc: sums, first: true, next: nothing, turn: 0, apart }) }
+    unsafe { micro(call(weight, weight.panel(panel).cast(), weight.steps(), a, sums)) }
+}
+
+/// A call for the first `steps` steps at `b`, with nothing to fetch.
+fn call<T: Packable>(weight: &Packed<T>, b: *const u8, steps: usize, a: Rows, sums: *mut f32) -> Call {
+    Call {
+        a: a.a,
+        a_stride: a.a_stride,
+        b,
+        stream: weight.stream_len() * size_of::<T>(),
+        apart: weight.panel_len() * size_of::<T>(),
+        steps,
+        acc: sums,
+        first: true,
+        next: [b; 2],
+        turn: 0,
+        pace: 0,
+    }
 }
 
 /// A (rows, k) · panel (k, NR) -> sums (rows, NR)
@@ -452,17 +468,8 @@ unsafe fn product<T: Packable>(
     let step_bytes = weight.step_len() * size_of::<T>();
     if a.rows <= mr {
         let ahead = SWEEP_AHEAD / step_bytes;
-        let call = Call {
-            a: a.a,
-            a_stride: a.a_stride,
-            b: b.cast(),
-            steps,
-            acc: sums,
-            first: true,
-            next: [b.cast::<u8>().wrapping_add(ahead * step_bytes), after],
-            turn: steps.saturating_sub(ahead),
-            apart: 0,
-        };
+        let next = [b.cast::<u8>().wrapping_add(ahead * step_bytes), after];
+        let call = Call { next, turn: steps.saturating_sub(ahead), ..call(weight, b.cast(), steps, a, sums) };
         let micro = if a.rows < gemm.sweep_from { &gemm.micro } else { &gemm.micro_sweep };
         // SAFETY: the caller's contract.
         return unsafe { micro[a.rows - 1](call) };
@@ -474,35 +481,35 @@ unsafe fn product<T: Packable>(
     let widen = gemm.widen.as_ref().filter(|_| a.rows >= gemm.widen_from);
     let block_steps = block / if widen.is_some() { wide_bytes } else { step_bytes };
     debug_assert!(block_steps * T::K_STEP % SUM_F32 == 0, "blocks end where sums do");
+    debug_assert!(block_steps % gemm.streams == 0, "blocks end where rounds over the streams do");
+    let rounds = block_steps / gemm.streams;
+    // Each microkernel's part of the next block, in bytes of each stream and round.
+    let pace = if gemm.streams > 1 { (step_bytes / panels).max(LEAST_PACE) } else { 128 };
     let mut start = 0;
     loop {
         let count = block_steps.min(steps - start);
         // SAFETY: the caller's contract; the block's steps exist, and `next` is only prefetched.
         unsafe {
-            let packed = b.add(start * weight.step_len());
+            let packed = b.add(start / gemm.streams * weight.step_len());
             let (block, micro, micro_steps) = match widen {
                 Some((widen, micro)) => {
-                    widen(packed, count, widened);
+                    widen(packed, weight.stream_len() * size_of::<T>(), count, widened);
                     (widened.cast_const().cast::<u8>(), micro, count * T::K_STEP)
                 }
                 None => (packed.cast(), &gemm.micro, count),
             };
-            let block_end = packed.cast::<u8>().wrapping_add(count * step_bytes);
+            let next = if start + count < steps { packed.cast::<u8>().wrapping_add(rounds * step_bytes) } else { after };
             for panel in 0..panels {
                 let (row, end) = (first_row(panel), first_row(panel + 1));
-                let ahead = panel * micro_steps * 128;
-                let prefetching = widen.is_none() && ahead < count * step_bytes;
+                let ahead = panel * rounds * pace;
+                let prefetching = widen.is_none() && ahead < rounds * step_bytes;
                 let micro = if prefetching { &gemm.micro_block } else { micro };
+                let a = Rows { a: a.at(row, start * T::K_STEP), ..a };
                 micro[end - row - 1](Call {
-                    a: a.at(row, start * T::K_STEP),
-                    a_stride: a.a_stride,
-                    b: block,
-                    steps: micro_steps,
-                    acc: sums.add(row * gemm.nr),
                     first: start == 0,
-                    next: [block_end.wrapping_add(ahead); 2],
-                    turn: 0,
-                    apart: 0,
+                    next: [next.wrapping_add(ahead); 2],
+                    pace,
+                    ..call(weight, block, micro_steps, a, sums.add(row * gemm.nr))
                 });
             }
         }

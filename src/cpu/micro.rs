@@ -1,11 +1,13 @@
 //! The microkernel: `acc (MR, NR) += A (MR, k) · B (k, NR)` with the sums in registers, written once over [`Simd`].
 //!
-//! B is one panel of a packed weight (`pack.rs`): for each step of `K_STEP` values of k, NR columns of `K_STEP` neighbours.
+//! B is one panel of a packed weight (`pack.rs`), or a few: for each step of `K_STEP` values of k, NR columns of `K_STEP` neighbours.
 //! A is row-major. A step loads NV vectors of B and, for each of MR rows, broadcasts the row's element(s) and adds the
 //! products. Nothing is summed across lanes, and each sum runs over k in order, in parts of [`Product::SUM_K`]: a result does not
 //! depend on how many rows or threads there are, nor on where `gemm.rs` cuts k.
 //!
 //! [`Product`] is the step for one pair of element types.
+
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use half::{bf16, f16};
 
@@ -35,6 +37,10 @@ pub(super) trait Product<S: Simd> {
         b: *const Self::B,
     );
 
+    /// Where the sums of all panels fill no more vectors than this, a round over the streams is unrolled. With more of them, or
+    /// more to do for B, the compiler mixes up its steps and runs out of registers.
+    const UNROLL: usize = 0;
+
     /// Steps that [`Product::group`] takes.
     const GROUP: usize = 1;
 
@@ -63,12 +69,17 @@ unsafe fn rank_one<S: Simd, const MR: usize, const NV: usize>(
     a: &[*const f32; MR],
     at: usize,
     b: [S::F; NV],
+    row_by_row: bool,
 ) {
     for r in 0..MR {
         // SAFETY: `Product::step`'s contract.
         let a = s.splat(unsafe { *a[r].add(at) });
         for v in 0..NV {
             acc[r][v] = s.mul_add(a, b[v], acc[r][v]);
+        }
+        if row_by_row {
+            // No load moves across.
+            compiler_fence(Ordering::SeqCst);
         }
     }
 }
@@ -124,12 +135,13 @@ pub(super) const SUM_F32: usize = 64;
 pub(super) struct Widen<T>(std::marker::PhantomData<T>);
 
 macro_rules! widen {
-    ($dtype:ty) => {
+    ($dtype:ty, $unroll:literal) => {
         impl<S: Simd> Product<S> for Widen<$dtype> {
             type A = f32;
             type B = $dtype;
             const K_STEP: usize = 1;
             const SUM_K: usize = SUM_F32;
+            const UNROLL: usize = $unroll;
 
             #[inline(always)]
             unsafe fn step<const MR: usize, const NV: usize>(
@@ -145,7 +157,7 @@ macro_rules! widen {
                     for (v, column) in columns.iter_mut().enumerate() {
                         *column = <$dtype>::load(s, b.add(v * S::LANES));
                     }
-                    rank_one(s, acc, a, at, columns);
+                    rank_one(s, acc, a, at, columns, S::ROW_BY_ROW);
                 }
             }
 
@@ -174,8 +186,8 @@ macro_rules! widen {
     };
 }
 
-widen!(f32);
-widen!(f16);
+widen!(f32, 12);
+widen!(f16, 10);
 
 /// f32 activations, pairs of bf16 widened as they are loaded: first the even, then the odd k.
 impl<S: Simd> Product<S> for Widen<bf16> {
@@ -198,13 +210,13 @@ impl<S: Simd> Product<S> for Widen<bf16> {
             for (v, column) in columns.iter_mut().enumerate() {
                 *column = s.load_bf16_even(b.add(v * S::LANES * 2));
             }
-            rank_one(s, acc, a, at, columns);
+            rank_one(s, acc, a, at, columns, false);
             // Vectors that stayed in registers for both would take the place of sums, which then go to memory and back each time.
             let b = unknown(b);
             for (v, column) in columns.iter_mut().enumerate() {
                 *column = s.load_bf16_odd(b.add(v * S::LANES * 2));
             }
-            rank_one(s, acc, a, at + 1, columns);
+            rank_one(s, acc, a, at + 1, columns, false);
         }
     }
 
@@ -297,30 +309,38 @@ pub(super) struct Call {
     pub(super) a_stride: usize,
     /// B (k, NR), packed
     pub(super) b: *const u8,
+    /// Bytes from one stream of a panel to the next.
+    pub(super) stream: usize,
+    /// Bytes from one panel to the next.
+    pub(super) apart: usize,
     pub(super) steps: usize,
-    /// acc (MR, NR)
+    /// acc (PANELS, MR, NR)
     pub(super) acc: *mut f32,
     /// Start from zero, not from what `acc` holds.
     pub(super) first: bool,
     /// What to bring into the cache meanwhile, see [`Ahead`]: from here on, and from the step `turn` on from there.
     pub(super) next: [*const u8; 2],
     pub(super) turn: usize,
-    /// Bytes from one panel to the next, for [`run_beside`].
-    pub(super) apart: usize,
+    /// Bytes of each stream that [`Ahead::PACE`] fetches in a round.
+    pub(super) pace: usize,
 }
 
-/// How much a microkernel prefetches in each step.
+/// How much a microkernel prefetches.
 pub(super) struct Ahead;
 
 impl Ahead {
     pub(super) const NOTHING: u8 = 0;
-    /// Two lines, of a block that several microkernels fetch together.
+    /// Two lines a step, of a block that several microkernels fetch together.
     pub(super) const TWO_LINES: u8 = 1;
     /// As much as it reads.
     pub(super) const A_STEP: u8 = 2;
+    /// `pace` bytes of every stream in a round over them, of a block that all microkernels that pass the one before fetch together.
+    pub(super) const PACE: u8 = 3;
 }
 
 const LINE: usize = 64;
+/// Steps that a sweep fetches ahead in each of several streams.
+const STREAM_AHEAD: usize = 32;
 
 /// A microkernel of fixed MR.
 pub(super) type Micro = unsafe fn(Call);
@@ -387,16 +407,27 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
     }
 }
 
-/// [`run`] for PANELS neighbouring panels at once, a step of each in turn: as many streams from memory, where one stream does
-/// not keep enough of it under way. The processor fetches ahead by itself.
+/// [`run`] over panels in streams, PANELS neighbours at once: a step of each in turn. Step t of a panel is the next one of its
+/// stream t mod STREAMS (`pack.rs`). `SUM_K` is finite, and `turn` unused.
 ///
 /// # Safety
-/// As [`run`] for each panel, `apart` bytes after the one before it; its sums (MR, NR) lie behind those of the one before it.
+/// As [`run`] for each panel, `apart` bytes after the one before it, `stream` bytes from one of its streams to the next; its sums
+/// (MR, NR) lie behind those of the one before it.
 #[inline(always)]
-pub(super) unsafe fn run_beside<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const PANELS: usize>(
+pub(super) unsafe fn run_streams<
+    S: Simd,
+    P: Product<S>,
+    const MR: usize,
+    const NV: usize,
+    const PANELS: usize,
+    const STREAMS: usize,
+    const AHEAD: u8,
+>(
     s: S,
     call: Call,
 ) {
+    let step_len = NV * S::LANES * P::K_STEP;
+    let unrolled = AHEAD == Ahead::NOTHING && PANELS * MR * NV <= P::UNROLL;
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
         let mut a = [call.a.cast::<P::A>(); MR];
@@ -405,18 +436,44 @@ pub(super) unsafe fn run_beside<S: Simd, P: Product<S>, const MR: usize, const N
         }
         let mut b = [call.b.cast::<P::B>(); PANELS];
         for (p, panel) in b.iter_mut().enumerate() {
-            *panel = call.b.add(p * call.apart).cast();
+            *panel = panel.byte_add(p * call.apart);
         }
-        let (mut at, end, mut first) = (0, call.steps * P::K_STEP, call.first);
+        let (mut at, end) = (0, call.steps * P::K_STEP);
+        let (mut next, mut first) = (call.next[0], call.first);
         loop {
             let mut acc = [[[s.splat(0.0); NV]; MR]; PANELS];
             let sum_end = if P::SUM_K < end - at { at + P::SUM_K } else { end };
-            while at < sum_end {
-                for (acc, b) in acc.iter_mut().zip(&mut b) {
-                    P::step(s, acc, &a, at, *b);
-                    *b = b.add(NV * S::LANES * P::K_STEP);
+            while unrolled && at + STREAMS * P::K_STEP <= sum_end {
+                for i in 0..STREAMS {
+                    for (acc, b) in acc.iter_mut().zip(&b) {
+                        P::step(s, acc, &a, at, b.byte_add(i * call.stream));
+                    }
+                    at += P::K_STEP;
                 }
-                at += P::K_STEP;
+                b.iter_mut().for_each(|b| *b = b.add(step_len));
+            }
+            while at < sum_end {
+                let round_end = sum_end.min(at + STREAMS * P::K_STEP);
+                let (mut from, mut fetched) = (b, next);
+                loop {
+                    if AHEAD == Ahead::PACE {
+                        prefetch(fetched);
+                        fetched = fetched.wrapping_add(call.stream);
+                    }
+                    if AHEAD == Ahead::A_STEP {
+                        prefetch(from[0].wrapping_add(STREAM_AHEAD * step_len).cast());
+                    }
+                    for (acc, b) in acc.iter_mut().zip(&from) {
+                        P::step(s, acc, &a, at, *b);
+                    }
+                    at += P::K_STEP;
+                    if at >= round_end {
+                        break;
+                    }
+                    from.iter_mut().for_each(|b| *b = b.byte_add(call.stream));
+                }
+                b.iter_mut().for_each(|b| *b = b.add(step_len));
+                next = next.wrapping_add(call.pace);
             }
             for (p, panel) in acc.iter().enumerate() {
                 for (r, row) in panel.iter().enumerate() {

@@ -88,13 +88,14 @@ impl GemmElement for f16 {
 
 /// Makes `kernel()`, which gives the [`Kernel`] of one instruction set if `$detected`.
 ///
-/// `$nv` vectors make a panel, `$mr` are the heights of the microkernel; $mr·$nv sums, $nv columns of B and one of A are to fit
-/// the registers. `$bf16` is the product for bf16, `$native` whether it takes bf16 as it is, and then `$many` how it goes about
-/// more rows than $mr: the function that reorders a block of k for them, and their microkernels.
+/// `$nv` vectors make a panel, in `$streams` streams; `$mr` are the heights of the microkernel; $mr·$nv sums, $nv columns of B and
+/// one of A are to fit the registers. `$bf16` is the product for bf16, `$native` whether it takes bf16 as it is, and then `$many`
+/// how it goes about more rows than $mr: the function that reorders a block of k for them, and their microkernels. `beside`: so
+/// many rows take so many panels at once.
 macro_rules! instantiate {
     (
         $module:ident, $name:literal, $proof:path, $detected:expr, $([$features:literal],)?
-        nv $nv:literal, mr [$($mr:literal),*], bf16 $bf16:ty, $native:literal $(, many $many:expr)?
+        nv $nv:literal, streams $streams:literal, mr [$($mr:literal),*], bf16 $bf16:ty, $native:literal $(, many $many:expr)?
         $(, beside [$($rows:literal => $panels:literal),*])?
     ) => {
         mod $module {
@@ -129,19 +130,33 @@ macro_rules! instantiate {
             }
 
             /// # Safety
-            /// As [`micro::run`].
+            /// As [`micro::run`], or [`micro::run_streams`].
             $(#[target_feature(enable = $features)])?
             unsafe fn micro<P: Product<$proof>, const MR: usize, const AHEAD: u8>(call: Call) {
                 // SAFETY: the caller's contract, and the target features.
-                unsafe { micro::run::<$proof, P, MR, $nv, AHEAD>(<$proof>::assume(), call) }
+                unsafe {
+                    if $streams > 1 {
+                        micro::run_streams::<$proof, P, MR, $nv, 1, $streams, AHEAD>(<$proof>::assume(), call)
+                    } else {
+                        micro::run::<$proof, P, MR, $nv, AHEAD>(<$proof>::assume(), call)
+                    }
+                }
             }
 
             /// # Safety
-            /// As [`Packable::widen`].
+            /// As [`micro::run`].
             $(#[target_feature(enable = $features)])?
-            unsafe fn widen<T: Packable>(b: *const T, steps: usize, out: *mut f32) {
+            unsafe fn micro_widened<const MR: usize>(call: Call) {
                 // SAFETY: the caller's contract, and the target features.
-                unsafe { T::widen::<$proof, $nv>(<$proof>::assume(), b, steps, out) }
+                unsafe { micro::run::<$proof, Widen<f32>, MR, $nv, { Ahead::NOTHING }>(<$proof>::assume(), call) }
+            }
+
+            /// # Safety
+            /// As [`pack::widen`].
+            $(#[target_feature(enable = $features)])?
+            unsafe fn widen<T: Packable>(b: *const T, stream: usize, steps: usize, out: *mut f32) {
+                // SAFETY: the caller's contract, and the target features.
+                unsafe { pack::widen::<$proof, T, $nv, $streams>(<$proof>::assume(), b, stream, steps, out) }
             }
 
             /// # Safety
@@ -180,13 +195,16 @@ macro_rules! instantiate {
             }
 
             /// # Safety
-            /// As [`micro::run_beside`].
+            /// As [`micro::run_streams`].
             #[allow(dead_code, reason = "not every kernel takes panels side by side")]
             $(#[target_feature(enable = $features)])?
             unsafe fn micro_beside<P: Product<$proof>, const MR: usize, const PANELS: usize>(call: Call) {
                 // SAFETY: the caller's contract, and the target features.
-                unsafe { micro::run_beside::<$proof, P, MR, $nv, PANELS>(<$proof>::assume(), call) }
+                unsafe { micro::run_streams::<$proof, P, MR, $nv, PANELS, $streams, { Ahead::NOTHING }>(<$proof>::assume(), call) }
             }
+
+            /// How the microkernels of a block fetch the next one.
+            const BLOCK_AHEAD: u8 = if $streams > 1 { Ahead::PACE } else { Ahead::TWO_LINES };
 
             fn micros<P: Product<$proof>, const AHEAD: u8>() -> Vec<Micro> {
                 vec![$(micro::<P, $mr, AHEAD>),*]
@@ -203,19 +221,24 @@ macro_rules! instantiate {
             {
                 let mut gemm = Gemm {
                     nr: $nv * <$proof>::LANES,
+                    streams: $streams,
                     a_is_f32: true,
-                    micro: micros::<Widen<T>, { Ahead::NOTHING }>(),
-                    micro_block: micros::<Widen<T>, { Ahead::TWO_LINES }>(),
+                    // Of the loops over pairs the one that does not fetch is where the compiler finds too few registers.
+                    micro: if $streams > 1 && T::K_STEP > 1 {
+                        micros::<Widen<T>, { Ahead::PACE }>()
+                    } else {
+                        micros::<Widen<T>, { Ahead::NOTHING }>()
+                    },
+                    micro_block: micros::<Widen<T>, { BLOCK_AHEAD }>(),
                     micro_sweep: micros::<Widen<T>, { Ahead::A_STEP }>(),
-                    // With nothing to convert and few rows the processor fetches ahead by itself (AVX2: 1.00 of a read in order for
-                    // one row and 0.94 for two, instead of 0.90 and 0.87).
-                    sweep_from: match (is_f32, <$proof>::LANES) {
-                        (true, 16) => 2,
-                        (true, 8) => 3,
+                    // The processor fetches ahead by itself where there are several streams, or few rows, and nothing to convert.
+                    sweep_from: match (is_f32, $streams, <$proof>::LANES) {
+                        (true, 2.., _) => usize::MAX,
+                        (true, 1, 16) => 2,
                         _ => 1,
                     },
                     micro_beside: vec![$($(($panels, micro_beside::<Widen<T>, $rows, $panels>)),*)?],
-                    widen: (!is_f32).then(|| (widen::<T> as _, micros::<Widen<f32>, { Ahead::NOTHING }>())),
+                    widen: (!is_f32).then(|| (widen::<T> as _, vec![$(micro_widened::<$mr> as Micro),*])),
                     widen_from: if <$proof>::LANES == 1 { 0 } else { gemm::WIDEN_FROM },
                     convert: convert::<T>,
                     glu_tile: glu_tile::<T, f32>,
@@ -237,7 +260,7 @@ macro_rules! instantiate {
                 Gemm {
                     a_is_f32: false,
                     micro: micros::<$bf16, { Ahead::NOTHING }>(),
-                    micro_block: micros::<$bf16, { Ahead::TWO_LINES }>(),
+                    micro_block: micros::<$bf16, { BLOCK_AHEAD }>(),
                     micro_sweep: micros::<$bf16, { Ahead::A_STEP }>(),
                     sweep_from: 2,
                     micro_beside: vec![],
@@ -271,35 +294,35 @@ instantiate!(
     avx512bf16_kernel, "avx512bf16", super::avx512::Avx512,
     super::avx512::Avx512::new().is_some() && is_x86_feature_detected!("avx512bf16"),
     ["avx512f,avx512bw,avx512dq,avx512bf16"],
-    nv 4, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::DotBf16, true
+    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::DotBf16, true
 );
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512_kernel, "avx512", super::avx512::Avx512, super::avx512::Avx512::new().is_some(),
-    ["avx512f,avx512bw,avx512dq"], nv 4, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false
+    ["avx512f,avx512bw,avx512dq"], nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false
 );
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx2_kernel, "avx2", super::avx2::Avx2, super::avx2::Avx2::new().is_some(), ["avx2,fma,f16c"],
-    nv 2, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false, beside [1 => 4, 2 => 2]
+    nv 2, streams 4, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false, beside [1 => 2, 2 => 2]
 );
 #[cfg(target_arch = "aarch64")]
 instantiate!(
     neonbf16_kernel, "neonbf16", super::neon::Neon,
     super::neon::Neon::new().is_some() && std::arch::is_aarch64_feature_detected!("bf16"), ["neon,bf16"],
-    nv 4, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::DotBf16, true,
+    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::DotBf16, true,
     many super::neonbf16::many_rows()
 );
 #[cfg(target_arch = "aarch64")]
 instantiate!(
     neon_kernel, "neon", super::neon::Neon, super::neon::Neon::new().is_some(), ["neon"],
-    nv 4, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false
+    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false
 );
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 instantiate!(
-    simd128_kernel, "simd128", super::simd128::Simd128, true, nv 2, mr [1, 2, 3, 4], bf16 super::micro::Widen<bf16>, false
+    simd128_kernel, "simd128", super::simd128::Simd128, true, nv 2, streams 1, mr [1, 2, 3, 4], bf16 super::micro::Widen<bf16>, false
 );
-instantiate!(scalar_kernel, "scalar", super::scalar::Scalar, true, nv 8, mr [1, 2], bf16 super::micro::Widen<bf16>, false);
+instantiate!(scalar_kernel, "scalar", super::scalar::Scalar, true, nv 8, streams 1, mr [1, 2], bf16 super::micro::Widen<bf16>, false);
 
 /// Every kernel this machine can run, best first; the scalar one is always there.
 pub(crate) fn available() -> &'static [Kernel] {

@@ -108,16 +108,16 @@ const NR: usize = 16;
 const QUAD: usize = 4;
 
 /// The function that puts a block of packed steps in order, and the microkernels for 1, 2, .., 6 rows of it.
-pub(super) fn many_rows() -> (unsafe fn(*const bf16, usize, *mut f32), Vec<Micro>) {
+pub(super) fn many_rows() -> (unsafe fn(*const bf16, usize, usize, *mut f32), Vec<Micro>) {
     (interleave, vec![micro::<1>, micro::<2>, micro::<3>, micro::<4>, micro::<5>, micro::<6>])
 }
 
-/// Steps `[k / 2][NR][2]` -> `[k / 4][NR][4]`, an odd step filled up with zeros.
+/// Steps `[k / 2][NR][2]` of one stream -> `[k / 4][NR][4]`, an odd step filled up with zeros.
 ///
 /// # Safety
 /// The CPU has bf16; `b` has `steps` steps, `out` room for `steps` + 1.
 #[target_feature(enable = "neon,bf16")]
-unsafe fn interleave(b: *const bf16, steps: usize, out: *mut f32) {
+unsafe fn interleave(b: *const bf16, _stream: usize, steps: usize, out: *mut f32) {
     for quad in 0..steps.div_ceil(2) {
         for v in 0..NR / 4 {
             // SAFETY: the caller's contract.

@@ -13,6 +13,8 @@ pub(super) trait Simd: Copy {
     /// Values of A that a microkernel loads at once, to name one with [`Simd::mul_add_lane`]. 1 where a broadcast from memory
     /// costs no more than a load.
     const GROUP: usize = 1;
+    /// The compiler is kept from loading elements of A for several rows at once, where they would take the registers of sums.
+    const ROW_BY_ROW: bool = false;
     /// A vector of f32.
     type F: Copy;
     /// One boolean per lane.
