@@ -56,7 +56,9 @@ fn options() -> Result<Options> {
     };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
-        let mut value = || args.next().with_context(|| format!("{arg}: expected a value"));
+        // cargo adds --bench behind everything.
+        let mut value =
+            || args.next().filter(|value| !value.starts_with("--")).with_context(|| format!("{arg}: expected a value"));
         match arg.as_str() {
             "--kernels" => options.kernels = value()?,
             "--shapes" => {
