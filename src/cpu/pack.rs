@@ -130,6 +130,8 @@ pub(super) struct Packed<T> {
     k: usize,
     nr: usize,
     streams: usize,
+    /// Elements from one stream of a panel to the next.
+    stream_len: usize,
     pub(super) panels: usize,
     dtype: PhantomData<T>,
 }
@@ -138,9 +140,9 @@ impl<T: Packable> Packed<T> {
     /// Zeros for `columns` columns (a gate and an up column count as two).
     pub(super) fn zeroed(columns: usize, k: usize, nr: usize, streams: usize) -> Self {
         let panels = columns.div_ceil(nr);
-        let mut packed = Self { buffer: Buffer::zeroed(0), k, nr, streams, panels, dtype: PhantomData };
-        packed.buffer = Buffer::zeroed(packed.len() * size_of::<T>());
-        packed
+        let stream_len = k.div_ceil(T::K_STEP).div_ceil(streams) * nr * T::K_STEP;
+        let buffer = Buffer::zeroed(panels * streams * stream_len * size_of::<T>());
+        Self { buffer, k, nr, streams, stream_len, panels, dtype: PhantomData }
     }
 
     /// K
@@ -160,17 +162,31 @@ impl<T: Packable> Packed<T> {
 
     /// Elements from one panel to the next.
     pub(super) fn panel_len(&self) -> usize {
-        self.streams * self.stream_len()
+        self.streams * self.stream_len
     }
 
     /// Elements from one stream of a panel to the next.
     pub(super) fn stream_len(&self) -> usize {
-        self.steps().div_ceil(self.streams) * self.step_len()
+        self.stream_len
     }
 
-    /// Elements of a panel before the step `step`.
-    fn step_at(&self, step: usize) -> usize {
-        step % self.streams * self.stream_len() + step / self.streams * self.step_len()
+    /// Calls `f` with each k of `range`, which begins with a round over the streams, and where it lies in a column of a panel.
+    #[inline(always)]
+    fn each_k(&self, range: std::ops::Range<usize>, mut f: impl FnMut(usize, usize)) {
+        let round_len = self.streams * T::K_STEP;
+        debug_assert!(range.start % round_len == 0);
+        let (mut k, mut round) = (range.start, range.start / round_len * self.step_len());
+        while k < range.end {
+            let mut step = round;
+            for _ in 0..self.streams {
+                for i in 0..T::K_STEP.min(range.end - k) {
+                    f(k + i, step + i);
+                }
+                k = range.end.min(k + T::K_STEP);
+                step += self.stream_len;
+            }
+            round += self.step_len();
+        }
     }
 
     /// Columns of a panel.
@@ -236,12 +252,11 @@ impl<T: Packable> Packed<T> {
             let end = source.k.min(start + BLOCK);
             for (column, row) in rows.clone().enumerate() {
                 let from = row * source.strides.0;
-                for k in start..end {
-                    let value = source.data[from + k * source.strides.1];
-                    let at = self.step_at(k / T::K_STEP) + (first_column + column) * T::K_STEP + k % T::K_STEP;
+                let column = (first_column + column) * T::K_STEP;
+                self.each_k(start..end, |k, at| {
                     // SAFETY: the caller's contract.
-                    unsafe { *panel.add(at) = value };
-                }
+                    unsafe { *panel.add(column + at) = source.data[from + k * source.strides.1] };
+                });
             }
             start = end;
         }
@@ -265,12 +280,11 @@ impl<T: Packable> Packed<T> {
     pub(super) fn read_row(&self, place: Place, row: usize, out: &mut [T]) {
         let column = self.column(place, row);
         assert!(out.len() == self.k && column / self.nr < self.panels);
-        let panel = self.panel(column / self.nr);
-        for (k, out) in out.iter_mut().enumerate() {
-            let at = self.step_at(k / T::K_STEP) + column % self.nr * T::K_STEP + k % T::K_STEP;
+        let (panel, column) = (self.panel(column / self.nr), column % self.nr * T::K_STEP);
+        self.each_k(0..self.k, |k, at| {
             // SAFETY: k < self.k, so the step is one of the panel's.
-            *out = unsafe { *panel.add(at) };
-        }
+            out[k] = unsafe { *panel.add(column + at) };
+        });
     }
 }
 
