@@ -83,6 +83,7 @@ fn main() -> Result<()> {
     if options.child {
         return measure_all(&options);
     }
+    let record = harness::record_path()?;
     print!("{}", harness::machine_facts());
     println!(
         "{:>10} {:>5} {:>6} {:>5} {:>9} {:>9} {:>7} {:>8} {:>7} {:>7} {:>10} {:>8}",
@@ -92,7 +93,7 @@ fn main() -> Result<()> {
     for kernel in kernels(&options.kernels)? {
         csv += &run_child(kernel)?;
     }
-    if let Some(path) = harness::record_path() {
+    if let Some(path) = record {
         harness::record(&path, &csv)?;
         harness::roofline::draw(&path.with_extension("svg"), &csv)?;
     }

@@ -23,6 +23,7 @@ const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 const CHAIN: usize = 8;
 
 fn main() -> Result<()> {
+    let record = harness::record_path()?;
     let device = Device::new_metal(0).context("a Mac with a GPU")?;
     let facts = facts(&device)?;
     print!("{facts}");
@@ -39,7 +40,7 @@ fn main() -> Result<()> {
             }
         }
     }
-    if let Some(path) = harness::record_path() {
+    if let Some(path) = record {
         harness::record(&path, &csv)?;
         std::fs::OpenOptions::new().append(true).open(path.with_extension("txt"))?.write_all(facts.as_bytes())?;
     }

@@ -16,6 +16,7 @@ const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
 fn main() -> anyhow::Result<()> {
     let mut csv = String::from("dtype,rows,columns,silu_mul_us,candle_us,speedup,read_write_gb_per_s\n");
+    let record = harness::record_path()?;
     print!("{}", harness::machine_facts());
     println!("{:>6} {:>14} {:>12} {:>12} {:>8} {:>8}", "dtype", "shape", "silu_mul µs", "candle µs", "speedup", "GB/s");
     for dtype in DTYPES {
@@ -26,7 +27,7 @@ fn main() -> anyhow::Result<()> {
             let _ = writeln!(csv, "{},{rows},{columns},{},{},{},{}", fields[0], fields[2], fields[3], fields[4], fields[5]);
         }
     }
-    if let Some(path) = harness::record_path() {
+    if let Some(path) = record {
         harness::record(&path, &csv)?;
     }
     Ok(())

@@ -60,9 +60,17 @@ pub fn machine_facts() -> String {
 }
 
 /// `--record NAME` among the arguments: where to write `NAME.csv` and `NAME.txt`, under `benches/record`.
-pub fn record_path() -> Option<PathBuf> {
-    let mut args = std::env::args().skip_while(|arg| arg != "--record").skip(1);
-    args.next().map(|name| Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/record").join(name))
+///
+/// # Errors
+/// No name follows; what cargo adds, `--bench`, is none.
+pub fn record_path() -> anyhow::Result<Option<PathBuf>> {
+    let mut args = std::env::args().skip_while(|arg| arg != "--record");
+    if args.next().is_none() {
+        return Ok(None);
+    }
+    let name = args.next().filter(|name| !name.starts_with("--"));
+    anyhow::ensure!(name.is_some(), "--record: expected MACHINE/NAME");
+    Ok(name.map(|name| Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/record").join(name)))
 }
 
 /// Writes the csv and the machine's facts.
