@@ -427,6 +427,7 @@ pub(super) unsafe fn run_streams<
     call: Call,
 ) {
     let step_len = NV * S::LANES * P::K_STEP;
+    debug_assert!(P::SUM_K != usize::MAX, "one sum over all of k would depend on where k is cut");
     let unrolled = AHEAD == Ahead::NOTHING && PANELS * MR * NV <= P::UNROLL;
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {

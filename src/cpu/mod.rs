@@ -132,23 +132,15 @@ macro_rules! instantiate {
             /// # Safety
             /// As [`micro::run`], or [`micro::run_streams`].
             $(#[target_feature(enable = $features)])?
-            unsafe fn micro<P: Product<$proof>, const MR: usize, const AHEAD: u8>(call: Call) {
+            unsafe fn micro<P: Product<$proof>, const MR: usize, const STREAMS: usize, const AHEAD: u8>(call: Call) {
                 // SAFETY: the caller's contract, and the target features.
                 unsafe {
-                    if $streams > 1 {
-                        micro::run_streams::<$proof, P, MR, $nv, 1, $streams, AHEAD>(<$proof>::assume(), call)
+                    if STREAMS > 1 {
+                        micro::run_streams::<$proof, P, MR, $nv, 1, STREAMS, AHEAD>(<$proof>::assume(), call)
                     } else {
                         micro::run::<$proof, P, MR, $nv, AHEAD>(<$proof>::assume(), call)
                     }
                 }
-            }
-
-            /// # Safety
-            /// As [`micro::run`].
-            $(#[target_feature(enable = $features)])?
-            unsafe fn micro_widened<const MR: usize>(call: Call) {
-                // SAFETY: the caller's contract, and the target features.
-                unsafe { micro::run::<$proof, Widen<f32>, MR, $nv, { Ahead::NOTHING }>(<$proof>::assume(), call) }
             }
 
             /// # Safety
@@ -206,8 +198,8 @@ macro_rules! instantiate {
             /// How the microkernels of a block fetch the next one.
             const BLOCK_AHEAD: u8 = if $streams > 1 { Ahead::PACE } else { Ahead::TWO_LINES };
 
-            fn micros<P: Product<$proof>, const AHEAD: u8>() -> Vec<Micro> {
-                vec![$(micro::<P, $mr, AHEAD>),*]
+            fn micros<P: Product<$proof>, const STREAMS: usize, const AHEAD: u8>() -> Vec<Micro> {
+                vec![$(micro::<P, $mr, STREAMS, AHEAD>),*]
             }
 
             fn functions<T: Element>() -> Functions<T> {
@@ -225,12 +217,12 @@ macro_rules! instantiate {
                     a_is_f32: true,
                     // Of the loops over pairs the one that does not fetch is where the compiler finds too few registers.
                     micro: if $streams > 1 && T::K_STEP > 1 {
-                        micros::<Widen<T>, { Ahead::PACE }>()
+                        micros::<Widen<T>, $streams, { Ahead::PACE }>()
                     } else {
-                        micros::<Widen<T>, { Ahead::NOTHING }>()
+                        micros::<Widen<T>, $streams, { Ahead::NOTHING }>()
                     },
-                    micro_block: micros::<Widen<T>, { BLOCK_AHEAD }>(),
-                    micro_sweep: micros::<Widen<T>, { Ahead::A_STEP }>(),
+                    micro_block: micros::<Widen<T>, $streams, { BLOCK_AHEAD }>(),
+                    micro_sweep: micros::<Widen<T>, $streams, { Ahead::A_STEP }>(),
                     // The processor fetches ahead by itself where there are several streams, or few rows, and nothing to convert.
                     sweep_from: match (is_f32, $streams, <$proof>::LANES) {
                         (true, 2.., _) => usize::MAX,
@@ -238,7 +230,7 @@ macro_rules! instantiate {
                         _ => 1,
                     },
                     micro_beside: vec![$($(($panels, micro_beside::<Widen<T>, $rows, $panels>)),*)?],
-                    widen: (!is_f32).then(|| (widen::<T> as _, vec![$(micro_widened::<$mr> as Micro),*])),
+                    widen: (!is_f32).then(|| (widen::<T> as _, micros::<Widen<f32>, 1, { Ahead::NOTHING }>())),
                     widen_from: if <$proof>::LANES == 1 { 0 } else { gemm::WIDEN_FROM },
                     convert: convert::<T>,
                     glu_tile: glu_tile::<T, f32>,
@@ -259,9 +251,9 @@ macro_rules! instantiate {
                 }
                 Gemm {
                     a_is_f32: false,
-                    micro: micros::<$bf16, { Ahead::NOTHING }>(),
-                    micro_block: micros::<$bf16, { BLOCK_AHEAD }>(),
-                    micro_sweep: micros::<$bf16, { Ahead::A_STEP }>(),
+                    micro: micros::<$bf16, $streams, { Ahead::NOTHING }>(),
+                    micro_block: micros::<$bf16, $streams, { BLOCK_AHEAD }>(),
+                    micro_sweep: micros::<$bf16, $streams, { Ahead::A_STEP }>(),
                     sweep_from: 2,
                     micro_beside: vec![],
                     widen: None$(.or(Some($many)))?,

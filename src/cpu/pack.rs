@@ -174,7 +174,7 @@ impl<T: Packable> Packed<T> {
     #[inline(always)]
     fn each_k(&self, range: std::ops::Range<usize>, mut f: impl FnMut(usize, usize)) {
         let round_len = self.streams * T::K_STEP;
-        debug_assert!(range.start % round_len == 0);
+        debug_assert!(range.start.is_multiple_of(round_len));
         let (mut k, mut round) = (range.start, range.start / round_len * self.step_len());
         while k < range.end {
             let mut step = round;
