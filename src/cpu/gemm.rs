@@ -15,7 +15,7 @@ use half::bf16;
 
 use super::buffer::{Buffer, Scratch};
 use super::glu::Tile;
-use super::micro::{Call, Micro, SUM_F32};
+use super::micro::{Call, LINE, Micro, SUM_F32};
 use super::pack::{Matrix, Packable, Packed, Place};
 use super::threads::{self, Phase, SendPtr};
 use super::{Kernel, pages};
@@ -62,9 +62,8 @@ pub(super) struct Gemm<T> {
     pub(super) micro: Vec<Micro>,
     /// The same, together fetching the next block of k.
     pub(super) micro_block: Vec<Micro>,
-    /// The same, fetching ahead in one sweep along the panel: from `sweep_from` rows on.
+    /// The same for one sweep along the panel, fetching ahead where that is faster.
     pub(super) micro_sweep: Vec<Micro>,
-    pub(super) sweep_from: usize,
     /// For 1, 2, .. rows: microkernels for several panels at once, and for how many. Few rows leave the registers for it, and one
     /// panel alone would wait for each of its sums.
     pub(super) micro_beside: Vec<(usize, Micro)>,
@@ -470,9 +469,8 @@ unsafe fn product<T: Packable>(
         let ahead = SWEEP_AHEAD / step_bytes;
         let next = [b.cast::<u8>().wrapping_add(ahead * step_bytes), after];
         let call = Call { next, turn: steps.saturating_sub(ahead), ..call(weight, b.cast(), steps, a, sums) };
-        let micro = if a.rows < gemm.sweep_from { &gemm.micro } else { &gemm.micro_sweep };
         // SAFETY: the caller's contract.
-        return unsafe { micro[a.rows - 1](call) };
+        return unsafe { gemm.micro_sweep[a.rows - 1](call) };
     }
     let block = if a.rows <= FEW_ROWS { FEW_ROWS_BLOCK * gemm.nr } else { BLOCK };
     let panels = a.rows.div_ceil(mr);
@@ -484,7 +482,7 @@ unsafe fn product<T: Packable>(
     debug_assert!(block_steps % gemm.streams == 0, "blocks end where rounds over the streams do");
     let rounds = block_steps / gemm.streams;
     // Each microkernel's part of the next block, in bytes of each stream and round.
-    let pace = if gemm.streams > 1 { (step_bytes / panels).max(LEAST_PACE) } else { 128 };
+    let pace = if gemm.streams > 1 { (step_bytes / panels).max(LEAST_PACE) } else { 2 * LINE };
     let mut start = 0;
     loop {
         let count = block_steps.min(steps - start);

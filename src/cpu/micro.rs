@@ -338,7 +338,7 @@ impl Ahead {
     pub(super) const PACE: u8 = 3;
 }
 
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 /// Steps that a sweep fetches ahead in each of several streams.
 const STREAM_AHEAD: usize = 32;
 

@@ -202,6 +202,12 @@ macro_rules! instantiate {
                 vec![$(micro::<P, $mr, STREAMS, AHEAD>),*]
             }
 
+            /// For one sweep along a panel: from so many rows on they fetch ahead.
+            fn sweep<P: Product<$proof>>(from: usize) -> Vec<Micro> {
+                let few = micros::<P, $streams, { Ahead::NOTHING }>().into_iter().take(from - 1);
+                few.chain(micros::<P, $streams, { Ahead::A_STEP }>().into_iter().skip(from - 1)).collect()
+            }
+
             fn functions<T: Element>() -> Functions<T> {
                 Functions { forward: forward::<T>, backward: backward::<T> }
             }
@@ -222,13 +228,12 @@ macro_rules! instantiate {
                         micros::<Widen<T>, $streams, { Ahead::NOTHING }>()
                     },
                     micro_block: micros::<Widen<T>, $streams, { BLOCK_AHEAD }>(),
-                    micro_sweep: micros::<Widen<T>, $streams, { Ahead::A_STEP }>(),
                     // The processor fetches ahead by itself where there are several streams, or few rows, and nothing to convert.
-                    sweep_from: match (is_f32, $streams, <$proof>::LANES) {
+                    micro_sweep: sweep::<Widen<T>>(match (is_f32, $streams, <$proof>::LANES) {
                         (true, 2.., _) => usize::MAX,
                         (true, 1, 16) => 2,
                         _ => 1,
-                    },
+                    }),
                     micro_beside: vec![$($(($panels, micro_beside::<Widen<T>, $rows, $panels>)),*)?],
                     widen: (!is_f32).then(|| (widen::<T> as _, micros::<Widen<f32>, 1, { Ahead::NOTHING }>())),
                     widen_from: if <$proof>::LANES == 1 { 0 } else { gemm::WIDEN_FROM },
@@ -253,8 +258,7 @@ macro_rules! instantiate {
                     a_is_f32: false,
                     micro: micros::<$bf16, $streams, { Ahead::NOTHING }>(),
                     micro_block: micros::<$bf16, $streams, { BLOCK_AHEAD }>(),
-                    micro_sweep: micros::<$bf16, $streams, { Ahead::A_STEP }>(),
-                    sweep_from: 2,
+                    micro_sweep: sweep::<$bf16>(2),
                     micro_beside: vec![],
                     widen: None$(.or(Some($many)))?,
                     widen_from: [$($mr),*].len() + 1,
