@@ -6,13 +6,13 @@
 #   scripts/aarch64.sh prepare             only what is needed from Debian
 #   scripts/aarch64.sh test --lib tests    any cargo command
 #
-# Everything comes from Debian (scripts/sid.sh); needs root. Proves that the results are right, on a CPU with every extension
+# Everything comes from Debian (scripts/debian.sh); needs root. Proves that the results are right, on a CPU with every extension
 # that qemu knows, bf16 products among them; says nothing about speed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/sid.sh
+. scripts/debian.sh
 
-sid_install rustc cargo libstd-rust-dev libstd-rust-dev:arm64 gcc g++ libc6-dev \
+debian sid rustc cargo libstd-rust-dev libstd-rust-dev:arm64 gcc g++ libc6-dev \
     gcc-aarch64-linux-gnu g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 
 target=aarch64-unknown-linux-gnu
@@ -29,27 +29,27 @@ unset RUSTFLAGS RUSTC RUSTUP_TOOLCHAIN CARGO_BUILD_RUSTFLAGS
 all=(--lib) suites=(--test forward --test golden_blocks) kernels=(neonbf16 neon)
 case "${1:-}" in
     prepare)
-        in_sid true
+        inside true
         exit
         ;;
     quick) ;;
     "")
         all+=(--test kernels) suites+=(--test backward --test properties) kernels+=(scalar)
         printf '\n==> examples and benchmarks are checked\n'
-        in_sid cargo check --locked --examples --benches
+        inside cargo check --locked --examples --benches
         ;;
     *)
-        in_sid cargo "$@"
+        inside cargo "$@"
         exit
         ;;
 esac
 
 printf '\n==> %s\n' "${all[*]}"
-in_sid cargo test --locked "${all[@]}" "${suites[@]}" --no-run
-in_sid cargo test --locked "${all[@]}"
+inside cargo test --locked "${all[@]}" "${suites[@]}" --no-run
+inside cargo test --locked "${all[@]}"
 
 export PROPTEST_CASES="${PROPTEST_CASES:-32}"
 for kernel in "${kernels[@]}"; do
     printf '\n==> %s\n' "$kernel"
-    CANDLE_SWIGLU_KERNEL=$kernel in_sid cargo test --locked "${suites[@]}"
+    CANDLE_SWIGLU_KERNEL=$kernel inside cargo test --locked "${suites[@]}"
 done

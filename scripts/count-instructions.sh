@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 flags=(-- --emit asm -C codegen-units=1 -C debuginfo=0 -C symbol-mangling-version=v0)
 scripts/aarch64.sh rustc --locked --release --lib --target x86_64-unknown-linux-gnu "${flags[@]}" >&2
 scripts/aarch64.sh rustc --locked --release --lib "${flags[@]}" >&2
-. scripts/sid.sh
-newest() { find "$sid/target/$1/release/deps" -name 'candle_swiglu-*.s' -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2; }
+. scripts/debian.sh
+debian sid rustc
+newest() { find "$root/target/$1/release/deps" -name 'candle_swiglu-*.s' -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2; }
 python3 scripts/count_instructions.py "$(newest x86_64-unknown-linux-gnu)" "$(newest aarch64-unknown-linux-gnu)"

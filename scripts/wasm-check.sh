@@ -5,21 +5,21 @@
 #   scripts/wasm-check.sh            all of it
 #   scripts/wasm-check.sh check      the type checks alone
 #
-# Everything comes from Debian (scripts/sid.sh); needs root.
+# Everything comes from Debian (scripts/debian.sh); needs root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/sid.sh
+. scripts/debian.sh
 
-sid_install rustc cargo libstd-rust-dev libstd-rust-dev-wasm32 gcc g++ libc6-dev lld wasi-libc nodejs
+debian sid rustc cargo libstd-rust-dev libstd-rust-dev-wasm32 gcc g++ libc6-dev lld wasi-libc nodejs
 unset RUSTC RUSTUP_TOOLCHAIN
 
 for flags in "" "-C target-feature=+simd128"; do
     printf '\n==> wasm32-unknown-unknown %s\n' "$flags"
-    RUSTFLAGS=$flags in_sid cargo check --locked --lib --target wasm32-unknown-unknown
+    RUSTFLAGS=$flags inside cargo check --locked --lib --target wasm32-unknown-unknown
 done
 if [ "${1:-}" = check ]; then exit; fi
 
 printf '\n==> unit tests in WASI, simd128\n'
 export CARGO_TARGET_WASM32_WASIP1_LINKER=wasm-ld # Debian has no rust-lld
 export CARGO_TARGET_WASM32_WASIP1_RUNNER="node --no-warnings scripts/wasi.mjs"
-RUSTFLAGS="-C target-feature=+simd128" in_sid cargo test --locked --lib --target wasm32-wasip1 cpu::
+RUSTFLAGS="-C target-feature=+simd128" inside cargo test --locked --lib --target wasm32-wasip1 cpu::
