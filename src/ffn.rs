@@ -23,7 +23,7 @@ use crate::weights::{GateUp, PackedOrder, Piece, Weights};
 /// from a `VarMap`, f64) runs as candle's matmuls around [`crate::glu_mul`]. [`SwiGluFfn::kernel`] says which.
 ///
 /// # Accuracy
-/// Products are summed in f32 in the order of k, whatever the number of rows and threads, in parts of 64; h and y are rounded
+/// Products are summed in f32 in the order of k, whatever the number of rows and threads, in parts of 128; h and y are rounded
 /// once each. (f64 in f64; candle's matmuls round gate and up too.) `avx512bf16` and `neonbf16` in bf16 add pairs of products
 /// without parts and take denormals for 0; ARM's instructions round such a sum within one unit in the last place of f32, not
 /// half of one. The bounds are the same.

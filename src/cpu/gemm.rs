@@ -25,9 +25,9 @@ use crate::glu::Glu;
 /// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes, with a = 2 where the kernel multiplies bf16 as it is, else 4;
 /// rows ≤ 512.
 pub(super) const CHUNK_ROWS: usize = 512;
-/// With few rows, bytes of each column of B that pass all rows before the next ones: 16 KiB with 64 columns and 4 KiB with 16 leave
-/// room in L1 for the sums and the same k of the rows (16 KiB with 16 columns: 3 to 10 % slower).
-const FEW_ROWS_BLOCK: usize = 256;
+/// With few rows, k that pass all rows before the next ones: one part of a sum. With 16 bit 16 KiB of 64 columns and 4 KiB of 16
+/// leave room in L1 for the sums and the same k of the rows (16 KiB with 16 columns: 3 to 10 % slower).
+const FEW_ROWS_BLOCK: usize = SUM_F32;
 /// With more rows, bytes of B: a quarter of 1 MiB of L2, carrying the sums in and out of registers so rarely that it no longer shows
 /// (64 KiB: 3 % slower in f32).
 const BLOCK: usize = 256 << 10;
@@ -472,13 +472,13 @@ unsafe fn product<T: Packable>(
         // SAFETY: the caller's contract.
         return unsafe { gemm.micro_sweep[a.rows - 1](call) };
     }
-    let block = if a.rows <= FEW_ROWS { FEW_ROWS_BLOCK * gemm.nr } else { BLOCK };
     let panels = a.rows.div_ceil(mr);
     let first_row = |panel: usize| a.rows * panel / panels;
-    let wide_bytes = gemm.nr * T::K_STEP * size_of::<f32>();
     let widen = gemm.widen.as_ref().filter(|_| a.rows >= gemm.widen_from);
-    let block_steps = block / if widen.is_some() { wide_bytes } else { step_bytes };
-    debug_assert!(block_steps * T::K_STEP % SUM_F32 == 0, "blocks end where sums do");
+    let k_bytes = gemm.nr * if widen.is_some() { size_of::<f32>() } else { size_of::<T>() };
+    let block_k = if a.rows <= FEW_ROWS { FEW_ROWS_BLOCK } else { BLOCK / k_bytes };
+    debug_assert!(block_k % SUM_F32 == 0, "blocks end where sums do");
+    let block_steps = block_k / T::K_STEP;
     debug_assert!(block_steps % gemm.streams == 0, "blocks end where rounds over the streams do");
     let rounds = block_steps / gemm.streams;
     // Each microkernel's part of the next block, in bytes of each stream and round.
