@@ -1,36 +1,25 @@
-//! Products with packed weights, and the whole block: `h = glu(x·Wgᵀ, x·Wuᵀ)`, `y = h·Wdᵀ`.
+//! Products with packed weights: A (rows, k) · panel (k, NR) -> sums (rows, NR) in f32.
 //!
-//! 1. Rows of x are copied, in the microkernel's element type and with padded strides, into scratch; at most
-//!    [`CHUNK_ROWS`] at a time, so that scratch is bounded.
-//! 2. Units of work are one panel of weights times a block of rows; a few panels side by side where one row or two leave the
-//!    registers for them. Threads claim units in order. The sums of a unit, (panels, rows, NR) in f32, lie in its thread's scratch.
-//! 3. Up to MR rows take one sweep along the panel, which is fetched ahead of use (decode). More take the panel in blocks of k
-//!    that stay in cache while all rows pass by (prefill). Sums run over k in the same parts and order either way.
-//! 4. An epilogue turns the sums into h or y while they are in cache; gate and up are never written.
-//! 5. Threads go on to the down projection when all of h is there.
+//! Up to MR rows take one sweep along the panel, which is fetched ahead of use (decode). More take the panel in blocks of k that
+//! stay in cache while all rows pass by (prefill). Sums run over k in the same parts and order either way.
 
 use std::mem::MaybeUninit;
 
 use half::bf16;
 
-use super::buffer::{Buffer, Scratch};
+use super::Kernel;
 use super::glu::Tile;
-use super::micro::{Call, LINE, Micro, SUM_F32};
-use super::pack::{Matrix, Packable, Packed, Place};
-use super::threads::{self, Phase, SendPtr};
-use super::{Kernel, pages};
+use super::micro::{Call, LINE, Micro};
+use super::pack::{Packable, Packed};
+use super::product::SUM_F32;
 use crate::glu::Glu;
 
-/// Rows of x that are worked on at a time. Scratch of a block is at most
-/// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes, with a = 2 where the kernel multiplies bf16 as it is, else 4;
-/// rows ≤ 512.
-pub(super) const CHUNK_ROWS: usize = 512;
 /// With few rows, k that pass all rows before the next ones: one part of a sum. With 16 bit 16 KiB of 64 columns and 4 KiB of 16
 /// leave room in L1 for the sums and the same k of the rows (16 KiB with 16 columns: 3 to 10 % slower).
 const FEW_ROWS_BLOCK: usize = SUM_F32;
 /// With more rows, bytes of B: a quarter of 1 MiB of L2, carrying the sums in and out of registers so rarely that it no longer shows
 /// (64 KiB: 3 % slower in f32).
-const BLOCK: usize = 256 << 10;
+pub(super) const BLOCK: usize = 256 << 10;
 /// Up to so many rows the smaller block is faster (measured: 1.2 times at 16 rows, the same at 32).
 const FEW_ROWS: usize = 24;
 /// From so many rows on, a block of k is widened once rather than by each microkernel (measured: 0.96 to 1.1 times as fast at
@@ -41,14 +30,6 @@ pub(super) const WIDEN_FROM: usize = 160;
 const SWEEP_AHEAD: usize = 8 << 10;
 /// The least part of a line that is worth an instruction to fetch it.
 const LEAST_PACE: usize = 8;
-/// Elements between the rows of A beyond their length: rows a power of two apart would share cache sets.
-const PAD: usize = 64;
-/// With fewer rows in a unit, reading its panel shows beside multiplying.
-const BLOCK_ROWS: usize = 96;
-/// Panels go side by side where so many units of them remain for each thread.
-const UNITS_BESIDE: usize = 4;
-/// Below this many multiply-adds per thread one thread is faster than waking another.
-const SERIAL: usize = 1 << 16;
 
 /// The functions of one kernel for weights of dtype T.
 pub(super) struct Gemm<T> {
@@ -88,326 +69,13 @@ pub(super) trait GemmElement: Packable {
     fn gemm(kernel: &Kernel) -> &Gemm<Self>;
 }
 
-/// A projection's packed weight and bias.
-pub(super) struct Projection<T> {
-    pub(super) weight: Packed<T>,
-    /// (panels·NR), in the order of the packed columns
-    bias: Option<Buffer>,
-    /// out
-    pub(super) columns: usize,
-}
-
-impl<T: GemmElement> Projection<T> {
-    /// Of zeros: (columns, k).
-    pub(super) fn new(kernel: &Kernel, columns: usize, k: usize) -> Self {
-        let gemm = T::gemm(kernel);
-        Self { weight: Packed::zeroed(columns, k, gemm.nr, gemm.streams), bias: None, columns }
-    }
-
-    /// Zeros for gate and up, (intermediate_size, k) each.
-    pub(super) fn new_pair(kernel: &Kernel, intermediate_size: usize, k: usize) -> Self {
-        let gemm = T::gemm(kernel);
-        let columns = 2 * intermediate_size.next_multiple_of(gemm.nr / 2);
-        Self { weight: Packed::zeroed(columns, k, gemm.nr, gemm.streams), bias: None, columns: intermediate_size }
-    }
-
-    pub(super) fn set_weight(&mut self, place: Place, weight: Matrix<T>) {
-        self.weight.fill(place, weight);
-    }
-
-    pub(super) fn set_bias(&mut self, place: Place, bias: &[f32]) {
-        let len = self.weight.panels * self.weight.nr();
-        let buffer = self.bias.get_or_insert_with(|| Buffer::zeroed(len * size_of::<f32>()));
-        for (row, &value) in bias.iter().enumerate() {
-            let column = self.weight.column(place, row);
-            assert!(column < len);
-            // SAFETY: the buffer has `len` f32.
-            unsafe { *buffer.as_mut_ptr::<f32>().add(column) = value };
-        }
-    }
-
-    /// The bias as it was set, of the rows of `place`.
-    pub(super) fn bias(&self, place: Place) -> Option<Vec<f32>> {
-        let buffer = self.bias.as_ref()?;
-        // SAFETY: columns of existing rows lie within the buffer.
-        let at = |row| unsafe { *buffer.as_ptr::<f32>().add(self.weight.column(place, row)) };
-        Some((0..self.columns).map(at).collect())
-    }
-
-    fn tile(&self, panel: usize, rows: usize, sums: *const f32) -> Tile {
-        let bias = match &self.bias {
-            // SAFETY: the bias is as wide as all panels.
-            Some(buffer) => unsafe { buffer.as_ptr::<f32>().add(panel * self.weight.nr()) },
-            None => std::ptr::null(),
-        };
-        Tile { sums, rows, bias }
-    }
-
-    /// x (M, k) -> y (M, columns)
-    pub(super) fn forward(&self, kernel: &'static Kernel, x: Matrix<T>) -> Vec<T> {
-        let stage = Stage { projection: self, glu: None, factor: 1.0 };
-        forward(T::gemm(kernel), &[stage], x, self.columns)
-    }
-}
-
-/// The block's packed weights.
-pub(super) struct Block<T> {
-    pub(super) kernel: &'static Kernel,
-    pub(super) glu: Glu,
-    pub(super) gate_up: Projection<T>,
-    pub(super) down: Projection<T>,
-    pub(super) down_multiplier: f32,
-}
-
-impl<T: GemmElement> Block<T> {
-    /// x (M, H) -> y (M, H)
-    pub(super) fn forward(&self, x: Matrix<T>) -> Vec<T> {
-        let stages = [
-            Stage { projection: &self.gate_up, glu: Some(&self.glu), factor: 1.0 },
-            Stage { projection: &self.down, glu: None, factor: self.down_multiplier },
-        ];
-        forward(T::gemm(self.kernel), &stages, x, self.down.columns)
-    }
-}
-
-/// One product and its epilogue.
-#[derive(Clone, Copy)]
-struct Stage<'a, T> {
-    projection: &'a Projection<T>,
-    /// The columns are gate and up, and become h. Else they become y, times `factor`.
-    glu: Option<&'a Glu>,
-    factor: f32,
-}
-
-/// x (M, k) through one or two stages -> y (M, columns)
-fn forward<T: GemmElement>(gemm: &Gemm<T>, stages: &[Stage<T>], x: Matrix<T>, columns: usize) -> Vec<T> {
-    x.check();
-    let mut y: Vec<T> = Vec::with_capacity(x.rows * columns);
-    pages::advise_huge(y.as_mut_ptr(), y.capacity());
-    let out = SendPtr(y.as_mut_ptr());
-    let mut start = 0;
-    while start < x.rows {
-        let rows = CHUNK_ROWS.min(x.rows - start);
-        let part = Matrix { data: &x.data[start * x.strides.0..], rows, ..x };
-        // SAFETY: y has room for all rows, and the chunks of rows are disjoint.
-        let out = SendPtr(unsafe { out.at(start * columns) });
-        Pass::new(gemm, stages, part, out, columns).run();
-        start += rows;
-    }
-    // SAFETY: every chunk has written all its rows.
-    unsafe { y.set_len(x.rows * columns) };
-    y
-}
-
-/// One chunk of rows on its way through the stages.
-struct Pass<'a, T> {
-    gemm: &'a Gemm<T>,
-    stages: &'a [Stage<'a, T>],
-    x: Matrix<'a, T>,
-    y: SendPtr<T>,
-    y_stride: usize,
-    threads: usize,
-    /// Rows and panels of one unit of each stage.
-    block_rows: [usize; 2],
-    panels: [usize; 2],
-    scratch: Scratch,
-    /// A of the first stage, A of the second, then each thread's own: sums, and widened weights.
-    offsets: [usize; 3],
-    a_strides: [usize; 2],
-    thread_bytes: usize,
-}
-
-impl<'a, T: GemmElement> Pass<'a, T> {
-    fn new(gemm: &'a Gemm<T>, stages: &'a [Stage<'a, T>], x: Matrix<'a, T>, y: SendPtr<T>, y_stride: usize) -> Self {
-        let multiply_adds: usize = stages.iter().map(|s| s.projection.weight.len()).sum::<usize>() * x.rows;
-        let threads = if multiply_adds < SERIAL { 1 } else { threads::count() };
-        let a_bytes = if gemm.a_is_f32 { size_of::<f32>() } else { size_of::<T>() };
-        let a_strides = [0, 1].map(|i| stages.get(i).map_or(0, |s| s.projection.weight.k().next_multiple_of(gemm.nr) + PAD));
-        let offsets = [0, x.rows * a_strides[0] * a_bytes, x.rows * (a_strides[0] + a_strides[1]) * a_bytes];
-        let offsets = offsets.map(|offset| offset.next_multiple_of(64));
-        let panels = [0, 1].map(|i| stages.get(i).map_or(1, |s| beside(gemm, x.rows, s.projection.weight.panels, threads)));
-        let sums = x.rows * gemm.nr * panels[0].max(panels[1]) * size_of::<f32>();
-        let widened = if gemm.widen.is_some() && x.rows >= gemm.widen_from { BLOCK } else { 0 };
-        let thread_bytes = (sums + widened).next_multiple_of(64);
-        let scratch = Scratch::borrow(offsets[2] + threads * thread_bytes);
-        let block_rows =
-            [0, 1].map(|i| stages.get(i).map_or(x.rows, |s| block_rows(x.rows, s.projection.weight.panels, threads)));
-        Self { gemm, stages, x, y, y_stride, threads, block_rows, panels, scratch, offsets, a_strides, thread_bytes }
-    }
-
-    fn run(mut self) {
-        let scratch = SendPtr(self.scratch.as_mut_ptr());
-        let blocks = self.block_rows.map(|rows| self.x.rows.div_ceil(rows));
-        let copy = Phase::new(self.x.rows.div_ceil(COPY_ROWS));
-        let units =
-            |i: usize| self.stages.get(i).map_or(0, |s| s.projection.weight.panels.div_ceil(self.panels[i]) * blocks[i]);
-        let phases = [0, 1].map(|i| Phase::new(units(i)));
-        let work = |thread: usize| {
-            // SAFETY: scratch has `threads` pieces of this size from the last offset on.
-            let own = unsafe { scratch.at(self.offsets[2] + thread * self.thread_bytes) };
-            // SAFETY: units of a phase write disjoint parts of A, h and y, and a phase begins when the one it reads is done.
-            unsafe {
-                copy.work(|unit| self.copy_rows(&scratch, unit));
-                copy.wait();
-                for (i, phase) in phases.iter().enumerate().take(self.stages.len()) {
-                    phase.work(|unit| self.unit(i, &scratch, own, unit / blocks[i], unit % blocks[i]));
-                    if i + 1 < self.stages.len() {
-                        phase.wait();
-                    }
-                }
-            }
-        };
-        if self.threads == 1 { work(0) } else { threads::run(work) }
-    }
-
-    /// Copies some rows of x into A.
-    ///
-    /// # Safety
-    /// `scratch` is this pass's, and no other thread has this unit.
-    unsafe fn copy_rows(&self, scratch: &SendPtr<u8>, unit: usize) {
-        let (k, stride) = (self.x.k, self.x.strides.1);
-        let a_bytes = self.a_bytes();
-        let mut gathered: Vec<T> = Vec::new();
-        for row in unit * COPY_ROWS..self.x.rows.min((unit + 1) * COPY_ROWS) {
-            let source = &self.x.data[row * self.x.strides.0..];
-            let source = if stride == 1 {
-                &source[..k]
-            } else {
-                gathered.clear();
-                gathered.extend((0..k).map(|i| source[i * stride]));
-                &gathered[..]
-            };
-            // SAFETY: A has room for k elements and the padding in every row.
-            unsafe {
-                let a = scratch.at(row * self.a_strides[0] * a_bytes);
-                (self.gemm.convert)(source.as_ptr(), k, a);
-                // An odd k is filled up to a whole step.
-                a.add(k * a_bytes).write_bytes(0, (k.next_multiple_of(T::K_STEP) - k) * a_bytes);
-            }
-        }
-    }
-
-    /// One panel of a stage, or some side by side, times one block of rows.
-    ///
-    /// # Safety
-    /// `scratch` is this pass's, `own` this thread's piece of it; A of this stage is complete; no other thread has this unit.
-    unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, unit: usize, block: usize) {
-        let start = block * self.block_rows[stage];
-        let rows = self.block_rows[stage].min(self.x.rows - start);
-        let projection = self.stages[stage].projection;
-        let (a_bytes, a_stride) = (self.a_bytes(), self.a_strides[stage]);
-        let sums = own.cast::<f32>();
-        // SAFETY: the pieces lie within scratch as `new` laid it out; y has this chunk's rows.
-        unsafe {
-            let a = scratch.at(self.offsets[stage] + start * a_stride * a_bytes);
-            let a = Rows { a, a_stride, a_bytes, rows };
-            let most = self.panels[stage];
-            let panels = unit * most..projection.weight.panels.min((unit + 1) * most);
-            if most > 1 && panels.len() == most {
-                sweep_beside(self.gemm, &projection.weight, panels.start, a, sums);
-            } else {
-                let widened = own.add(self.x.rows * self.gemm.nr * most * size_of::<f32>()).cast();
-                for (i, panel) in panels.clone().enumerate() {
-                    let sums = sums.add(i * rows * self.gemm.nr);
-                    product(self.gemm, &projection.weight, panel, a, sums, widened, self.likely_next(stage, panel));
-                }
-            }
-            for (i, panel) in panels.enumerate() {
-                self.write(stage, scratch, panel, start, projection.tile(panel, rows, sums.add(i * rows * self.gemm.nr)));
-            }
-        }
-    }
-
-    /// The sums of one panel and the rows from `start` on -> h or y.
-    ///
-    /// # Safety
-    /// As [`Pass::unit`], whose tile it is.
-    unsafe fn write(&self, stage: usize, scratch: &SendPtr<u8>, panel: usize, start: usize, tile: Tile) {
-        let (rows, Stage { projection, glu, factor }) = (tile.rows, self.stages[stage]);
-        // SAFETY: as there.
-        unsafe {
-            match glu {
-                Some(glu) => {
-                    let (width, stride) = (self.gemm.nr / 2, self.a_strides[1]);
-                    let h = scratch.at(self.offsets[1] + (start * stride + panel * width) * self.a_bytes());
-                    (self.gemm.glu_tile)(glu, tile, h, stride);
-                    self.fill_up(scratch, panel, start..start + rows);
-                }
-                None => {
-                    let columns = self.gemm.nr.min(projection.columns - panel * self.gemm.nr);
-                    let y = self.y.at(start * self.y_stride + panel * self.gemm.nr);
-                    (self.gemm.out_tile)(tile, factor, y, self.y_stride, columns);
-                }
-            }
-        }
-    }
-
-    /// The panel that this thread will most likely claim after this one, when all work equally fast.
-    fn likely_next(&self, stage: usize, panel: usize) -> *const u8 {
-        let mut next = panel + self.threads;
-        for stage in &self.stages[stage..] {
-            let weight = &stage.projection.weight;
-            if next < weight.panels {
-                return weight.panel(next).cast();
-            }
-            next -= weight.panels;
-        }
-        std::ptr::null()
-    }
-
-    /// Zeros behind h where its width is no multiple of a step: 0 times a weight of 0, not NaN.
-    ///
-    /// # Safety
-    /// As [`Pass::unit`], which has just written these rows of h.
-    unsafe fn fill_up(&self, scratch: &SendPtr<u8>, panel: usize, rows: std::ops::Range<usize>) {
-        let k = self.stages[1].projection.weight.k();
-        let (padding, width, a_bytes) = (k.next_multiple_of(T::K_STEP) - k, self.gemm.nr / 2, self.a_bytes());
-        if padding > 0 && panel == (k - 1) / width {
-            for row in rows {
-                // SAFETY: a row of h has room for whole panels and PAD.
-                unsafe {
-                    let end = scratch.at(self.offsets[1] + (row * self.a_strides[1] + k) * a_bytes);
-                    end.write_bytes(0, padding * a_bytes);
-                }
-            }
-        }
-    }
-
-    fn a_bytes(&self) -> usize {
-        if self.gemm.a_is_f32 { size_of::<f32>() } else { size_of::<T>() }
-    }
-}
-
-/// Rows of a unit: all, or where the panels do not come out even over the threads, so few that the units nearly do.
-pub(super) fn block_rows(rows: usize, panels: usize, threads: usize) -> usize {
-    let idle = |blocks: usize| {
-        let units = panels * blocks;
-        (units.next_multiple_of(threads) - units) as f64 / units as f64
-    };
-    let most = (rows / BLOCK_ROWS).clamp(1, threads);
-    let even = (1..=most).find(|&blocks| idle(blocks) <= 0.01);
-    let best = even.or_else(|| (1..=most).min_by(|&a, &b| idle(a).total_cmp(&idle(b))));
-    rows.div_ceil(best.unwrap_or(1))
-}
-
-/// Panels of a unit: what the kernel takes at once for so few rows, or one, where threads would be left without work.
-fn beside<T>(gemm: &Gemm<T>, rows: usize, panels: usize, threads: usize) -> usize {
-    match gemm.micro_beside.get(rows.wrapping_sub(1)) {
-        Some(&(beside, _)) if panels >= UNITS_BESIDE * threads * beside => beside,
-        _ => 1,
-    }
-}
-
-/// Rows that a thread copies at a time.
-const COPY_ROWS: usize = 8;
-
 /// Rows of A.
 #[derive(Clone, Copy)]
-struct Rows {
-    a: *const u8,
-    a_stride: usize,
-    a_bytes: usize,
-    rows: usize,
+pub(super) struct Rows {
+    pub(super) a: *const u8,
+    pub(super) a_stride: usize,
+    pub(super) a_bytes: usize,
+    pub(super) rows: usize,
 }
 
 impl Rows {
@@ -425,7 +93,7 @@ impl Rows {
 ///
 /// # Safety
 /// A and `sums` have the rows, A of all steps of a panel; the panels exist.
-unsafe fn sweep_beside<T: Packable>(gemm: &Gemm<T>, weight: &Packed<T>, panel: usize, a: Rows, sums: *mut f32) {
+pub(super) unsafe fn sweep_beside<T: Packable>(gemm: &Gemm<T>, weight: &Packed<T>, panel: usize, a: Rows, sums: *mut f32) {
     let (_, micro) = gemm.micro_beside[a.rows - 1];
     // SAFETY: the caller's contract; panels follow each other.
     unsafe { micro(call(weight, weight.panel(panel).cast(), weight.steps(), a, sums)) }
@@ -453,7 +121,7 @@ fn call<T: Packable>(weight: &Packed<T>, b: *const u8, steps: usize, a: Rows, su
 /// # Safety
 /// A and `sums` have the rows, A of all steps of the panel; `widened` has BLOCK bytes where the kernel widens. `after`, what this
 /// thread is likely to read next, is only prefetched.
-unsafe fn product<T: Packable>(
+pub(super) unsafe fn product<T: Packable>(
     gemm: &Gemm<T>,
     weight: &Packed<T>,
     panel: usize,

@@ -431,7 +431,7 @@ fn dtypes_without_a_kernel_are_left_to_the_plain_path() {
 /// Rows are cut only where panels leave threads idle, and never into blocks too small to pay.
 #[test]
 fn rows_are_cut_where_panels_do_not_come_out_even() {
-    use super::gemm::block_rows;
+    use super::pass::block_rows;
     for (rows, panels, threads, expected) in [
         (512, 448, 2, 512), // even
         (512, 447, 2, 512), // one in 447 idle

@@ -4,8 +4,9 @@ use candle_core::{CpuStorage, DType, Layout, WithDType};
 use half::{bf16, f16};
 
 use super::Kernel;
-use super::gemm::{Block, GemmElement, Projection};
+use super::gemm::GemmElement;
 use super::pack::{Matrix, Place};
+use super::pass::{Block, Projection};
 use crate::error::{Error, Result};
 use crate::glu::Glu;
 

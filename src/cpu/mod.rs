@@ -22,6 +22,8 @@ mod neon;
 mod neonbf16;
 mod pack;
 mod pages;
+mod pass;
+mod product;
 mod scalar;
 mod simd;
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
@@ -101,8 +103,9 @@ macro_rules! instantiate {
         mod $module {
             use super::*;
             use super::glu::{Hidden, Tile};
-            use super::micro::{Ahead, Call, Micro, Product, Widen};
+            use super::micro::{Ahead, Call, Micro};
             use super::pack::Packable;
+            use super::product::{Product, Widen};
             use super::simd::{Element, Simd};
 
             $(#[target_feature(enable = $features)])?
@@ -290,35 +293,35 @@ instantiate!(
     avx512bf16_kernel, "avx512bf16", super::avx512::Avx512,
     super::avx512::Avx512::new().is_some() && is_x86_feature_detected!("avx512bf16"),
     ["avx512f,avx512bw,avx512dq,avx512bf16"],
-    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::DotBf16, true
+    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::product::DotBf16, true
 );
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512_kernel, "avx512", super::avx512::Avx512, super::avx512::Avx512::new().is_some(),
-    ["avx512f,avx512bw,avx512dq"], nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false
+    ["avx512f,avx512bw,avx512dq"], nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::product::Widen<bf16>, false
 );
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx2_kernel, "avx2", super::avx2::Avx2, super::avx2::Avx2::new().is_some(), ["avx2,fma,f16c"],
-    nv 2, streams 4, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false, beside [1 => 2, 2 => 2]
+    nv 2, streams 4, mr [1, 2, 3, 4, 5, 6], bf16 super::product::Widen<bf16>, false, beside [1 => 2, 2 => 2]
 );
 #[cfg(target_arch = "aarch64")]
 instantiate!(
     neonbf16_kernel, "neonbf16", super::neon::Neon,
     super::neon::Neon::new().is_some() && std::arch::is_aarch64_feature_detected!("bf16"), ["neon,bf16"],
-    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::DotBf16, true,
+    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::product::DotBf16, true,
     many super::neonbf16::many_rows()
 );
 #[cfg(target_arch = "aarch64")]
 instantiate!(
     neon_kernel, "neon", super::neon::Neon, super::neon::Neon::new().is_some(), ["neon"],
-    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::micro::Widen<bf16>, false
+    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::product::Widen<bf16>, false
 );
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 instantiate!(
-    simd128_kernel, "simd128", super::simd128::Simd128, true, nv 2, streams 1, mr [1, 2, 3, 4], bf16 super::micro::Widen<bf16>, false
+    simd128_kernel, "simd128", super::simd128::Simd128, true, nv 2, streams 1, mr [1, 2, 3, 4], bf16 super::product::Widen<bf16>, false
 );
-instantiate!(scalar_kernel, "scalar", super::scalar::Scalar, true, nv 8, streams 1, mr [1, 2], bf16 super::micro::Widen<bf16>, false);
+instantiate!(scalar_kernel, "scalar", super::scalar::Scalar, true, nv 8, streams 1, mr [1, 2], bf16 super::product::Widen<bf16>, false);
 
 /// Every kernel this machine can run, best first; the scalar one is always there.
 pub(crate) fn available() -> &'static [Kernel] {

@@ -15,8 +15,9 @@ use std::arch::asm;
 
 use half::bf16;
 
-use super::micro::{Call, DotBf16, Micro, Product, for_lanes, load_rows};
+use super::micro::{Call, Micro};
 use super::neon::Neon;
+use super::product::{DotBf16, Product, for_lanes, load_rows};
 use super::simd::Simd;
 
 /// acc + a₀·b₀ + a₁·b₁ in every lane, the pair `LANE` of bf16 from `a` with each pair of `b`.
