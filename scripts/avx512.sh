@@ -28,7 +28,7 @@ panic: action=fatal
 error: action=ignore
 info: action=ignore
 mouse: enabled=0'
-linux="console=ttyS0,115200 quiet nokaslr mitigations=off tsc=reliable no_timer_check panic=-1"
+linux="console=ttyS0,115200 quiet nokaslr mitigations=off tsc=reliable no_timer_check"
 
 # The path of a test's binary, built.
 binary() { cargo test --locked --no-run --message-format=json "$@" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p'; }
@@ -66,9 +66,12 @@ END
     printf '%s\n' "$options" "log: /$dir/log" "com1: enabled=1, mode=file, dev=/$dir/serial" \
         "ata0-master: type=cdrom, path=/$dir/boot.iso, status=inserted" >"$at/bochsrc"
     # Its display wants a terminal.
-    TERM=xterm script -qec "chroot '$root' bochs -q -f /$dir/bochsrc" "$at/screen" >/dev/null </dev/null || true
+    TERM=xterm timeout 40m script -qec "chroot '$root' bochs -q -f /$dir/bochsrc" "$at/screen" >/dev/null </dev/null || true
+    if ! grep -qs '^exit status 0' "$at/serial"; then
+        tail "$at/log" "$at/serial"
+        return 1
+    fi
     sed -n '/^running /,/^test result/p' "$at/serial"
-    grep -q '^exit status 0' "$at/serial"
 }
 
 unit=$(binary --lib)

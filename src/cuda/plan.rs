@@ -11,7 +11,7 @@ pub(super) const DECODE_ROWS: usize = 32;
 /// At most this much memory for h and the product of gate and up together, per call: more rows go through in chunks (of 128 at least).
 const SCRATCH_BYTES: usize = 768 << 20;
 
-/// How gate, up and the activation are computed above [`DECODE_ROWS`].
+/// How gate, up and the activation are computed above `DECODE_ROWS` rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prefill {
     /// One product (M,2I) by cuBLAS, then one pass over its halves.
