@@ -80,9 +80,17 @@ if [ $# -eq 0 ]; then filters=(cpu::); fi
 mapfile -t tests < <("$unit" --list "${filters[@]}" 2>/dev/null | sed -n 's/: test$//p')
 [ ${#tests[@]} -gt 0 ]
 
+jobs=()
+# All that was started, to its end; an error if one failed.
+finish() {
+    local job failed=0
+    for job in "${jobs[@]}"; do wait "$job" || failed=1; done
+    jobs=()
+    return $failed
+}
+
 # One emulator for each processor, and the tests dealt out to them.
 printf '\n==> %s unit tests: each goes through all kernels by itself\n' ${#tests[@]}
-jobs=()
 shares=$(nproc)
 for ((share = 0; share < shares && share < ${#tests[@]}; share++)); do
     of_share=()
@@ -90,14 +98,13 @@ for ((share = 0; share < shares && share < ${#tests[@]}; share++)); do
     emulate "unit-$share" "$unit" --exact "${of_share[@]}" &
     jobs+=($!)
 done
-if [ $# -eq 0 ]; then
-    for job in "${jobs[@]}"; do wait "$job"; done
-    jobs=()
-    forward=$(binary --test forward)
-    for kernel in avx512bf16 avx512; do
-        printf '\n==> tests/forward.rs, %s\n' $kernel
-        emulate "forward-$kernel" "$forward" &
-        jobs+=($!)
-    done
-fi
-for job in "${jobs[@]}"; do wait "$job"; done
+finish
+if [ $# -gt 0 ]; then exit; fi
+
+forward=$(binary --test forward)
+for kernel in avx512bf16 avx512; do
+    printf '\n==> tests/forward.rs, %s\n' $kernel
+    emulate "forward-$kernel" "$forward" &
+    jobs+=($!)
+done
+finish
