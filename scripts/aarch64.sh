@@ -2,7 +2,7 @@
 # The tests on 64-bit ARM without such a machine: built across, and run under qemu's user emulation.
 #
 #   scripts/aarch64.sh                     all suites under every kernel there is for ARM
-#   scripts/aarch64.sh quick               unit tests, with dependencies that are not optimized (CI)
+#   scripts/aarch64.sh quick               unit tests (CI)
 #   scripts/aarch64.sh prepare             only what is needed from Debian
 #   scripts/aarch64.sh test --lib tests    any cargo command
 #
@@ -33,9 +33,7 @@ case "${1:-}" in
         exit
         ;;
     quick)
-        # Not optimized, the conversions of half are most of the tests' time, and gemm-f16's assembly is not compiled.
-        inside cargo test --locked --profile quick --lib \
-            --config profile.quick.package.half.opt-level=2 --config profile.quick.package.gemm-f16.opt-level=1
+        inside cargo test --locked --lib
         exit
         ;;
     "")

@@ -3,7 +3,7 @@
 #
 #   eval "$(scripts/cuda-toolkit.sh DIR none)"; tests/cuda_model/run.sh
 #
-# FEATURES (cuda) and PROFILE (test): as another build has them, whose candle is then used again.
+# FEATURES (cuda): as another build has them, whose candle is then used again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -f "${CUDA_HOME:-}/lib/stubs/cuda.c" ] || { echo "run.sh: CUDA_HOME is not a toolkit of scripts/cuda-toolkit.sh" >&2; exit 1; }
@@ -25,4 +25,4 @@ ln -sf libcuda.so.1 "$model/libcurand.so.10"
 # An nvcc without code is enough: the model looks at names.
 export LD_LIBRARY_PATH="$model:$CUDA_HOME/lib/stubs" CANDLE_SWIGLU_REQUIRE_CUDA=1 CUDA_MODEL=1
 unset CANDLE_SWIGLU_CUDA_SKIP_NVCC
-cargo test --locked --profile "${PROFILE:-test}" --features "${FEATURES:-cuda}" --test cuda -- --test-threads=1 "$@"
+cargo test --locked --features "${FEATURES:-cuda}" --test cuda -- --test-threads=1 "$@"
