@@ -88,17 +88,55 @@ impl GemmElement for f16 {
     }
 }
 
-/// Makes `kernel()`, which gives the [`Kernel`] of one instruction set if `$detected`.
+/// The microkernels of an instruction set, and the epilogue of gate and up.
 ///
 /// `$nv` vectors make a panel, in `$streams` streams; `$mr` are the heights of the microkernel; $mr·$nv sums, $nv columns of B and
-/// one of A are to fit the registers. `$bf16` is the product for bf16, `$native` whether it takes bf16 as it is, and then `$many`
-/// how it goes about more rows than $mr: the function that reorders a block of k for them, and their microkernels. `beside`: so
+/// one of A are to fit the registers.
+macro_rules! microkernels {
+    ($proof:path, $([$features:literal],)? nv $nv:literal, streams $streams:literal, mr [$($mr:literal),*]) => {
+        /// # Safety
+        /// As [`micro::run`], or [`micro::run_streams`].
+        $(#[target_feature(enable = $features)])?
+        unsafe fn micro<P: Product<$proof>, const MR: usize, const STREAMS: usize, const AHEAD: u8>(call: Call) {
+            // SAFETY: the caller's contract, and the target features.
+            unsafe {
+                if STREAMS > 1 {
+                    micro::run_streams::<$proof, P, MR, $nv, 1, STREAMS, AHEAD>(<$proof>::assume(), call)
+                } else {
+                    micro::run::<$proof, P, MR, $nv, AHEAD>(<$proof>::assume(), call)
+                }
+            }
+        }
+
+        fn micros<P: Product<$proof>, const STREAMS: usize, const AHEAD: u8>() -> Vec<Micro> {
+            vec![$(micro::<P, $mr, STREAMS, AHEAD>),*]
+        }
+
+        /// How the microkernels of a block fetch the next one.
+        const BLOCK_AHEAD: u8 = if $streams > 1 { Ahead::PACE } else { Ahead::TWO_LINES };
+
+        /// For one sweep along a panel: from so many rows on they fetch ahead.
+        fn sweep<P: Product<$proof>>(from: usize) -> Vec<Micro> {
+            let few = micros::<P, $streams, { Ahead::NOTHING }>().into_iter().take(from - 1);
+            few.chain(micros::<P, $streams, { Ahead::A_STEP }>().into_iter().skip(from - 1)).collect()
+        }
+
+        /// # Safety
+        /// As [`glu::tile`].
+        $(#[target_feature(enable = $features)])?
+        unsafe fn glu_tile<T: Element, H: Hidden<T>>(op: &Glu, tile: Tile, h: *mut u8, h_stride: usize) {
+            // SAFETY: the caller's contract, and the target features.
+            unsafe { glu::tile::<$proof, T, H, $nv>(<$proof>::assume(), op, tile, h.cast(), h_stride) }
+        }
+    };
+}
+
+/// Makes `kernel()`, which gives the [`Kernel`] of one instruction set if `$detected`; the rest as in [`microkernels`]. `beside`: so
 /// many rows take so many panels at once.
 macro_rules! instantiate {
     (
         $module:ident, $name:literal, $proof:path, $detected:expr, $([$features:literal],)?
-        nv $nv:literal, streams $streams:literal, mr [$($mr:literal),*], bf16 $bf16:ty, $native:literal $(, many $many:expr)?
-        $(, beside [$($rows:literal => $panels:literal),*])?
+        nv $nv:literal, streams $streams:literal, mr [$($mr:literal),*] $(, beside [$($rows:literal => $panels:literal),*])?
     ) => {
         mod $module {
             use super::*;
@@ -107,6 +145,8 @@ macro_rules! instantiate {
             use super::pack::Packable;
             use super::product::{Product, Widen};
             use super::simd::{Element, Simd};
+
+            microkernels!($proof, $([$features],)? nv $nv, streams $streams, mr [$($mr),*]);
 
             $(#[target_feature(enable = $features)])?
             fn forward_body<T: Element>(op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
@@ -133,20 +173,6 @@ macro_rules! instantiate {
             }
 
             /// # Safety
-            /// As [`micro::run`], or [`micro::run_streams`].
-            $(#[target_feature(enable = $features)])?
-            unsafe fn micro<P: Product<$proof>, const MR: usize, const STREAMS: usize, const AHEAD: u8>(call: Call) {
-                // SAFETY: the caller's contract, and the target features.
-                unsafe {
-                    if STREAMS > 1 {
-                        micro::run_streams::<$proof, P, MR, $nv, 1, STREAMS, AHEAD>(<$proof>::assume(), call)
-                    } else {
-                        micro::run::<$proof, P, MR, $nv, AHEAD>(<$proof>::assume(), call)
-                    }
-                }
-            }
-
-            /// # Safety
             /// As [`pack::widen`].
             $(#[target_feature(enable = $features)])?
             unsafe fn widen<T: Packable>(b: *const T, stream: usize, steps: usize, out: *mut f32) {
@@ -160,14 +186,6 @@ macro_rules! instantiate {
             unsafe fn convert<T: Element>(from: *const T, n: usize, to: *mut u8) {
                 // SAFETY: the caller's contract, and the target features.
                 unsafe { gemm::convert(<$proof>::assume(), from, n, to.cast()) }
-            }
-
-            /// # Safety
-            /// As [`glu::tile`].
-            $(#[target_feature(enable = $features)])?
-            unsafe fn glu_tile<T: Element, H: Hidden<T>>(op: &Glu, tile: Tile, h: *mut u8, h_stride: usize) {
-                // SAFETY: the caller's contract, and the target features.
-                unsafe { glu::tile::<$proof, T, H, $nv>(<$proof>::assume(), op, tile, h.cast(), h_stride) }
             }
 
             /// # Safety
@@ -196,19 +214,6 @@ macro_rules! instantiate {
             unsafe fn micro_beside<P: Product<$proof>, const MR: usize, const PANELS: usize>(call: Call) {
                 // SAFETY: the caller's contract, and the target features.
                 unsafe { micro::run_streams::<$proof, P, MR, $nv, PANELS, $streams, { Ahead::NOTHING }>(<$proof>::assume(), call) }
-            }
-
-            /// How the microkernels of a block fetch the next one.
-            const BLOCK_AHEAD: u8 = if $streams > 1 { Ahead::PACE } else { Ahead::TWO_LINES };
-
-            fn micros<P: Product<$proof>, const STREAMS: usize, const AHEAD: u8>() -> Vec<Micro> {
-                vec![$(micro::<P, $mr, STREAMS, AHEAD>),*]
-            }
-
-            /// For one sweep along a panel: from so many rows on they fetch ahead.
-            fn sweep<P: Product<$proof>>(from: usize) -> Vec<Micro> {
-                let few = micros::<P, $streams, { Ahead::NOTHING }>().into_iter().take(from - 1);
-                few.chain(micros::<P, $streams, { Ahead::A_STEP }>().into_iter().skip(from - 1)).collect()
             }
 
             fn functions<T: Element>() -> Functions<T> {
@@ -253,24 +258,6 @@ macro_rules! instantiate {
                 gemm
             }
 
-            fn gemm_bf16() -> Gemm<bf16> {
-                if !$native {
-                    return gemm_f32::<bf16>(false);
-                }
-                Gemm {
-                    a_is_f32: false,
-                    micro: micros::<$bf16, $streams, { Ahead::NOTHING }>(),
-                    micro_block: micros::<$bf16, $streams, { BLOCK_AHEAD }>(),
-                    micro_sweep: sweep::<$bf16>(2),
-                    micro_beside: vec![],
-                    widen: None$(.or(Some($many)))?,
-                    widen_from: [$($mr),*].len() + 1,
-                    convert: gemm::copy_bf16,
-                    glu_tile: glu_tile::<bf16, bf16>,
-                    ..gemm_f32::<bf16>(false)
-                }
-            }
-
             pub(super) fn kernel() -> Option<Kernel> {
                 let detected: bool = $detected;
                 detected.then(|| Kernel {
@@ -279,7 +266,7 @@ macro_rules! instantiate {
                     bf16: functions(),
                     f16: functions(),
                     gemm_f32: gemm_f32::<f32>(true),
-                    gemm_bf16: gemm_bf16(),
+                    gemm_bf16: gemm_f32::<bf16>(false),
                     gemm_f16: gemm_f32::<f16>(false),
                     sum_words,
                 })
@@ -288,40 +275,71 @@ macro_rules! instantiate {
     };
 }
 
+/// Makes `kernel()`, which gives the kernel of `$base` if `$detected`, but multiplies bf16 as it is, by [`product::DotBf16`]. `many`:
+/// how that goes about more rows than `$mr` has, the function that reorders a block of k for them, and their microkernels.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! instantiate_bf16 {
+    (
+        $module:ident, $name:literal, $base:ident, $proof:path, $detected:expr, [$features:literal],
+        nv $nv:literal, mr [$($mr:literal),*] $(, many $many:expr)?
+    ) => {
+        mod $module {
+            use super::*;
+            use super::glu::{Hidden, Tile};
+            use super::micro::{Ahead, Call, Micro};
+            use super::product::{DotBf16, Product};
+            use super::simd::Element;
+
+            microkernels!($proof, [$features], nv $nv, streams 1, mr [$($mr),*]);
+
+            pub(super) fn kernel() -> Option<Kernel> {
+                let base = super::$base::kernel().filter(|_| $detected)?;
+                let gemm_bf16 = Gemm {
+                    a_is_f32: false,
+                    micro: micros::<DotBf16, 1, { Ahead::NOTHING }>(),
+                    micro_block: micros::<DotBf16, 1, { BLOCK_AHEAD }>(),
+                    micro_sweep: sweep::<DotBf16>(2),
+                    micro_beside: vec![],
+                    widen: None$(.or(Some($many)))?,
+                    widen_from: [$($mr),*].len() + 1,
+                    convert: gemm::copy_bf16,
+                    glu_tile: glu_tile::<bf16, bf16>,
+                    ..base.gemm_bf16
+                };
+                Some(Kernel { name: $name, gemm_bf16, ..base })
+            }
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
-instantiate!(
-    avx512bf16_kernel, "avx512bf16", super::avx512::Avx512,
-    super::avx512::Avx512::new().is_some() && is_x86_feature_detected!("avx512bf16"),
-    ["avx512f,avx512bw,avx512dq,avx512bf16"],
-    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::product::DotBf16, true
+instantiate_bf16!(
+    avx512bf16_kernel, "avx512bf16", avx512_kernel, super::avx512::Avx512, is_x86_feature_detected!("avx512bf16"),
+    ["avx512f,avx512bw,avx512dq,avx512bf16"], nv 4, mr [1, 2, 3, 4, 5, 6]
 );
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512_kernel, "avx512", super::avx512::Avx512, super::avx512::Avx512::new().is_some(),
-    ["avx512f,avx512bw,avx512dq"], nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::product::Widen<bf16>, false
+    ["avx512f,avx512bw,avx512dq"], nv 4, streams 1, mr [1, 2, 3, 4, 5, 6]
 );
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx2_kernel, "avx2", super::avx2::Avx2, super::avx2::Avx2::new().is_some(), ["avx2,fma,f16c"],
-    nv 2, streams 4, mr [1, 2, 3, 4, 5, 6], bf16 super::product::Widen<bf16>, false, beside [1 => 2, 2 => 2]
+    nv 2, streams 4, mr [1, 2, 3, 4, 5, 6], beside [1 => 2, 2 => 2]
 );
 #[cfg(target_arch = "aarch64")]
-instantiate!(
-    neonbf16_kernel, "neonbf16", super::neon::Neon,
-    super::neon::Neon::new().is_some() && std::arch::is_aarch64_feature_detected!("bf16"), ["neon,bf16"],
-    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::product::DotBf16, true,
-    many super::neonbf16::many_rows()
+instantiate_bf16!(
+    neonbf16_kernel, "neonbf16", neon_kernel, super::neon::Neon, std::arch::is_aarch64_feature_detected!("bf16"), ["neon,bf16"],
+    nv 4, mr [1, 2, 3, 4, 5, 6], many super::neonbf16::many_rows()
 );
 #[cfg(target_arch = "aarch64")]
 instantiate!(
     neon_kernel, "neon", super::neon::Neon, super::neon::Neon::new().is_some(), ["neon"],
-    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], bf16 super::product::Widen<bf16>, false
+    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6]
 );
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
-instantiate!(
-    simd128_kernel, "simd128", super::simd128::Simd128, true, nv 2, streams 1, mr [1, 2, 3, 4], bf16 super::product::Widen<bf16>, false
-);
-instantiate!(scalar_kernel, "scalar", super::scalar::Scalar, true, nv 8, streams 1, mr [1, 2], bf16 super::product::Widen<bf16>, false);
+instantiate!(simd128_kernel, "simd128", super::simd128::Simd128, true, nv 2, streams 1, mr [1, 2, 3, 4]);
+instantiate!(scalar_kernel, "scalar", super::scalar::Scalar, true, nv 8, streams 1, mr [1, 2]);
 
 /// Every kernel this machine can run, best first; the scalar one is always there.
 pub(crate) fn available() -> &'static [Kernel] {
