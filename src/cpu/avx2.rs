@@ -1,5 +1,6 @@
 //! AVX2 with FMA and F16C: 8 lanes.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
@@ -34,9 +35,17 @@ unsafe fn pow2(n: __m256i) -> __m256 {
     unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127)))) }
 }
 
+/// See [`Simd::in_turn`]; assembly takes vectors only where the features are enabled.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn in_turn(mut a: __m256) -> __m256 {
+    // SAFETY: a comment alone, which for all the compiler knows changes `a` and memory.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) a, options(nostack, preserves_flags)) };
+    a
+}
+
 impl Simd for Avx2 {
     const LANES: usize = 8;
-    const ROW_BY_ROW: bool = true;
     type F = __m256;
     type Mask = __m256;
 
@@ -69,6 +78,11 @@ impl Simd for Avx2 {
     fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
         // SAFETY: `self` proves the instructions.
         unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn in_turn(self, a: __m256) -> __m256 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { in_turn(a) }
     }
     #[inline(always)]
     fn abs(self, a: __m256) -> __m256 {

@@ -135,8 +135,7 @@ pub(super) unsafe fn run_streams<
     call: Call,
 ) {
     let step_len = NV * S::LANES * P::K_STEP;
-    debug_assert!(P::SUM_K != usize::MAX, "one sum over all of k would depend on where k is cut");
-    let unrolled = AHEAD == Ahead::NOTHING && PANELS * MR * NV <= P::UNROLL;
+    const { assert!(STREAMS == 1 || P::SUM_K % (STREAMS * P::K_STEP) == 0, "a sum ends with a round") };
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
         let mut a = [call.a.cast::<P::A>(); MR];
@@ -152,37 +151,20 @@ pub(super) unsafe fn run_streams<
         loop {
             let mut acc = [[[s.splat(0.0); NV]; MR]; PANELS];
             let sum_end = if P::SUM_K < end - at { at + P::SUM_K } else { end };
-            while unrolled && at + STREAMS * P::K_STEP <= sum_end {
+            // A round over the streams, unrolled, and what is left of one.
+            while at + STREAMS * P::K_STEP <= sum_end {
                 for i in 0..STREAMS {
-                    for (acc, b) in acc.iter_mut().zip(&b) {
-                        P::step(s, acc, &a, at, b.byte_add(i * call.stream));
-                    }
+                    stream_step::<S, P, MR, NV, PANELS, AHEAD>(s, &mut acc, &a, at, &b, i * call.stream, next);
                     at += P::K_STEP;
-                }
-                b.iter_mut().for_each(|b| *b = b.add(step_len));
-            }
-            while at < sum_end {
-                let round_end = sum_end.min(at + STREAMS * P::K_STEP);
-                let (mut from, mut fetched) = (b, next);
-                loop {
-                    if AHEAD == Ahead::PACE {
-                        prefetch(fetched);
-                        fetched = fetched.wrapping_add(call.stream);
-                    }
-                    if AHEAD == Ahead::A_STEP {
-                        prefetch(from[0].wrapping_add(STREAM_AHEAD * step_len).cast());
-                    }
-                    for (acc, b) in acc.iter_mut().zip(&from) {
-                        P::step(s, acc, &a, at, *b);
-                    }
-                    at += P::K_STEP;
-                    if at >= round_end {
-                        break;
-                    }
-                    from.iter_mut().for_each(|b| *b = b.byte_add(call.stream));
                 }
                 b.iter_mut().for_each(|b| *b = b.add(step_len));
                 next = next.wrapping_add(call.pace);
+            }
+            let mut stream = 0;
+            while at < sum_end {
+                stream_step::<S, P, MR, NV, PANELS, AHEAD>(s, &mut acc, &a, at, &b, stream, next);
+                at += P::K_STEP;
+                stream += call.stream;
             }
             for (p, panel) in acc.iter().enumerate() {
                 for (r, row) in panel.iter().enumerate() {
@@ -197,6 +179,31 @@ pub(super) unsafe fn run_streams<
                 return;
             }
         }
+    }
+}
+
+/// A step of each panel, and what goes with it of fetching: `stream` bytes from the first stream of a round on.
+///
+/// # Safety
+/// As [`Product::step`] for each panel.
+#[inline(always)]
+unsafe fn stream_step<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const PANELS: usize, const AHEAD: u8>(
+    s: S,
+    acc: &mut [[[S::F; NV]; MR]; PANELS],
+    a: &[*const P::A; MR],
+    at: usize,
+    b: &[*const P::B; PANELS],
+    stream: usize,
+    next: *const u8,
+) {
+    match AHEAD {
+        Ahead::PACE => prefetch(next.wrapping_add(stream)),
+        Ahead::A_STEP => prefetch(b[0].wrapping_add(STREAM_AHEAD * NV * S::LANES * P::K_STEP).wrapping_byte_add(stream).cast()),
+        _ => (),
+    }
+    for (acc, b) in acc.iter_mut().zip(b) {
+        // SAFETY: the caller's contract.
+        unsafe { P::step(s, acc, a, at, b.byte_add(stream)) };
     }
 }
 

@@ -1,7 +1,5 @@
 //! The step of a product for one pair of element types: a microkernel (`micro.rs`) is a loop over it.
 
-use std::sync::atomic::{Ordering, compiler_fence};
-
 use half::{bf16, f16};
 
 use super::simd::{Element, Simd};
@@ -29,10 +27,6 @@ pub(super) trait Product<S: Simd> {
         at: usize,
         b: *const Self::B,
     );
-
-    /// Where the sums of all panels fill no more vectors than this, a round over the streams is unrolled. With more of them, or
-    /// more to do for B, the compiler mixes up its steps and runs out of registers.
-    const UNROLL: usize = 0;
 
     /// Steps that [`Product::group`] takes.
     const GROUP: usize = 1;
@@ -62,17 +56,12 @@ unsafe fn rank_one<S: Simd, const MR: usize, const NV: usize>(
     a: &[*const f32; MR],
     at: usize,
     b: [S::F; NV],
-    row_by_row: bool,
 ) {
     for r in 0..MR {
         // SAFETY: `Product::step`'s contract.
         let a = s.splat(unsafe { *a[r].add(at) });
         for v in 0..NV {
-            acc[r][v] = s.mul_add(a, b[v], acc[r][v]);
-        }
-        if row_by_row {
-            // No load moves across.
-            compiler_fence(Ordering::SeqCst);
+            acc[r][v] = s.in_turn(s.mul_add(a, b[v], acc[r][v]));
         }
     }
 }
@@ -129,13 +118,12 @@ pub(super) const SUM_F32: usize = 128;
 pub(super) struct Widen<T>(std::marker::PhantomData<T>);
 
 macro_rules! widen {
-    ($dtype:ty, $unroll:literal) => {
+    ($dtype:ty) => {
         impl<S: Simd> Product<S> for Widen<$dtype> {
             type A = f32;
             type B = $dtype;
             const K_STEP: usize = 1;
             const SUM_K: usize = SUM_F32;
-            const UNROLL: usize = $unroll;
 
             #[inline(always)]
             unsafe fn step<const MR: usize, const NV: usize>(
@@ -151,7 +139,7 @@ macro_rules! widen {
                     for (v, column) in columns.iter_mut().enumerate() {
                         *column = <$dtype>::load(s, b.add(v * S::LANES));
                     }
-                    rank_one(s, acc, a, at, columns, S::ROW_BY_ROW);
+                    rank_one(s, acc, a, at, columns);
                 }
             }
 
@@ -180,8 +168,8 @@ macro_rules! widen {
     };
 }
 
-widen!(f32, 12);
-widen!(f16, 10);
+widen!(f32);
+widen!(f16);
 
 /// f32 activations, pairs of bf16 widened as they are loaded: first the even, then the odd k.
 impl<S: Simd> Product<S> for Widen<bf16> {
@@ -204,13 +192,13 @@ impl<S: Simd> Product<S> for Widen<bf16> {
             for (v, column) in columns.iter_mut().enumerate() {
                 *column = s.load_bf16_even(b.add(v * S::LANES * 2));
             }
-            rank_one(s, acc, a, at, columns, false);
+            rank_one(s, acc, a, at, columns);
             // Vectors that stayed in registers for both would take the place of sums, which then go to memory and back each time.
             let b = unknown(b);
             for (v, column) in columns.iter_mut().enumerate() {
                 *column = s.load_bf16_odd(b.add(v * S::LANES * 2));
             }
-            rank_one(s, acc, a, at + 1, columns, false);
+            rank_one(s, acc, a, at + 1, columns);
         }
     }
 

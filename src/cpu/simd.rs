@@ -13,8 +13,6 @@ pub(super) trait Simd: Copy {
     /// Values of A that a microkernel loads at once, to name one with [`Simd::mul_add_lane`]. 1 where a broadcast from memory
     /// costs no more than a load.
     const GROUP: usize = 1;
-    /// The compiler is kept from loading elements of A for several rows at once, where they would take the registers of sums.
-    const ROW_BY_ROW: bool = false;
     /// A vector of f32.
     type F: Copy;
     /// One boolean per lane.
@@ -36,6 +34,12 @@ pub(super) trait Simd: Copy {
     #[inline(always)]
     fn mul_add_lane<const LANE: usize>(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         self.mul_add(a, b, c)
+    }
+    /// The same vector. With few registers the compiler computes it here, and loads nothing earlier that is wanted later: the
+    /// registers that it would wait in are those of sums.
+    #[inline(always)]
+    fn in_turn(self, a: Self::F) -> Self::F {
+        a
     }
     fn abs(self, a: Self::F) -> Self::F;
     /// The nearest integer, ties to even.
