@@ -325,7 +325,7 @@ instantiate!(
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx2_kernel, "avx2", super::avx2::Avx2, super::avx2::Avx2::new().is_some(), ["avx2,fma,f16c"],
-    nv 2, streams 4, mr [1, 2, 3, 4, 5, 6], beside [1 => 2, 2 => 2]
+    nv 2, streams 4, mr [1, 2, 3, 4, 5, 6], beside [1 => 2, 2 => 2, 3 => 2]
 );
 #[cfg(target_arch = "aarch64")]
 instantiate_bf16!(
