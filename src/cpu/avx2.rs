@@ -46,6 +46,7 @@ fn in_turn(mut a: __m256) -> __m256 {
 
 impl Simd for Avx2 {
     const LANES: usize = 8;
+    const UNROLL: usize = 4;
     type F = __m256;
     type Mask = __m256;
 

@@ -60,7 +60,8 @@ pub(super) type Micro = unsafe fn(Call);
 /// steps of NV·LANES columns, `acc` MR·NV·LANES writable f32. `next` is never read, so it may point anywhere.
 #[inline(always)]
 pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const AHEAD: u8>(s: S, call: Call) {
-    let step_bytes = NV * S::LANES * P::K_STEP * size_of::<P::B>();
+    let step_len = NV * S::LANES * P::K_STEP;
+    let step_bytes = step_len * size_of::<P::B>();
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
         let mut a = [call.a.cast::<P::A>(); MR];
@@ -87,13 +88,20 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
                 while P::GROUP > 1 && at + P::GROUP * P::K_STEP <= stop {
                     next = fetch::<AHEAD>(next, P::GROUP, step_bytes);
                     P::group(s, &mut acc, &a, at, b);
-                    b = b.add(NV * S::LANES * P::K_STEP * P::GROUP);
+                    b = b.add(P::GROUP * step_len);
                     at += P::K_STEP * P::GROUP;
+                }
+                while S::UNROLL > 1 && AHEAD == Ahead::NOTHING && at + S::UNROLL * P::K_STEP <= stop {
+                    for i in 0..S::UNROLL {
+                        P::step(s, &mut acc, &a, at + i * P::K_STEP, b.add(i * step_len));
+                    }
+                    b = b.add(S::UNROLL * step_len);
+                    at += S::UNROLL * P::K_STEP;
                 }
                 while at < stop {
                     next = fetch::<AHEAD>(next, 1, step_bytes);
                     P::step(s, &mut acc, &a, at, b);
-                    b = b.add(NV * S::LANES * P::K_STEP);
+                    b = b.add(step_len);
                     at += P::K_STEP;
                 }
                 if at == turn {

@@ -13,6 +13,8 @@ pub(super) trait Simd: Copy {
     /// Values of A that a microkernel loads at once, to name one with [`Simd::mul_add_lane`]. 1 where a broadcast from memory
     /// costs no more than a load.
     const GROUP: usize = 1;
+    /// Steps of a product that a loop makes in one turn, where they are so short that turning takes time.
+    const UNROLL: usize = 1;
     /// A vector of f32.
     type F: Copy;
     /// One boolean per lane.
