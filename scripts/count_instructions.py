@@ -69,8 +69,7 @@ def main():
             if found := micro(name):
                 kernel, kind, mr, streams, ahead = found
                 best = max((count(body) for body in innermost(lines)), default=(0, 0, 0))
-                # `gemm_f32` takes for pairs in streams the one that paces its fetching: 3.
-                if kernel in LANES and best[0] and ahead == (3 if streams > 1 and kind == "bf16" else 0):
+                if kernel in LANES and best[0] and ahead == 0:
                     rows.append((kernel, kind, streams, mr, *best))
             elif (m := re.search(r"3cpu\d+(\w+?)_kernel12forward_body(\w+)", name)) and m[1] in LANES:
                 kind = "bf16" if "4bf16" in m[2] else "f16" if "3f16" in m[2] else "f32"

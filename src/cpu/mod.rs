@@ -229,12 +229,7 @@ macro_rules! instantiate {
                     nr: $nv * <$proof>::LANES,
                     streams: $streams,
                     a_is_f32: true,
-                    // Of the loops over pairs the one that does not fetch is where the compiler finds too few registers.
-                    micro: if $streams > 1 && T::K_STEP > 1 {
-                        micros::<Widen<T>, $streams, { Ahead::PACE }>()
-                    } else {
-                        micros::<Widen<T>, $streams, { Ahead::NOTHING }>()
-                    },
+                    micro: micros::<Widen<T>, $streams, { Ahead::NOTHING }>(),
                     micro_block: micros::<Widen<T>, $streams, { BLOCK_AHEAD }>(),
                     // The processor fetches ahead by itself where there are several streams, or few rows, and nothing to convert.
                     micro_sweep: sweep::<Widen<T>>(match (is_f32, $streams, <$proof>::LANES) {
