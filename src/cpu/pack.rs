@@ -233,7 +233,7 @@ impl<T: Packable> Packed<T> {
         let this = &*self;
         let panels = Phase::new(source.rows.div_ceil(rows.max(1)));
         threads::run(|_| {
-            panels.work(|panel| {
+            panels.work(|panel, _| {
                 let rows = panel * rows..source.rows.min((panel + 1) * rows);
                 // SAFETY: panels are disjoint, and zeroed before.
                 unsafe { this.fill_panel(data.at(panel * this.panel_len()), first_column, source, rows) };
@@ -268,7 +268,7 @@ impl<T: Packable> Packed<T> {
         let words: &[u64] = self.buffer.words();
         let (units, sum) = (Phase::new(words.len().div_ceil(LEN)), AtomicU64::new(0));
         threads::run(|_| {
-            units.work(|unit| {
+            units.work(|unit, _| {
                 let part = sum_words(&words[unit * LEN..words.len().min((unit + 1) * LEN)], streams);
                 sum.fetch_add(part, Ordering::Relaxed);
             });

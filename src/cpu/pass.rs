@@ -179,20 +179,17 @@ impl<'a, T: GemmElement> Pass<'a, T> {
 
     fn run(mut self) {
         let scratch = SendPtr(self.scratch.as_mut_ptr());
-        let blocks = self.block_rows.map(|rows| self.x.rows.div_ceil(rows));
         let copy = Phase::new(self.x.rows.div_ceil(COPY_ROWS));
-        let units =
-            |i: usize| self.stages.get(i).map_or(0, |s| s.projection.weight.panels.div_ceil(self.panels[i]) * blocks[i]);
-        let phases = [0, 1].map(|i| Phase::new(units(i)));
+        let phases = [0, 1].map(|i| Phase::new(self.units(i)));
         let work = |thread: usize| {
             // SAFETY: scratch has `threads` pieces of this size from the last offset on.
             let own = unsafe { scratch.at(self.offsets[2] + thread * self.thread_bytes) };
             // SAFETY: units of a phase write disjoint parts of A, h and y, and a phase begins when the one it reads is done.
             unsafe {
-                copy.work(|unit| self.copy_rows(&scratch, unit));
+                copy.work(|unit, _| self.copy_rows(&scratch, unit));
                 copy.wait();
                 for (i, phase) in phases.iter().enumerate().take(self.stages.len()) {
-                    phase.work(|unit| self.unit(i, &scratch, own, unit / blocks[i], unit % blocks[i]));
+                    phase.work(|unit, next| self.unit(i, &scratch, own, unit, next));
                     if i + 1 < self.stages.len() {
                         phase.wait();
                     }
@@ -233,8 +230,9 @@ impl<'a, T: GemmElement> Pass<'a, T> {
     ///
     /// # Safety
     /// `scratch` is this pass's, `own` this thread's piece of it; A of this stage is complete; no other thread has this unit.
-    unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, unit: usize, block: usize) {
-        let start = block * self.block_rows[stage];
+    unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, unit: usize, next: usize) {
+        let blocks = self.blocks(stage);
+        let (unit, start) = (unit / blocks, unit % blocks * self.block_rows[stage]);
         let rows = self.block_rows[stage].min(self.x.rows - start);
         let projection = self.stages[stage].projection;
         let (a_bytes, a_stride) = (self.a_bytes(), self.a_strides[stage]);
@@ -251,7 +249,7 @@ impl<'a, T: GemmElement> Pass<'a, T> {
                 let widened = own.add(self.x.rows * self.gemm.nr * most * size_of::<f32>()).cast();
                 for (i, panel) in panels.clone().enumerate() {
                     let sums = sums.add(i * rows * self.gemm.nr);
-                    product(self.gemm, &projection.weight, panel, a, sums, widened, self.likely_next(stage, panel));
+                    product(self.gemm, &projection.weight, panel, a, sums, widened, self.first_byte(stage, next));
                 }
             }
             for (i, panel) in panels.enumerate() {
@@ -284,17 +282,26 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         }
     }
 
-    /// The panel that this thread will most likely claim after this one, when all work equally fast.
-    fn likely_next(&self, stage: usize, panel: usize) -> *const u8 {
-        let mut next = panel + self.threads;
-        for stage in &self.stages[stage..] {
-            let weight = &stage.projection.weight;
-            if next < weight.panels {
-                return weight.panel(next).cast();
+    /// The weights of a unit; behind the last one of a stage, of those of the next.
+    fn first_byte(&self, stage: usize, mut unit: usize) -> *const u8 {
+        for stage in stage..self.stages.len() {
+            if unit < self.units(stage) {
+                return self.stages[stage].projection.weight.panel(unit / self.blocks(stage) * self.panels[stage]).cast();
             }
-            next -= weight.panels;
+            unit -= self.units(stage);
         }
         std::ptr::null()
+    }
+
+    /// Units of a stage.
+    fn units(&self, stage: usize) -> usize {
+        let panels = |s: &Stage<T>| s.projection.weight.panels.div_ceil(self.panels[stage]);
+        self.stages.get(stage).map_or(0, |s| panels(s) * self.blocks(stage))
+    }
+
+    /// Blocks of rows that the units of a panel share.
+    fn blocks(&self, stage: usize) -> usize {
+        self.x.rows.div_ceil(self.block_rows[stage])
     }
 
     /// Zeros behind h where its width is no multiple of a step: 0 times a weight of 0, not NaN.

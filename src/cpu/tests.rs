@@ -1,9 +1,12 @@
 //! Every kernel the machine has, against the f64 definition and against each other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::sync::Mutex;
+
 use candle_core::{CpuStorage, Layout, Shape};
 use half::{bf16, f16};
 
+use super::threads::{self, Phase};
 use super::{Kernel, available, backward, forward};
 use crate::activation::GluActivation;
 use crate::glu::Glu;
@@ -341,5 +344,23 @@ fn any_layout_gives_what_a_copy_gives() {
                 assert_eq!(out, run_f32(kernel, &op, &copy(gate), &copy(up)), "{} {gate:?} {up:?}", kernel.name);
             }
         }
+    }
+}
+
+#[test]
+fn threads_claim_every_unit_once_and_in_order() {
+    for units in [0, 1, 2, 7, 8, 100, 1025] {
+        let (phase, claimed) = (Phase::new(units), Mutex::new(vec![0; units]));
+        threads::run(|_| {
+            let mut at = 0;
+            phase.work(|unit, next| {
+                assert!(unit >= at && next > unit, "{unit} after {at}, then {next}");
+                at = unit + 1;
+                claimed.lock().unwrap()[unit] += 1;
+            });
+            phase.wait();
+            assert_eq!(claimed.lock().unwrap().iter().sum::<usize>(), units);
+        });
+        assert!(claimed.into_inner().unwrap().iter().all(|&n| n == 1));
     }
 }

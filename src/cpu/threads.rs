@@ -38,7 +38,11 @@ pub(super) fn run(f: impl Fn(usize) + Sync) {
     }
 }
 
-/// Units of work that threads claim one by one.
+/// Parts of each thread's share of what is left that it claims one at a time: few claims, and a slow thread holds up no other for
+/// long.
+const PARTS: usize = 8;
+
+/// Units of work that threads claim in runs, long ones first.
 pub(super) struct Phase {
     units: usize,
     next: AtomicUsize,
@@ -50,15 +54,17 @@ impl Phase {
         Self { units, next: AtomicUsize::new(0), done: AtomicUsize::new(0) }
     }
 
-    /// Claims units and works on them until none is left.
-    pub(super) fn work(&self, mut f: impl FnMut(usize)) {
-        loop {
-            let unit = self.next.fetch_add(1, Ordering::Relaxed);
-            if unit >= self.units {
-                return;
+    /// Claims units and works on them until none is left: `f(unit, next)`, where `next` is the unit that this thread will most
+    /// likely have after it, `units` or more if none.
+    pub(super) fn work(&self, mut f: impl FnMut(usize, usize)) {
+        let run = |start: usize| (self.units.saturating_sub(start) / (PARTS * count())).max(1);
+        let claim = |next: usize| (next < self.units).then(|| next + run(next));
+        while let Ok(start) = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, claim) {
+            let end = start + run(start);
+            let _finish = Finish(&self.done, end - start);
+            for unit in start..end {
+                f(unit, if unit + 1 < end { unit + 1 } else { self.next.load(Ordering::Relaxed) });
             }
-            let _finish = Finish(&self.done);
-            f(unit);
         }
     }
 
@@ -77,12 +83,12 @@ impl Phase {
     }
 }
 
-/// Counts a unit as done even when it panics: who waits must not wait for ever.
-struct Finish<'a>(&'a AtomicUsize);
+/// Counts units as done even when one panics: who waits must not wait for ever.
+struct Finish<'a>(&'a AtomicUsize, usize);
 
 impl Drop for Finish<'_> {
     fn drop(&mut self) {
-        self.0.fetch_add(1, Ordering::Release);
+        self.0.fetch_add(self.1, Ordering::Release);
     }
 }
 
