@@ -14,9 +14,10 @@ use super::pack::{Packable, Packed};
 use super::product::SUM_F32;
 use crate::glu::Glu;
 
-/// With few rows, k that pass all rows before the next ones: one part of a sum. With 16 bit 16 KiB of 64 columns and 4 KiB of 16
-/// leave room in L1 for the sums and the same k of the rows (16 KiB with 16 columns: 3 to 10 % slower).
-const FEW_ROWS_BLOCK: usize = SUM_F32;
+/// With few rows, bytes of B that pass all rows before the next ones, and one part of a sum at least: with 64 columns 16 KiB in 16
+/// bit and 32 KiB in f32. It leaves room in L1 for the sums and the same k of the rows (with 16 columns 4 KiB: 2 to 8 % slower in 16
+/// bit, 16 KiB: up to 10 %).
+const FEW_ROWS_BLOCK: usize = 8 << 10;
 /// With more rows, bytes of B: a quarter of 1 MiB of L2, carrying the sums in and out of registers so rarely that it no longer shows
 /// (64 KiB: 3 % slower in f32).
 pub(super) const BLOCK: usize = 256 << 10;
@@ -144,7 +145,7 @@ pub(super) unsafe fn product<T: Packable>(
     let first_row = |panel: usize| a.rows * panel / panels;
     let widen = gemm.widen.as_ref().filter(|_| a.rows >= gemm.widen_from);
     let k_bytes = gemm.nr * if widen.is_some() { size_of::<f32>() } else { size_of::<T>() };
-    let block_k = if a.rows <= FEW_ROWS { FEW_ROWS_BLOCK } else { BLOCK / k_bytes };
+    let block_k = if a.rows <= FEW_ROWS { (FEW_ROWS_BLOCK / k_bytes).max(SUM_F32) } else { BLOCK / k_bytes };
     debug_assert!(block_k % SUM_F32 == 0, "blocks end where sums do");
     let block_steps = block_k / T::K_STEP;
     debug_assert!(block_steps % gemm.streams == 0, "blocks end where rounds over the streams do");
