@@ -152,6 +152,9 @@ struct Pass<'a, T> {
     /// Rows and panels of one unit of each stage.
     block_rows: [usize; 2],
     panels: [usize; 2],
+    /// Units of each stage that share a panel, and all of them.
+    blocks: [usize; 2],
+    units: [usize; 2],
     scratch: Scratch,
     /// A of the first stage, A of the second, then each thread's own: sums, and widened weights.
     offsets: [usize; 3],
@@ -174,13 +177,30 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         let scratch = Scratch::borrow(offsets[2] + threads * thread_bytes);
         let block_rows =
             [0, 1].map(|i| stages.get(i).map_or(x.rows, |s| block_rows(x.rows, s.projection.weight.panels, threads)));
-        Self { gemm, stages, x, y, y_stride, threads, block_rows, panels, scratch, offsets, a_strides, thread_bytes }
+        let blocks = block_rows.map(|rows| x.rows.div_ceil(rows));
+        let units = [0, 1].map(|i| stages.get(i).map_or(0, |s| s.projection.weight.panels.div_ceil(panels[i]) * blocks[i]));
+        Self {
+            gemm,
+            stages,
+            x,
+            y,
+            y_stride,
+            threads,
+            block_rows,
+            panels,
+            blocks,
+            units,
+            scratch,
+            offsets,
+            a_strides,
+            thread_bytes,
+        }
     }
 
     fn run(mut self) {
         let scratch = SendPtr(self.scratch.as_mut_ptr());
         let copy = Phase::new(self.x.rows.div_ceil(COPY_ROWS));
-        let phases = [0, 1].map(|i| Phase::new(self.units(i)));
+        let phases = self.units.map(Phase::new);
         let work = |thread: usize| {
             // SAFETY: scratch has `threads` pieces of this size from the last offset on.
             let own = unsafe { scratch.at(self.offsets[2] + thread * self.thread_bytes) };
@@ -231,8 +251,8 @@ impl<'a, T: GemmElement> Pass<'a, T> {
     /// # Safety
     /// `scratch` is this pass's, `own` this thread's piece of it; A of this stage is complete; no other thread has this unit.
     unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, unit: usize, next: usize) {
-        let blocks = self.blocks(stage);
-        let (unit, start) = (unit / blocks, unit % blocks * self.block_rows[stage]);
+        let (unit, block) = (unit / self.blocks[stage], unit % self.blocks[stage]);
+        let start = block * self.block_rows[stage];
         let rows = self.block_rows[stage].min(self.x.rows - start);
         let projection = self.stages[stage].projection;
         let (a_bytes, a_stride) = (self.a_bytes(), self.a_strides[stage]);
@@ -282,26 +302,11 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         }
     }
 
-    /// The weights of a unit; behind the last one of a stage, of those of the next.
-    fn first_byte(&self, stage: usize, mut unit: usize) -> *const u8 {
-        for stage in stage..self.stages.len() {
-            if unit < self.units(stage) {
-                return self.stages[stage].projection.weight.panel(unit / self.blocks(stage) * self.panels[stage]).cast();
-            }
-            unit -= self.units(stage);
-        }
-        std::ptr::null()
-    }
-
-    /// Units of a stage.
-    fn units(&self, stage: usize) -> usize {
-        let panels = |s: &Stage<T>| s.projection.weight.panels.div_ceil(self.panels[stage]);
-        self.stages.get(stage).map_or(0, |s| panels(s) * self.blocks(stage))
-    }
-
-    /// Blocks of rows that the units of a panel share.
-    fn blocks(&self, stage: usize) -> usize {
-        self.x.rows.div_ceil(self.block_rows[stage])
+    /// The weights of a unit; behind the last one of a stage, of the first of the next.
+    fn first_byte(&self, stage: usize, unit: usize) -> *const u8 {
+        let (stage, unit) = if unit < self.units[stage] { (stage, unit) } else { (stage + 1, 0) };
+        let panel = |s: &Stage<T>| s.projection.weight.panel(unit / self.blocks[stage] * self.panels[stage]).cast();
+        self.stages.get(stage).map_or(std::ptr::null(), panel)
     }
 
     /// Zeros behind h where its width is no multiple of a step: 0 times a weight of 0, not NaN.

@@ -45,19 +45,21 @@ const PARTS: usize = 8;
 /// Units of work that threads claim in runs, long ones first.
 pub(super) struct Phase {
     units: usize,
+    /// [`PARTS`] of every thread.
+    parts: usize,
     next: AtomicUsize,
     done: AtomicUsize,
 }
 
 impl Phase {
     pub(super) fn new(units: usize) -> Self {
-        Self { units, next: AtomicUsize::new(0), done: AtomicUsize::new(0) }
+        Self { units, parts: PARTS * count(), next: AtomicUsize::new(0), done: AtomicUsize::new(0) }
     }
 
     /// Claims units and works on them until none is left: `f(unit, next)`, where `next` is the unit that this thread will most
-    /// likely have after it, `units` or more if none.
+    /// likely have after it, `units` if none.
     pub(super) fn work(&self, mut f: impl FnMut(usize, usize)) {
-        let run = |start: usize| (self.units.saturating_sub(start) / (PARTS * count())).max(1);
+        let run = |start: usize| ((self.units - start) / self.parts).max(1);
         let claim = |next: usize| (next < self.units).then(|| next + run(next));
         while let Ok(start) = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, claim) {
             let end = start + run(start);
