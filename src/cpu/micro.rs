@@ -91,7 +91,8 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
                     b = b.add(P::GROUP * step_len);
                     at += P::K_STEP * P::GROUP;
                 }
-                while S::UNROLL > 1 && AHEAD == Ahead::NOTHING && at + S::UNROLL * P::K_STEP <= stop {
+                while S::UNROLL > 1 && at + S::UNROLL * P::K_STEP <= stop {
+                    next = fetch::<AHEAD>(next, S::UNROLL, step_bytes);
                     for i in 0..S::UNROLL {
                         P::step(s, &mut acc, &a, at + i * P::K_STEP, b.add(i * step_len));
                     }
@@ -143,6 +144,7 @@ pub(super) unsafe fn run_streams<
     call: Call,
 ) {
     let step_len = NV * S::LANES * P::K_STEP;
+    debug_assert!(P::SUM_K != usize::MAX, "one sum over all of k would depend on where k is cut");
     const { assert!(STREAMS == 1 || P::SUM_K % (STREAMS * P::K_STEP) == 0, "a sum ends with a round") };
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
