@@ -141,10 +141,10 @@ impl SwiGluFfn {
     }
 
     /// Reads the packed weights once with all threads, for benchmarks: what a decode step is measured against. Each thread reads
-    /// in order (1 stream), or 4 streams side by side; processors differ in which is faster. The sum of the weights' words, 0
+    /// in order (1 stream), or 4 streams side by side; processors differ in which is faster. The sum of the weights' 32-bit words, 0
     /// where nothing is packed.
     #[doc(hidden)]
-    pub fn read_weights(&self, streams: usize) -> u64 {
+    pub fn read_weights(&self, streams: usize) -> u32 {
         match &self.form {
             Form::Packed(packed) => packed.read(streams),
             Form::Plain { .. } => 0,

@@ -181,7 +181,7 @@ impl Packed {
         if x.track_op() { contiguous.apply_op1(self.clone()) } else { contiguous.apply_op1_no_bwd(self) }
     }
 
-    pub(crate) fn read(&self, streams: usize) -> u64 {
+    pub(crate) fn read(&self, streams: usize) -> u32 {
         match &self.0.store {
             Store::Cpu(layer) => layer.read(streams),
             Store::Linear(_) | Store::Block(_) => 0,

@@ -115,6 +115,11 @@ impl Simd for Avx2 {
         // SAFETY: `self` proves the instructions.
         unsafe { _mm256_blendv_ps(no, yes, mask) }
     }
+    #[inline(always)]
+    fn add_bits(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))) }
+    }
 
     #[inline(always)]
     unsafe fn load_f32(self, src: *const f32) -> __m256 {

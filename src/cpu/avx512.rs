@@ -85,6 +85,11 @@ impl Simd for Avx512 {
         // SAFETY: `self` proves the instructions.
         unsafe { _mm512_mask_blend_ps(mask, no, yes) }
     }
+    #[inline(always)]
+    fn add_bits(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))) }
+    }
 
     #[inline(always)]
     unsafe fn load_f32(self, src: *const f32) -> __m512 {

@@ -26,9 +26,9 @@ impl Buffer {
         self.0.len() * LINE
     }
 
-    pub(super) fn words(&self) -> &[u64] {
+    pub(super) fn words(&self) -> &[f32] {
         // SAFETY: whole lines of 64 initialised bytes, aligned to 64.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.bytes() / size_of::<u64>()) }
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.bytes() / size_of::<f32>()) }
     }
 
     pub(super) fn as_ptr<T: Pod>(&self) -> *const T {

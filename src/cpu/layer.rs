@@ -33,8 +33,8 @@ pub(crate) trait Layer: Send + Sync {
     fn rows(&self, part: Part, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage;
     /// The bias (rows), if one was set.
     fn bias(&self, part: Part) -> Option<Vec<f32>>;
-    /// Reads all packed weights with all threads, as a sweep over them would: the floor of a decode step. Gives their sum mod 2⁶⁴.
-    fn read(&self, streams: usize) -> u64;
+    /// Reads all packed weights with all threads, as a sweep over them would: the floor of a decode step. Gives their sum mod 2³².
+    fn read(&self, streams: usize) -> u32;
     /// x (M, k) of any layout -> y (M, columns)
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage>;
 }
@@ -124,7 +124,7 @@ impl<T: GemmElement + WithDType> Layer for LinearLayer<T> {
         self.projection.bias(Place::Whole)
     }
 
-    fn read(&self, streams: usize) -> u64 {
+    fn read(&self, streams: usize) -> u32 {
         self.projection.weight.read(self.kernel.sum_words, streams)
     }
 
@@ -173,7 +173,7 @@ impl<T: GemmElement + WithDType> Layer for Block<T> {
         projection.bias(place)
     }
 
-    fn read(&self, streams: usize) -> u64 {
+    fn read(&self, streams: usize) -> u32 {
         let read = |projection: &Projection<T>| projection.weight.read(self.kernel.sum_words, streams);
         let parts = [&self.gate_up, &self.down].map(read);
         parts[0].wrapping_add(parts[1])

@@ -66,7 +66,7 @@ pub(crate) struct Kernel {
     gemm_f32: Gemm<f32>,
     gemm_bf16: Gemm<bf16>,
     gemm_f16: Gemm<f16>,
-    /// The sum of words mod 2⁶⁴, as fast as this instruction set reads.
+    /// The sum of words mod 2³², as fast as this instruction set reads.
     sum_words: pack::SumWords,
 }
 
@@ -197,12 +197,13 @@ macro_rules! instantiate {
             }
 
             $(#[target_feature(enable = $features)])?
-            fn sum_words_body(words: &[u64], streams: usize) -> u64 {
-                pack::sum_words(words, streams)
+            fn sum_words_body(words: &[f32], streams: usize) -> u32 {
+                // SAFETY: the target features of this function are those the proof stands for.
+                pack::sum_words(unsafe { <$proof>::assume() }, words, streams)
             }
 
             #[allow(unused_unsafe, reason = "the scalar kernel has no target features")]
-            fn sum_words(words: &[u64], streams: usize) -> u64 {
+            fn sum_words(words: &[f32], streams: usize) -> u32 {
                 // SAFETY: only `kernel` names this function, after detection.
                 unsafe { sum_words_body(words, streams) }
             }

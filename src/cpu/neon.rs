@@ -113,6 +113,11 @@ impl Simd for Neon {
         // SAFETY: `self` proves the instructions.
         unsafe { vbslq_f32(mask, yes, no) }
     }
+    #[inline(always)]
+    fn add_bits(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: `self` proves the instructions.
+        unsafe { vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b))) }
+    }
 
     #[inline(always)]
     unsafe fn load_f32(self, src: *const f32) -> float32x4_t {

@@ -73,6 +73,10 @@ impl Simd for Scalar {
     fn select(self, mask: bool, yes: f32, no: f32) -> f32 {
         if mask { yes } else { no }
     }
+    #[inline(always)]
+    fn add_bits(self, a: f32, b: f32) -> f32 {
+        f32::from_bits(a.to_bits().wrapping_add(b.to_bits()))
+    }
 
     #[inline(always)]
     unsafe fn load_f32(self, src: *const f32) -> f32 {

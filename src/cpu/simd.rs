@@ -51,6 +51,8 @@ pub(super) trait Simd: Copy {
     /// a ≤ b; false where either is NaN.
     fn le(self, a: Self::F, b: Self::F) -> Self::Mask;
     fn select(self, mask: Self::Mask, yes: Self::F, no: Self::F) -> Self::F;
+    /// The bits of each lane as a 32-bit integer: their sum mod 2³².
+    fn add_bits(self, a: Self::F, b: Self::F) -> Self::F;
 
     /// # Safety
     /// `src` points to `LANES` readable f32, at any alignment.

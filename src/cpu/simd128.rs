@@ -105,6 +105,10 @@ impl Simd for Simd128 {
     fn select(self, mask: v128, yes: v128, no: v128) -> v128 {
         v128_bitselect(yes, no, mask)
     }
+    #[inline(always)]
+    fn add_bits(self, a: v128, b: v128) -> v128 {
+        i32x4_add(a, b)
+    }
 
     #[inline(always)]
     unsafe fn load_f32(self, src: *const f32) -> v128 {
