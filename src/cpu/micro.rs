@@ -44,6 +44,8 @@ impl Ahead {
     pub(super) const A_STEP: u8 = 2;
     /// `pace` bytes of every stream in a round over them, of a block that all microkernels that pass the one before fetch together.
     pub(super) const PACE: u8 = 3;
+    /// The same into the second-level cache: where the first does not hold two blocks.
+    pub(super) const PACE_FAR: u8 = 4;
 }
 
 pub(super) const LINE: usize = 64;
@@ -125,7 +127,7 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
 }
 
 /// [`run`] over panels in streams, PANELS neighbours at once: a step of each in turn. Step t of a panel is the next one of its
-/// stream t mod STREAMS (`pack.rs`). `SUM_K` is finite, and `turn` unused.
+/// stream t mod STREAMS (`pack.rs`). `turn` is unused.
 ///
 /// # Safety
 /// As [`run`] for each panel, `apart` bytes after the one before it, `stream` bytes from one of its streams to the next; its sums
@@ -144,8 +146,7 @@ pub(super) unsafe fn run_streams<
     call: Call,
 ) {
     let step_len = NV * S::LANES * P::K_STEP;
-    debug_assert!(P::SUM_K != usize::MAX, "one sum over all of k would depend on where k is cut");
-    const { assert!(STREAMS == 1 || P::SUM_K % (STREAMS * P::K_STEP) == 0, "a sum ends with a round") };
+    const { assert!(P::SUM_K == usize::MAX || P::SUM_K % (STREAMS * P::K_STEP) == 0, "a sum ends with a round") };
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
         let mut a = [call.a.cast::<P::A>(); MR];
@@ -161,6 +162,17 @@ pub(super) unsafe fn run_streams<
         loop {
             let mut acc = [[[s.splat(0.0); NV]; MR]; PANELS];
             let sum_end = if P::SUM_K < end - at { at + P::SUM_K } else { end };
+            let total = |p: usize, r: usize, v: usize| call.acc.add(((p * MR + r) * NV + v) * S::LANES);
+            let whole = P::SUM_K == usize::MAX;
+            if whole && !first {
+                for (p, panel) in acc.iter_mut().enumerate() {
+                    for (r, row) in panel.iter_mut().enumerate() {
+                        for (v, sum) in row.iter_mut().enumerate() {
+                            *sum = s.load_f32(total(p, r, v));
+                        }
+                    }
+                }
+            }
             // A round over the streams, unrolled, and what is left of one.
             while at + STREAMS * P::K_STEP <= sum_end {
                 for i in 0..STREAMS {
@@ -179,8 +191,8 @@ pub(super) unsafe fn run_streams<
             for (p, panel) in acc.iter().enumerate() {
                 for (r, row) in panel.iter().enumerate() {
                     for (v, &sum) in row.iter().enumerate() {
-                        let total = call.acc.add(((p * MR + r) * NV + v) * S::LANES);
-                        s.store_f32(if first { sum } else { s.add(s.load_f32(total), sum) }, total);
+                        let total = total(p, r, v);
+                        s.store_f32(if whole || first { sum } else { s.add(s.load_f32(total), sum) }, total);
                     }
                 }
             }
@@ -207,7 +219,14 @@ unsafe fn stream_step<S: Simd, P: Product<S>, const MR: usize, const NV: usize, 
     next: *const u8,
 ) {
     match AHEAD {
-        Ahead::PACE => prefetch(next.wrapping_add(stream)),
+        Ahead::PACE | Ahead::PACE_FAR => {
+            // Half a step: two groups of rows at least pass a block.
+            let half = NV * S::LANES * P::K_STEP * size_of::<P::B>() / 2;
+            for line in 0..half.div_ceil(LINE) {
+                let line = next.wrapping_add(stream + line * LINE);
+                if AHEAD == Ahead::PACE { prefetch(line) } else { prefetch_far(line) }
+            }
+        }
         Ahead::A_STEP => prefetch(b[0].wrapping_add(STREAM_AHEAD * NV * S::LANES * P::K_STEP).wrapping_byte_add(stream).cast()),
         _ => (),
     }
@@ -231,19 +250,36 @@ fn fetch<const AHEAD: u8>(next: *const u8, steps: usize, step_bytes: usize) -> *
     next.wrapping_add(bytes)
 }
 
-/// Asks for the line at `p` in the first-level cache; any address will do.
-#[inline(always)]
-pub(super) fn prefetch(p: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch reads nothing and cannot fault.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast())
+macro_rules! prefetch {
+    ($(#[$doc:meta])* $name:ident, $x86:ident, $arm:literal) => {
+        $(#[$doc])*
+        #[inline(always)]
+        pub(super) fn $name(p: *const u8) {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a prefetch reads nothing and cannot fault.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::$x86 }>(p.cast())
+            };
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            unsafe {
+                std::arch::asm!(concat!("prfm ", $arm, ", [{p}]"), p = in(reg) p, options(nomem, nostack, preserves_flags))
+            };
+            #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+            let _ = p;
+        }
     };
-    #[cfg(target_arch = "aarch64")]
-    // SAFETY: as above.
-    unsafe {
-        std::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nomem, nostack, preserves_flags))
-    };
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let _ = p;
 }
+
+prefetch!(
+    /// Asks for the line at `p` in the first-level cache; any address will do.
+    prefetch,
+    _MM_HINT_T0,
+    "pldl1keep"
+);
+prefetch!(
+    /// The same for the second-level cache.
+    prefetch_far,
+    _MM_HINT_T1,
+    "pldl2keep"
+);

@@ -93,7 +93,10 @@ impl GemmElement for f16 {
 /// `$nv` vectors make a panel, in `$streams` streams; `$mr` are the heights of the microkernel; $mr·$nv sums, $nv columns of B and
 /// one of A are to fit the registers.
 macro_rules! microkernels {
-    ($proof:path, $([$features:literal],)? nv $nv:literal, streams $streams:literal, mr [$($mr:literal),*]) => {
+    (
+        $proof:path, $([$features:literal],)?
+        nv $nv:literal, streams $streams:literal, mr [$($mr:literal),*] $(, beside [$($rows:literal => $panels:literal),*])?
+    ) => {
         /// # Safety
         /// As [`micro::run`], or [`micro::run_streams`].
         $(#[target_feature(enable = $features)])?
@@ -112,8 +115,25 @@ macro_rules! microkernels {
             vec![$(micro::<P, $mr, STREAMS, AHEAD>),*]
         }
 
+        /// # Safety
+        /// As [`micro::run_streams`].
+        #[allow(dead_code, reason = "not every kernel takes panels side by side")]
+        $(#[target_feature(enable = $features)])?
+        unsafe fn micro_beside<P: Product<$proof>, const MR: usize, const PANELS: usize>(call: Call) {
+            // SAFETY: the caller's contract, and the target features.
+            unsafe { micro::run_streams::<$proof, P, MR, $nv, PANELS, $streams, { Ahead::NOTHING }>(<$proof>::assume(), call) }
+        }
+
+        fn micros_beside<P: Product<$proof>>() -> Vec<(usize, Micro)> {
+            vec![$($(($panels, micro_beside::<P, $rows, $panels>)),*)?]
+        }
+
         /// How the microkernels of a block fetch the next one.
-        const BLOCK_AHEAD: u8 = if $streams > 1 { Ahead::PACE } else { Ahead::TWO_LINES };
+        const BLOCK_AHEAD: u8 = match ($streams, <$proof>::LANES) {
+            (1, _) => Ahead::TWO_LINES,
+            (_, 16) => Ahead::PACE_FAR,
+            _ => Ahead::PACE,
+        };
 
         /// For one sweep along a panel: from so many rows on they fetch ahead.
         fn sweep<P: Product<$proof>>(from: usize) -> Vec<Micro> {
@@ -146,7 +166,9 @@ macro_rules! instantiate {
             use super::product::{Product, Widen};
             use super::simd::{Element, Simd};
 
-            microkernels!($proof, $([$features],)? nv $nv, streams $streams, mr [$($mr),*]);
+            microkernels!(
+                $proof, $([$features],)? nv $nv, streams $streams, mr [$($mr),*] $(, beside [$($rows => $panels),*])?
+            );
 
             $(#[target_feature(enable = $features)])?
             fn forward_body<T: Element>(op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
@@ -208,15 +230,6 @@ macro_rules! instantiate {
                 unsafe { sum_words_body(words, streams) }
             }
 
-            /// # Safety
-            /// As [`micro::run_streams`].
-            #[allow(dead_code, reason = "not every kernel takes panels side by side")]
-            $(#[target_feature(enable = $features)])?
-            unsafe fn micro_beside<P: Product<$proof>, const MR: usize, const PANELS: usize>(call: Call) {
-                // SAFETY: the caller's contract, and the target features.
-                unsafe { micro::run_streams::<$proof, P, MR, $nv, PANELS, $streams, { Ahead::NOTHING }>(<$proof>::assume(), call) }
-            }
-
             fn functions<T: Element>() -> Functions<T> {
                 Functions { forward: forward::<T>, backward: backward::<T> }
             }
@@ -232,13 +245,12 @@ macro_rules! instantiate {
                     a_is_f32: true,
                     micro: micros::<Widen<T>, $streams, { Ahead::NOTHING }>(),
                     micro_block: micros::<Widen<T>, $streams, { BLOCK_AHEAD }>(),
-                    // The processor fetches ahead by itself where there are several streams, or few rows, and nothing to convert.
+                    // The processor fetches ahead by itself where there are several streams, and little to do for each line.
                     micro_sweep: sweep::<Widen<T>>(match (is_f32, $streams, <$proof>::LANES) {
-                        (true, 2.., _) => usize::MAX,
-                        (true, 1, 16) => 2,
+                        (_, 2.., 16) | (true, 2.., _) => usize::MAX,
                         _ => 1,
                     }),
-                    micro_beside: vec![$($(($panels, micro_beside::<Widen<T>, $rows, $panels>)),*)?],
+                    micro_beside: micros_beside::<Widen<T>>(),
                     widen: (!is_f32).then(|| (widen::<T> as _, micros::<Widen<f32>, 1, { Ahead::NOTHING }>())),
                     widen_from: if <$proof>::LANES == 1 { 0 } else { gemm::WIDEN_FROM },
                     convert: convert::<T>,
@@ -277,25 +289,28 @@ macro_rules! instantiate {
 macro_rules! instantiate_bf16 {
     (
         $module:ident, $name:literal, $base:ident, $proof:path, $detected:expr, [$features:literal],
-        nv $nv:literal, mr [$($mr:literal),*] $(, many $many:expr)?
+        nv $nv:literal, streams $streams:literal, mr [$($mr:literal),*] $(, beside [$($rows:literal => $panels:literal),*])?
+        $(, many $many:expr)?
     ) => {
         mod $module {
             use super::*;
             use super::glu::{Hidden, Tile};
             use super::micro::{Ahead, Call, Micro};
             use super::product::{DotBf16, Product};
-            use super::simd::Element;
+            use super::simd::{Element, Simd};
 
-            microkernels!($proof, [$features], nv $nv, streams 1, mr [$($mr),*]);
+            microkernels!(
+                $proof, [$features], nv $nv, streams $streams, mr [$($mr),*] $(, beside [$($rows => $panels),*])?
+            );
 
             pub(super) fn kernel() -> Option<Kernel> {
                 let base = super::$base::kernel().filter(|_| $detected)?;
                 let gemm_bf16 = Gemm {
                     a_is_f32: false,
-                    micro: micros::<DotBf16, 1, { Ahead::NOTHING }>(),
-                    micro_block: micros::<DotBf16, 1, { BLOCK_AHEAD }>(),
-                    micro_sweep: sweep::<DotBf16>(2),
-                    micro_beside: vec![],
+                    micro: micros::<DotBf16, $streams, { Ahead::NOTHING }>(),
+                    micro_block: micros::<DotBf16, $streams, { BLOCK_AHEAD }>(),
+                    micro_sweep: sweep::<DotBf16>(if $streams > 1 { usize::MAX } else { 2 }),
+                    micro_beside: micros_beside::<DotBf16>(),
                     widen: None$(.or(Some($many)))?,
                     widen_from: [$($mr),*].len() + 1,
                     convert: gemm::copy_bf16,
@@ -311,12 +326,12 @@ macro_rules! instantiate_bf16 {
 #[cfg(target_arch = "x86_64")]
 instantiate_bf16!(
     avx512bf16_kernel, "avx512bf16", avx512_kernel, super::avx512::Avx512, is_x86_feature_detected!("avx512bf16"),
-    ["avx512f,avx512bw,avx512dq,avx512bf16"], nv 4, mr [1, 2, 3, 4, 5, 6]
+    ["avx512f,avx512bw,avx512dq,avx512bf16"], nv 4, streams 4, mr [1, 2, 3, 4, 5, 6]
 );
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512_kernel, "avx512", super::avx512::Avx512, super::avx512::Avx512::new().is_some(),
-    ["avx512f,avx512bw,avx512dq"], nv 4, streams 1, mr [1, 2, 3, 4, 5, 6]
+    ["avx512f,avx512bw,avx512dq"], nv 4, streams 4, mr [1, 2, 3, 4, 5, 6]
 );
 #[cfg(target_arch = "x86_64")]
 instantiate!(
@@ -326,7 +341,7 @@ instantiate!(
 #[cfg(target_arch = "aarch64")]
 instantiate_bf16!(
     neonbf16_kernel, "neonbf16", neon_kernel, super::neon::Neon, std::arch::is_aarch64_feature_detected!("bf16"), ["neon,bf16"],
-    nv 4, mr [1, 2, 3, 4, 5, 6], many super::neonbf16::many_rows()
+    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], many super::neonbf16::many_rows()
 );
 #[cfg(target_arch = "aarch64")]
 instantiate!(
