@@ -1,5 +1,6 @@
 //! AVX-512: 16 lanes (avx512f, avx512bw, avx512dq; avx512vl is not needed).
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
@@ -23,6 +24,15 @@ impl Avx512 {
     pub(super) unsafe fn assume() -> Self {
         Self(())
     }
+}
+
+/// See [`Simd::in_turn`]; assembly takes vectors only where the features are enabled.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn in_turn(mut a: __m512) -> __m512 {
+    // SAFETY: a comment alone, which for all the compiler knows changes `a` and memory.
+    unsafe { asm!("/* {0} */", inout(zmm_reg) a, options(nostack, preserves_flags)) };
+    a
 }
 
 impl Simd for Avx512 {
@@ -59,6 +69,11 @@ impl Simd for Avx512 {
     fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: `self` proves the instructions.
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn in_turn(self, a: __m512) -> __m512 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { in_turn(a) }
     }
     #[inline(always)]
     fn abs(self, a: __m512) -> __m512 {
@@ -140,7 +155,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_f16(self, src: *const f16) -> __m512 {
         // SAFETY: `self` proves the instructions, the caller gives 16 readable elements.
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(src.cast())) }
+        unsafe { _mm512_cvt_roundph_ps::<_MM_FROUND_CUR_DIRECTION>(_mm256_loadu_si256(src.cast())) }
     }
     #[inline(always)]
     unsafe fn store_f16(self, value: __m512, dst: *mut f16) {

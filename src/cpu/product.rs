@@ -275,7 +275,7 @@ impl Product<super::avx512::Avx512> for DotBf16 {
             for r in 0..MR {
                 let a = splat_pair(a[r].add(at));
                 for v in 0..NV {
-                    acc[r][v] = dot_bf16(acc[r][v], a, columns[v]);
+                    acc[r][v] = s.in_turn(dot_bf16(acc[r][v], a, columns[v]));
                 }
             }
         }
