@@ -16,7 +16,8 @@ use crate::glu::Glu;
 
 /// With few rows, bytes of B that pass all rows before the next ones, and one part of a sum at least: with 64 columns 16 KiB in 16
 /// bit and 32 KiB in f32. It leaves room in L1 for the sums and the same k of the rows (with 16 columns 4 KiB: 2 to 8 % slower in 16
-/// bit, 16 KiB: up to 10 %).
+/// bit, 16 KiB: up to 10 %). With 64 columns the next block waits in L2 meanwhile ([`super::micro::Ahead::PACE_FAR`]), and half or
+/// twice as much makes no difference.
 const FEW_ROWS_BLOCK: usize = 8 << 10;
 /// With more rows, bytes of B: a quarter of 1 MiB of L2, carrying the sums in and out of registers so rarely that it no longer shows
 /// (64 KiB: 3 % slower in f32).

@@ -430,21 +430,42 @@ fn dtypes_without_a_kernel_are_left_to_the_plain_path() {
 /// Rows are cut only where panels leave threads idle, and never into blocks too small to pay.
 #[test]
 fn rows_are_cut_where_panels_do_not_come_out_even() {
-    use super::pass::block_rows;
-    for (rows, panels, threads, expected) in [
-        (512, 448, 2, 512), // even
-        (512, 447, 2, 512), // one in 447 idle
-        (512, 43, 2, 256),  // one in 43
-        (300, 8, 3, 100),
-        (512, 8, 16, 256), // 16 units
-        (150, 43, 2, 150), // half of it would be below the least
-        (1, 1, 64, 1),
-        (512, 1, 64, 103),
+    use super::cut::Cut;
+    for (rows, panels, threads, units, last) in [
+        (512, 448, 2, 448, 512), // even
+        (512, 447, 2, 447, 512), // one in 447 idle
+        (512, 43, 2, 44, 256),   // the last one of 43
+        (16, 43, 2, 44, 8),
+        (7, 43, 2, 43, 7),    // half of it would be below the least
+        (300, 8, 3, 24, 100), // the last two are too many for three threads, so all are cut
+        (300, 7, 3, 9, 100),
+        (512, 8, 16, 16, 256),
+        (512, 43, 16, 172, 128), // the last eleven as well
+        (1, 1, 64, 1, 1),
+        (512, 1, 64, 64, 8),
     ] {
-        assert_eq!(block_rows(rows, panels, threads), expected, "{rows} rows, {panels} panels, {threads} threads");
+        let cut = Cut::new(rows, panels, threads, 1);
+        assert_eq!(cut.units(), units, "{rows} rows, {panels} panels, {threads} threads");
+        assert_eq!(cut.unit(units - 1).1.len(), last, "{rows} rows, {panels} panels, {threads} threads");
     }
-    for (rows, panels, threads) in (1..520).step_by(7).flat_map(|rows| (1..12).map(move |n| (rows, n, 1 + rows % 9))) {
-        let block = block_rows(rows, panels, threads);
-        assert!(block >= 1 && block <= rows && (block == rows || block >= 86), "{rows} {panels} {threads}: {block}");
+    assert_eq!(Cut::new(1, 43, 2, 2).units(), 22);
+    assert_eq!(Cut::new(1, 43, 6, 2).units(), 43); // too few for two at once
+}
+
+/// Every panel meets every row in one unit.
+#[test]
+fn units_are_all_panels_and_rows_once() {
+    use super::cut::Cut;
+    for (rows, panels, threads) in (1..520).step_by(7).flat_map(|rows| (1..50).map(move |n| (rows, n, 1 + (rows + n) % 17))) {
+        for beside in [1, 2] {
+            let cut = Cut::new(rows, panels, threads, beside);
+            let mut seen = vec![0; rows * panels];
+            for unit in 0..cut.units() {
+                let (unit_panels, unit_rows) = cut.unit(unit);
+                assert!(!unit_rows.is_empty() && (1..=cut.beside()).contains(&unit_panels.len()));
+                unit_panels.for_each(|panel| unit_rows.clone().for_each(|row| seen[panel * rows + row] += 1));
+            }
+            assert!(seen.iter().all(|&n| n == 1), "{rows} rows, {panels} panels, {threads} threads, {beside} beside");
+        }
     }
 }

@@ -9,6 +9,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod buffer;
+mod cut;
 mod elementwise;
 mod gemm;
 #[cfg(test)]

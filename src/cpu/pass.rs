@@ -2,12 +2,13 @@
 //!
 //! 1. Rows of x are copied, in the microkernel's element type and with padded strides, into scratch; at most
 //!    [`CHUNK_ROWS`] at a time, so that scratch is bounded.
-//! 2. Units of work are one panel of weights times a block of rows (`gemm.rs`); a few panels side by side where one row or two leave
-//!    the registers for them. Threads claim units in order. The sums of a unit, (panels, rows, NR) in f32, lie in its thread's scratch.
+//! 2. Units of work are panels of weights times rows (`cut.rs`, `gemm.rs`). Threads claim them in order. The sums of a unit,
+//!    (panels, rows, NR) in f32, lie in its thread's scratch.
 //! 3. An epilogue turns the sums into h or y while they are in cache; gate and up are never written.
 //! 4. Threads go on to the down projection when all of h is there.
 
 use super::buffer::{Buffer, Scratch};
+use super::cut::Cut;
 use super::gemm::{BLOCK, Gemm, GemmElement, Rows, product, sweep_beside};
 use super::glu::Tile;
 use super::pack::{Matrix, Packed, Place};
@@ -21,10 +22,6 @@ use crate::glu::Glu;
 pub(super) const CHUNK_ROWS: usize = 512;
 /// Elements between the rows of A beyond their length: rows a power of two apart would share cache sets.
 const PAD: usize = 64;
-/// With fewer rows in a unit, reading its panel shows beside multiplying.
-const BLOCK_ROWS: usize = 96;
-/// Panels go side by side where so many units of them remain for each thread.
-const UNITS_BESIDE: usize = 4;
 /// Below this many multiply-adds per thread one thread is faster than waking another.
 const SERIAL: usize = 1 << 16;
 /// Rows that a thread copies at a time.
@@ -149,12 +146,8 @@ struct Pass<'a, T> {
     y: SendPtr<T>,
     y_stride: usize,
     threads: usize,
-    /// Rows and panels of one unit of each stage.
-    block_rows: [usize; 2],
-    panels: [usize; 2],
-    /// Units of each stage that share a panel, and all of them.
-    blocks: [usize; 2],
-    units: [usize; 2],
+    /// The units of each stage.
+    cuts: [Cut; 2],
     scratch: Scratch,
     /// A of the first stage, A of the second, then each thread's own: sums, and widened weights.
     offsets: [usize; 3],
@@ -170,37 +163,19 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         let a_strides = [0, 1].map(|i| stages.get(i).map_or(0, |s| s.projection.weight.k().next_multiple_of(gemm.nr) + PAD));
         let offsets = [0, x.rows * a_strides[0] * a_bytes, x.rows * (a_strides[0] + a_strides[1]) * a_bytes];
         let offsets = offsets.map(|offset| offset.next_multiple_of(64));
-        let panels = [0, 1].map(|i| stages.get(i).map_or(1, |s| beside(gemm, x.rows, s.projection.weight.panels, threads)));
-        let sums = x.rows * gemm.nr * panels[0].max(panels[1]) * size_of::<f32>();
+        let beside = gemm.micro_beside.get(x.rows.wrapping_sub(1)).map_or(1, |&(panels, _)| panels);
+        let cuts = [0, 1].map(|i| Cut::new(x.rows, stages.get(i).map_or(0, |s| s.projection.weight.panels), threads, beside));
+        let sums = x.rows * gemm.nr * cuts[0].beside().max(cuts[1].beside()) * size_of::<f32>();
         let widened = if gemm.widen.is_some() && x.rows >= gemm.widen_from { BLOCK } else { 0 };
         let thread_bytes = (sums + widened).next_multiple_of(64);
         let scratch = Scratch::borrow(offsets[2] + threads * thread_bytes);
-        let block_rows =
-            [0, 1].map(|i| stages.get(i).map_or(x.rows, |s| block_rows(x.rows, s.projection.weight.panels, threads)));
-        let blocks = block_rows.map(|rows| x.rows.div_ceil(rows));
-        let units = [0, 1].map(|i| stages.get(i).map_or(0, |s| s.projection.weight.panels.div_ceil(panels[i]) * blocks[i]));
-        Self {
-            gemm,
-            stages,
-            x,
-            y,
-            y_stride,
-            threads,
-            block_rows,
-            panels,
-            blocks,
-            units,
-            scratch,
-            offsets,
-            a_strides,
-            thread_bytes,
-        }
+        Self { gemm, stages, x, y, y_stride, threads, cuts, scratch, offsets, a_strides, thread_bytes }
     }
 
     fn run(mut self) {
         let scratch = SendPtr(self.scratch.as_mut_ptr());
         let copy = Phase::new(self.x.rows.div_ceil(COPY_ROWS));
-        let phases = self.units.map(Phase::new);
+        let phases = self.cuts.map(|cut| Phase::new(cut.units()));
         let work = |thread: usize| {
             // SAFETY: scratch has `threads` pieces of this size from the last offset on.
             let own = unsafe { scratch.at(self.offsets[2] + thread * self.thread_bytes) };
@@ -246,14 +221,13 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         }
     }
 
-    /// One panel of a stage, or some side by side, times one block of rows.
+    /// One panel of a stage, or some side by side, times all rows or a block of them.
     ///
     /// # Safety
     /// `scratch` is this pass's, `own` this thread's piece of it; A of this stage is complete; no other thread has this unit.
     unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, unit: usize, next: usize) {
-        let (unit, block) = (unit / self.blocks[stage], unit % self.blocks[stage]);
-        let start = block * self.block_rows[stage];
-        let rows = self.block_rows[stage].min(self.x.rows - start);
+        let (panels, std::ops::Range { start, end }) = self.cuts[stage].unit(unit);
+        let rows = end - start;
         let projection = self.stages[stage].projection;
         let (a_bytes, a_stride) = (self.a_bytes(), self.a_strides[stage]);
         let sums = own.cast::<f32>();
@@ -261,8 +235,7 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         unsafe {
             let a = scratch.at(self.offsets[stage] + start * a_stride * a_bytes);
             let a = Rows { a, a_stride, a_bytes, rows };
-            let most = self.panels[stage];
-            let panels = unit * most..projection.weight.panels.min((unit + 1) * most);
+            let most = self.cuts[stage].beside();
             if most > 1 && panels.len() == most {
                 sweep_beside(self.gemm, &projection.weight, panels.start, a, sums);
             } else {
@@ -304,8 +277,8 @@ impl<'a, T: GemmElement> Pass<'a, T> {
 
     /// The weights of a unit; behind the last one of a stage, of the first of the next.
     fn first_byte(&self, stage: usize, unit: usize) -> *const u8 {
-        let (stage, unit) = if unit < self.units[stage] { (stage, unit) } else { (stage + 1, 0) };
-        let panel = |s: &Stage<T>| s.projection.weight.panel(unit / self.blocks[stage] * self.panels[stage]).cast();
+        let (stage, unit) = if unit < self.cuts[stage].units() { (stage, unit) } else { (stage + 1, 0) };
+        let panel = |s: &Stage<T>| s.projection.weight.panel(self.cuts[stage].unit(unit).0.start).cast();
         self.stages.get(stage).map_or(std::ptr::null(), panel)
     }
 
@@ -329,25 +302,5 @@ impl<'a, T: GemmElement> Pass<'a, T> {
 
     fn a_bytes(&self) -> usize {
         if self.gemm.a_is_f32 { size_of::<f32>() } else { size_of::<T>() }
-    }
-}
-
-/// Rows of a unit: all, or where the panels do not come out even over the threads, so few that the units nearly do.
-pub(super) fn block_rows(rows: usize, panels: usize, threads: usize) -> usize {
-    let idle = |blocks: usize| {
-        let units = panels * blocks;
-        (units.next_multiple_of(threads) - units) as f64 / units as f64
-    };
-    let most = (rows / BLOCK_ROWS).clamp(1, threads);
-    let even = (1..=most).find(|&blocks| idle(blocks) <= 0.01);
-    let best = even.or_else(|| (1..=most).min_by(|&a, &b| idle(a).total_cmp(&idle(b))));
-    rows.div_ceil(best.unwrap_or(1))
-}
-
-/// Panels of a unit: what the kernel takes at once for so few rows, or one, where threads would be left without work.
-fn beside<T>(gemm: &Gemm<T>, rows: usize, panels: usize, threads: usize) -> usize {
-    match gemm.micro_beside.get(rows.wrapping_sub(1)) {
-        Some(&(beside, _)) if panels >= UNITS_BESIDE * threads * beside => beside,
-        _ => 1,
     }
 }
