@@ -14,11 +14,12 @@ use super::pack::{Packable, Packed};
 use super::product::SUM_F32;
 use crate::glu::Glu;
 
-/// With few rows, bytes of B that pass all rows before the next ones, and one part of a sum at least: with 64 columns 16 KiB in 16
-/// bit and 32 KiB in f32. It leaves room in L1 for the sums and the same k of the rows (with 16 columns 4 KiB: 2 to 8 % slower in 16
-/// bit, 16 KiB: up to 10 %). With 64 columns the next block waits in L2 meanwhile ([`super::micro::Ahead::PACE_FAR`]), and half or
-/// twice as much makes no difference.
-const FEW_ROWS_BLOCK: usize = 8 << 10;
+/// With few rows, bytes of B that pass all rows before the next ones, and one part of a sum at least. It leaves room in L1 for the
+/// sums and the same k of the rows (with 16 columns 4 KiB: 2 to 8 % slower in 16 bit, 16 KiB: up to 10 %).
+pub(super) const FEW_ROWS_BLOCK: usize = 8 << 10;
+/// The same where a part of a sum is more than L1 holds beside the next one, so that blocks wait in L2
+/// ([`super::micro::Ahead::PACE_FAR`]): with 64 columns (16 KiB: 1 to 6 % slower, 256 KiB: up to 10 %).
+pub(super) const FEW_ROWS_BLOCK_FAR: usize = 64 << 10;
 /// With more rows, bytes of B: a quarter of 1 MiB of L2, carrying the sums in and out of registers so rarely that it no longer shows
 /// (64 KiB: 3 % slower in f32).
 pub(super) const BLOCK: usize = 256 << 10;
@@ -47,6 +48,8 @@ pub(super) struct Gemm<T> {
     pub(super) micro_block: Vec<Micro>,
     /// The same for one sweep along the panel, fetching ahead where that is faster.
     pub(super) micro_sweep: Vec<Micro>,
+    /// Bytes of B in such a block where the rows are few.
+    pub(super) few_rows_block: usize,
     /// For 1, 2, .. rows: microkernels for several panels at once, and for how many. Few rows leave the registers for it, and one
     /// panel alone would wait for each of its sums.
     pub(super) micro_beside: Vec<(usize, Micro)>,
@@ -146,7 +149,7 @@ pub(super) unsafe fn product<T: Packable>(
     let first_row = |panel: usize| a.rows * panel / panels;
     let widen = gemm.widen.as_ref().filter(|_| a.rows >= gemm.widen_from);
     let k_bytes = gemm.nr * if widen.is_some() { size_of::<f32>() } else { size_of::<T>() };
-    let block_k = if a.rows <= FEW_ROWS { (FEW_ROWS_BLOCK / k_bytes).max(SUM_F32) } else { BLOCK / k_bytes };
+    let block_k = if a.rows <= FEW_ROWS { (gemm.few_rows_block / k_bytes).max(SUM_F32) } else { BLOCK / k_bytes };
     debug_assert!(block_k % SUM_F32 == 0, "blocks end where sums do");
     let block_steps = block_k / T::K_STEP;
     debug_assert!(block_steps % gemm.streams == 0, "blocks end where rounds over the streams do");

@@ -136,6 +136,11 @@ macro_rules! microkernels {
             _ => Ahead::PACE,
         };
 
+        const FEW_ROWS_BLOCK: usize = match BLOCK_AHEAD {
+            Ahead::PACE_FAR => gemm::FEW_ROWS_BLOCK_FAR,
+            _ => gemm::FEW_ROWS_BLOCK,
+        };
+
         /// For one sweep along a panel: from so many rows on they fetch ahead.
         fn sweep<P: Product<$proof>>(from: usize) -> Vec<Micro> {
             let few = micros::<P, $streams, { Ahead::NOTHING }>().into_iter().take(from - 1);
@@ -246,6 +251,7 @@ macro_rules! instantiate {
                     a_is_f32: true,
                     micro: micros::<Widen<T>, $streams, { Ahead::NOTHING }>(),
                     micro_block: micros::<Widen<T>, $streams, { BLOCK_AHEAD }>(),
+                    few_rows_block: FEW_ROWS_BLOCK,
                     // The processor fetches ahead by itself where there are several streams, and little to do for each line.
                     micro_sweep: sweep::<Widen<T>>(match (is_f32, $streams, <$proof>::LANES) {
                         (_, 2.., 16) | (true, 2.., _) => usize::MAX,
@@ -310,6 +316,7 @@ macro_rules! instantiate_bf16 {
                     a_is_f32: false,
                     micro: micros::<DotBf16, $streams, { Ahead::NOTHING }>(),
                     micro_block: micros::<DotBf16, $streams, { BLOCK_AHEAD }>(),
+                    few_rows_block: FEW_ROWS_BLOCK,
                     micro_sweep: sweep::<DotBf16>(if $streams > 1 { usize::MAX } else { 2 }),
                     micro_beside: micros_beside::<DotBf16>(),
                     widen: None$(.or(Some($many)))?,
