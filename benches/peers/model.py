@@ -72,16 +72,13 @@ def ours(llama, directory, prompt, args):
 def read_speed(bench, args):
     """GB/s with which the block's packed weights are read (4096, 14336 in bf16), as `cargo bench --bench ffn` measures it."""
     command = [bench, "--bench", "--kernels", "best", "--dtypes", "bf16", "--shapes", "8b", "--rows", "1", "--no-candle", "--seconds", "1"]
-    table = subprocess.run(command, check=True, capture_output=True, text=True, env=run.environment("ours", args.threads)).stderr
-    lines = [line.split() for line in table.splitlines()]
-    names = next(line for line in lines if line[:1] == ["kernel"])
-    # The one name of two words comes before none that is read here.
-    milliseconds = float(lines[-1][names.index("read")])
+    case = subprocess.run(command, check=True, capture_output=True, text=True, env=run.environment("ours", args.threads)).stderr
+    milliseconds = float(case.split()[5])  # kernel, dtype, shape, rows, ms, read ms, ..
     return 3 * 4096 * 14336 * 2 / milliseconds / 1e6
 
 
 class Transformers:
-    """A process of transformers.py here, which sleeps until it gets a line."""
+    """A process of generate.py, which sleeps until it gets a line."""
 
     def __init__(self, directory, args):
         command = [run.venv_python("torch"), run.HERE / "generate.py", directory, str(args.threads)]
