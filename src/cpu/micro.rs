@@ -77,13 +77,9 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
         loop {
             let mut acc = [[s.splat(0.0); NV]; MR];
             let sum_end = if P::SUM_K < end - at { at + P::SUM_K } else { end };
-            let totals = call.acc;
-            if P::SUM_K == usize::MAX && !first {
-                for (r, row) in acc.iter_mut().enumerate() {
-                    for (v, sum) in row.iter_mut().enumerate() {
-                        *sum = s.load_f32(totals.add((r * NV + v) * S::LANES));
-                    }
-                }
+            let whole = P::SUM_K == usize::MAX;
+            if whole && !first {
+                load_sums(s, acc.as_flattened_mut(), call.acc);
             }
             while at < sum_end {
                 let stop = if at < turn && turn < sum_end { turn } else { sum_end };
@@ -111,13 +107,7 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
                     next = call.next[1];
                 }
             }
-            for (r, row) in acc.into_iter().enumerate() {
-                for (v, sum) in row.into_iter().enumerate() {
-                    let total = totals.add((r * NV + v) * S::LANES);
-                    let joins = P::SUM_K != usize::MAX && !first;
-                    s.store_f32(if joins { s.add(s.load_f32(total), sum) } else { sum }, total);
-                }
-            }
+            store_sums(s, acc.as_flattened(), call.acc, !whole && !first);
             first = false;
             if at >= end {
                 return;
@@ -162,16 +152,9 @@ pub(super) unsafe fn run_streams<
         loop {
             let mut acc = [[[s.splat(0.0); NV]; MR]; PANELS];
             let sum_end = if P::SUM_K < end - at { at + P::SUM_K } else { end };
-            let total = |p: usize, r: usize, v: usize| call.acc.add(((p * MR + r) * NV + v) * S::LANES);
             let whole = P::SUM_K == usize::MAX;
             if whole && !first {
-                for (p, panel) in acc.iter_mut().enumerate() {
-                    for (r, row) in panel.iter_mut().enumerate() {
-                        for (v, sum) in row.iter_mut().enumerate() {
-                            *sum = s.load_f32(total(p, r, v));
-                        }
-                    }
-                }
+                load_sums(s, acc.as_flattened_mut().as_flattened_mut(), call.acc);
             }
             // A round over the streams, unrolled, and what is left of one.
             while at + STREAMS * P::K_STEP <= sum_end {
@@ -188,18 +171,36 @@ pub(super) unsafe fn run_streams<
                 at += P::K_STEP;
                 stream += call.stream;
             }
-            for (p, panel) in acc.iter().enumerate() {
-                for (r, row) in panel.iter().enumerate() {
-                    for (v, &sum) in row.iter().enumerate() {
-                        let total = total(p, r, v);
-                        s.store_f32(if whole || first { sum } else { s.add(s.load_f32(total), sum) }, total);
-                    }
-                }
-            }
+            store_sums(s, acc.as_flattened().as_flattened(), call.acc, !whole && !first);
             first = false;
             if at >= end {
                 return;
             }
+        }
+    }
+}
+
+/// # Safety
+/// `from` has as many f32 as the sums have lanes.
+#[inline(always)]
+unsafe fn load_sums<S: Simd>(s: S, sums: &mut [S::F], from: *const f32) {
+    for (i, sum) in sums.iter_mut().enumerate() {
+        // SAFETY: the caller's contract.
+        *sum = unsafe { s.load_f32(from.add(i * S::LANES)) };
+    }
+}
+
+/// Writes the sums, or where they join a total adds them to it.
+///
+/// # Safety
+/// `totals` has as many f32 as the sums have lanes.
+#[inline(always)]
+unsafe fn store_sums<S: Simd>(s: S, sums: &[S::F], totals: *mut f32, joins: bool) {
+    for (i, &sum) in sums.iter().enumerate() {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let total = totals.add(i * S::LANES);
+            s.store_f32(if joins { s.add(s.load_f32(total), sum) } else { sum }, total);
         }
     }
 }
