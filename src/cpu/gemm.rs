@@ -46,10 +46,10 @@ pub(super) struct Gemm<T> {
     pub(super) micro: Vec<Micro>,
     /// The same, together fetching the next block of k.
     pub(super) micro_block: Vec<Micro>,
-    /// The same for one sweep along the panel, fetching ahead where that is faster.
-    pub(super) micro_sweep: Vec<Micro>,
     /// Bytes of B in such a block where the rows are few.
     pub(super) few_rows_block: usize,
+    /// Microkernels for one sweep along the panel, fetching ahead where that is faster.
+    pub(super) micro_sweep: Vec<Micro>,
     /// For 1, 2, .. rows: microkernels for several panels at once, and for how many. Few rows leave the registers for it, and one
     /// panel alone would wait for each of its sums.
     pub(super) micro_beside: Vec<(usize, Micro)>,

@@ -313,6 +313,8 @@ macro_rules! instantiate_bf16 {
             pub(super) fn kernel() -> Option<Kernel> {
                 let base = super::$base::kernel().filter(|_| $detected)?;
                 let gemm_bf16 = Gemm {
+                    nr: $nv * <$proof>::LANES,
+                    streams: $streams,
                     a_is_f32: false,
                     micro: micros::<DotBf16, $streams, { Ahead::NOTHING }>(),
                     micro_block: micros::<DotBf16, $streams, { BLOCK_AHEAD }>(),
