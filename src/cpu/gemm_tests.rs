@@ -436,7 +436,8 @@ fn rows_are_cut_where_panels_do_not_come_out_even() {
         (512, 447, 2, 447, 512), // one in 447 idle
         (512, 43, 2, 44, 256),   // the last one of 43
         (16, 43, 2, 44, 8),
-        (7, 43, 2, 43, 7),    // half of it would be below the least
+        (7, 43, 2, 43, 7), // half of it would be below the least
+        (150, 43, 2, 44, 75),
         (300, 8, 3, 24, 100), // the last two are too many for three threads, so all are cut
         (300, 7, 3, 9, 100),
         (512, 8, 16, 16, 256),
@@ -459,12 +460,16 @@ fn units_are_all_panels_and_rows_once() {
     for (rows, panels, threads) in (1..520).step_by(7).flat_map(|rows| (1..50).map(move |n| (rows, n, 1 + (rows + n) % 17))) {
         for beside in [1, 2] {
             let cut = Cut::new(rows, panels, threads, beside);
-            let mut seen = vec![0; rows * panels];
+            let (mut seen, mut small) = (vec![0; rows * panels], 0);
             for unit in 0..cut.units() {
                 let (unit_panels, unit_rows) = cut.unit(unit);
                 assert!(!unit_rows.is_empty() && (1..=cut.beside()).contains(&unit_panels.len()));
+                assert!(unit_rows.len() >= 4.min(rows));
+                small += usize::from(unit_rows.len() < 86.min(rows));
                 unit_panels.for_each(|panel| unit_rows.clone().for_each(|row| seen[panel * rows + row] += 1));
             }
+            // Blocks that hardly pay are of the last round only.
+            assert!(small <= threads, "{rows} rows, {panels} panels, {threads} threads: {small} small units");
             assert!(seen.iter().all(|&n| n == 1), "{rows} rows, {panels} panels, {threads} threads, {beside} beside");
         }
     }
