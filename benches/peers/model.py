@@ -13,7 +13,6 @@ from pathlib import Path
 
 import run
 
-TARGET = run.TARGET
 STORY = "Once upon a time there was a little girl named Lily. She liked to play outside in the sunshine with her friend, a big brown dog. "
 COLUMNS = ["round", "read_gb_s", "ours_prompt", "ours_generation", "theirs_prompt", "theirs_generation"]
 
@@ -31,21 +30,11 @@ def options():
     return parser.parse_args()
 
 
-def build(*kind_and_name):
-    """The path of one of our executables, built."""
-    command = ["cargo", "build", "--release", *kind_and_name, "--message-format=json"]
-    output = subprocess.run(command, cwd=run.ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    for message in map(json.loads, output.splitlines()):
-        if message.get("executable") and message["target"]["name"] == kind_and_name[-1]:
-            return message["executable"]
-    sys.exit(f"cargo named no executable of {' '.join(kind_and_name)}")
-
-
 def checkpoint(preset):
     """The directory of a model of random weights, with the tokenizer of weights/."""
-    directory = TARGET / f"model-{preset}"
+    directory = run.TARGET / f"model-{preset}"
     if not (directory / "tokenizer.json").exists():
-        maker = build("--example", "make_checkpoint")
+        maker = run.build("--example", "make_checkpoint")
         subprocess.run([maker, "--preset", preset, "--out", directory, "--force"], check=True)
         for name in ("tokenizer_config.json", "tokenizer.json"):
             directory.joinpath(name).write_bytes((run.ROOT / "weights" / name).read_bytes())
@@ -98,7 +87,7 @@ class Transformers:
 def main():
     args = options()
     run.install("torch")
-    llama, bench = build("--example", "llama"), build("--bench", "ffn")
+    llama, bench = run.build("--example", "llama"), run.build("--bench", "ffn")
     directory = checkpoint(args.preset)
     run.RUN.mkdir(parents=True, exist_ok=True)
     worker = run.Worker("ours", run.build(), args.threads)

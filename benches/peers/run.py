@@ -87,14 +87,14 @@ def install(name):
     shutil.copy(requirements, installed)
 
 
-def build():
-    """The path of worker.rs, built."""
-    command = ["cargo", "build", "--release", "--bench", "peers", "--message-format=json"]
+def build(kind="--bench", name="peers"):
+    """The path of one of our executables, built; of worker.rs, if none is named."""
+    command = ["cargo", "build", "--release", kind, name, "--message-format=json"]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     for message in map(json.loads, output.splitlines()):
-        if message.get("executable") and message["target"]["name"] == "peers":
+        if message.get("executable") and message["target"]["name"] == name:
             return message["executable"]
-    sys.exit("cargo named no executable of the benchmark `peers`")
+    sys.exit(f"cargo named no executable of {kind} {name}")
 
 
 # Workers.
