@@ -5,13 +5,14 @@
 //!   --shapes  1b,8b,70b    of (H, I) = (2048, 8192), (4096, 14336), (8192, 28672)
 //!   --rows    1,4,8,16,32,64,128,512,2048,4096
 //!   --dtypes  bf16         and f16, f32
+//!   --systems ours,candle  of those below; all, if it is left out
 //!   --budget  150          seconds; what is left then is reported as skipped
 //!   --csv     FILE
 //! ```
 //!
 //! | column | |
 //! |---|---|
-//! | `system` | `ours`; `ours-cublas` and `ours-fused`, one way of prefill forced; `candle`, three `candle_nn::Linear` with `silu` and `*`; `candle-merged`, one product for gate and up; `gemms`, the two products alone, no activation; a name with `+graph` is the replay of a CUDA graph of the same calls, without it each call is launched by the host |
+//! | `system` | `ours`; `ours-cublas` and `ours-fused`, one way of prefill forced; `down` and `down-cublas`, the product with down_proj alone by our `Linear` and by candle; `candle`, three `candle_nn::Linear` with `silu` and `*`; `candle-merged`, one product for gate and up; `gemms`, the two products alone, no activation; a name with `+graph` is the replay of a CUDA graph of the same calls, without it each call is launched by the host |
 //! | `dtype`, `shape`, `hidden`, `intermediate`, `rows` | the case |
 //! | `us`, `min_us`, `max_us` | median and range over the samples, of one call |
 //! | `gb_per_s` | bytes of weights, x and y over `us` |
@@ -25,7 +26,7 @@
 //! are the ceilings; their `us` is one read or product.
 //!
 //! 1. Every system's y is checked against f64 before it is timed; more than four times candle's error is an error of the run.
-//! 2. A sample is a row of calls of about 2 ms between two events on the stream. The systems' samples alternate, 15 of each.
+//! 2. A sample is a row of calls of about 2 ms, four at least, between two events on the stream. The systems' samples alternate, 15 of each.
 //! 3. Weights rotate over at least 600 MB, so that none lies in the L2 cache from the call before.
 
 mod systems;
@@ -48,6 +49,7 @@ struct Options {
     shapes: Vec<(&'static str, usize, usize)>,
     rows: Vec<usize>,
     dtypes: Vec<DType>,
+    systems: Vec<String>,
     budget: Duration,
     csv: Option<String>,
 }
@@ -57,6 +59,7 @@ fn options() -> Result<Options> {
         shapes: SHAPES.to_vec(),
         rows: vec![1, 4, 8, 16, 32, 64, 128, 512, 2048, 4096],
         dtypes: vec![DType::BF16],
+        systems: vec![],
         budget: Duration::from_secs(150),
         csv: None,
     };
@@ -70,6 +73,7 @@ fn options() -> Result<Options> {
             }
             "--rows" => options.rows = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
             "--dtypes" => options.dtypes = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--systems" => options.systems = value()?.split(',').map(String::from).collect(),
             "--budget" => options.budget = Duration::from_secs_f64(value()?.parse()?),
             "--csv" => options.csv = Some(value()?),
             _ => {}
@@ -105,7 +109,7 @@ fn main() -> Result<()> {
                 continue;
             }
             let case = Case::new(&weights, shape, rows)?;
-            write_case(&case, &ceilings, &mut csv)?;
+            write_case(&case, &options.systems, &ceilings, &mut csv)?;
             if let Some(path) = &options.csv {
                 std::fs::write(path, &csv)?;
             }
@@ -115,8 +119,8 @@ fn main() -> Result<()> {
 }
 
 /// Times the systems of a case in turn, prints them and appends their lines.
-fn write_case(case: &Case<'_>, ceilings: &Ceilings, csv: &mut String) -> Result<()> {
-    let systems: Vec<System<'_>> = case.systems()?;
+fn write_case(case: &Case<'_>, wanted: &[String], ceilings: &Ceilings, csv: &mut String) -> Result<()> {
+    let systems: Vec<System<'_>> = case.systems(wanted)?;
     let times = timing::in_turn(&case.device()?, &systems)?;
     for (system, time) in systems.iter().zip(&times) {
         let us = time.median;

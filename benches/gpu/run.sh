@@ -4,14 +4,15 @@
 #   OUT=results bash run.sh
 #
 #   1. facts.txt     the machine, versions, libraries found (ldd), clocks every 5 s while timing
-#   2. the tests of tests/cuda, with a device required
-#   3. compute-sanitizer, memcheck and racecheck, over small cases (if it is there)
-#   4. results.csv   the Rust bench (columns: gpu.md), then PyTorch (peers.py) with what time is left
-#   5. llama         tokens per second of the small checkpoint and of an 8B-shaped one of random weights
+#   2. the tests of tests/cuda, with a device required; beside them compute-sanitizer, memcheck and racecheck, over small cases (if it is
+#      there), and the writing of an 8B-shaped checkpoint of random weights
+#   3. results.csv   the Rust bench (columns: gpu.md), then, after 4 and 5, PyTorch (peers.py) with what time is left
+#   4. ncu.txt       Nsight Compute's view of the kernels (if it is there, and only with PROFILE=1)
+#   5. llama.txt     tokens per second of the small checkpoint and of the 8B-shaped one
 #
 # log.txt has everything. The last lines say what passed, failed or was skipped; the exit status is 1 if anything failed. BUDGET=s is the
-# time for all of it (460), after which nothing new begins and what runs is ended. SANITIZE=0, PEERS=0, LLAMA=0 leave a part out.
-# LAYERS=n is the depth of the 8B-shaped model (8).
+# time for all of it (460), after which nothing new begins and what runs is ended. TESTS=0, SANITIZE=0, BENCH=0, LLAMA=0, PEERS=0 leave a
+# part out. LAYERS=n is the depth of the 8B-shaped model (8).
 set -u
 out=${OUT:-$PWD/out}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
@@ -23,9 +24,9 @@ bin=$scratch/bin log=$out/log.txt facts=$out/facts.txt csv=$out/results.csv summ
 : > "$log" > "$facts" > "$summary"
 say() { echo "$*" | tee -a "$log"; }
 
-# step SECONDS NAME COMMAND...: with a limit of its own within the budget
+# step SECONDS NAME COMMAND...: with a limit of its own within the budget; its output goes to the log and to $scratch/NAME
 step() {
-    local limit=$1 name=$2 left=$((budget - SECONDS)) status
+    local limit=$1 name=$2 left=$((budget - SECONDS)) status output=$scratch/${2//\//-}
     shift 2
     if ((left < 15)); then
         say "skipped: $name" | tee -a "$summary"
@@ -33,13 +34,13 @@ step() {
     fi
     ((limit <= left - 5)) || limit=$((left - 5))
     say "==> $name (at $SECONDS s, at most $limit s)"
-    timeout -k 5 "$limit" "$@" > "$scratch/step" 2>&1
+    timeout -k 5 "$limit" "$@" > "$output" 2>&1
     status=$?
-    cat "$scratch/step" >> "$log"
+    { echo "==> $name"; cat "$output"; } >> "$log"
     case $status in
         0) echo "passed: $name" >> "$summary" ;;
         124 | 137) say "timed out: $name" | tee -a "$summary" ;;
-        *) say "failed: $name (exit $status)" | tee -a "$summary"; tail -15 "$scratch/step" ;;
+        *) say "failed: $name (exit $status, at $SECONDS s)" | tee -a "$summary"; grep -E 'panicked|Error|^failures|FAILED' -A3 "$output" | head -40; tail -15 "$output" ;;
     esac
     return $status
 }
@@ -71,40 +72,63 @@ for name in ("torch", "triton", "nvidia-cublas", "nvidia-cublas-cu12", "liger-ke
 if grep -q 'not found' "$facts"; then say "failed: libraries are missing"; grep 'not found' "$facts" | sort -u; exit 1; fi
 say "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
 
-# ---- 2. correctness
+# ---- 2. correctness, all at once: nothing is timed here
 export CANDLE_SWIGLU_REQUIRE_CUDA=1 RUST_BACKTRACE=0
-step 120 "tests" "$bin/cuda" --test-threads=1
-step 30 "tests, fused prefill forced" env CANDLE_SWIGLU_CUDA_PREFILL=fused "$bin/cuda" --test-threads=1 any_number_of_rows x_of_any_layout no_less_accurate
-
-# ---- 3. memory and races
+if [ "${TESTS:-1}" = 1 ]; then
+    step 120 "tests" "$bin/cuda" --test-threads=1 &
+    step 60 "tests, fused prefill forced" env CANDLE_SWIGLU_CUDA_PREFILL=fused "$bin/cuda" --test-threads=1 any_number_of_rows x_of_any_layout no_less_accurate &
+fi
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
 if [ "${SANITIZE:-1}" = 1 ] && [ -n "$sanitizer" ]; then
     for tool in memcheck racecheck; do
-        step 35 "$tool" "$sanitizer" --tool $tool --error-exitcode 9 --print-limit 20 "$bin/cuda" --test-threads=1 --exact \
-            forward::x_of_any_layout gate::any_layout forward::weights_of_any_layout
-        grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|not supported' "$scratch/step" | head -3
+        step 60 "$tool" "$sanitizer" --tool $tool --error-exitcode 9 --print-limit 20 "$bin/cuda" --test-threads=1 --exact \
+            forward::x_of_any_layout gate::any_layout forward::weights_of_any_layout &
     done
 else say "skipped: compute-sanitizer" | tee -a "$summary"; fi
+model=$scratch/8b
+if [ "${LLAMA:-1}" = 1 ]; then
+    step 100 "checkpoint of 8B's shape" "$bin/make_checkpoint" --preset 8b --layers "${LAYERS:-8}" --out "$model" &
+fi
+wait
+for tool in memcheck racecheck; do grep -sE 'ERROR SUMMARY|RACECHECK SUMMARY|not supported' "$scratch/$tool" | head -3 | tee -a "$log"; done
 
-# ---- 4. speed
+# ---- 3. speed
 query=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active
 (while :; do nvidia-smi --query-gpu=$query --format=csv,noheader; sleep 5; done >> "$facts" 2>&1) &
 sampler=$!
-step 140 "bench" "$bin/gpu" --budget 120 --csv "$csv"
-cp "$scratch/step" "$out/bench.txt" 2>/dev/null
+if [ "${BENCH:-1}" = 1 ]; then
+    step 140 "bench" "$bin/gpu" --budget 120 --csv "$csv"
+    cp "$scratch/bench" "$out/bench.txt" 2>/dev/null
+fi
+
+# ---- 4. what the kernels wait for
+if [ "${PROFILE:-0}" = 1 ] && command -v ncu > /dev/null; then
+    sections=(--section SpeedOfLight --section MemoryWorkloadAnalysis --section LaunchStats --section Occupancy --section WarpStateStats --section SchedulerStats --section InstructionStats)
+    # profile ROWS KERNELS COUNT
+    profile() {
+        step 30 "ncu, $1 rows, $2" ncu --clock-control none "${sections[@]}" --kernel-name "regex:$2" --launch-count "$3" --kill yes \
+            "$bin/gpu" --shapes 8b --rows "$1"
+        cat "$scratch/ncu, $1 rows, $2" >> "$out/ncu.txt"
+    }
+    profile 1 'gate_up|linear' 2
+    profile 16 'gate_up|linear' 2
+    profile 32 'gate_up|linear' 2
+    profile 512 'gate_up_sm90' 1
+    profile 4096 'gate_up_sm90' 1
+    profile 512 'glu_mul' 1
+fi
+
+# ---- 5. a whole model
 if [ "${LLAMA:-1}" = 1 ]; then
     prompt="Once upon a time"
-    step 30 "llama, weights/" "$bin/llama" --model-id weights --prompt "$prompt" --temperature 0 --sample-len 200
-    grep -E '^(kernel|device):|token/s' "$scratch/step" | sed 's/^/weights: /' | tee -a "$out/llama.txt"
-    on_gpu=$(sed '/^[a-z ]*:/d' "$scratch/step" | head -c 300)
-    model=$scratch/8b
-    step 60 "checkpoint of 8B's shape" "$bin/make_checkpoint" --preset 8b --layers "${LAYERS:-8}" --out "$model"
+    step 30 "llama, weights" "$bin/llama" --model-id weights --prompt "$prompt" --temperature 0 --sample-len 200
+    grep -E '^(kernel|device):|token/s' "$scratch/llama, weights" | sed 's/^/weights: /' | tee -a "$out/llama.txt"
     cp weights/tokenizer*.json "$model/" 2>/dev/null
-    step 40 "llama, 8B's shape, ${LAYERS:-8} layers" "$bin/llama" --model-id "$model" --prompt "$prompt" --temperature 0 --sample-len 200
-    grep -E '^(kernel|device):|token/s' "$scratch/step" | sed "s/^/8b, ${LAYERS:-8} layers: /" | tee -a "$out/llama.txt"
+    step 40 "llama, 8B's shape" "$bin/llama" --model-id "$model" --prompt "$prompt" --temperature 0 --sample-len 200
+    grep -E '^(kernel|device):|token/s' "$scratch/llama, 8B's shape" | sed "s/^/8b, ${LAYERS:-8} layers: /" | tee -a "$out/llama.txt"
     rm -rf "$model"
-    [ -z "$on_gpu" ] || echo "$on_gpu" >> "$log"
 fi
+
 if [ "${PEERS:-1}" = 1 ] && [ -s "$csv" ]; then
     left=$((budget - SECONDS - 15))
     export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" TRITON_CACHE_DIR="$scratch/triton" PYTHONUNBUFFERED=1

@@ -3,7 +3,9 @@
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::Module;
-use candle_swiglu::{CudaPrefill, FfnConfig, GateUp, PackedOrder, SwiGluFfn, Weights as BlockWeights, force_cuda_prefill};
+use candle_swiglu::{
+    CudaPrefill, FfnConfig, GateUp, Linear, PackedOrder, SwiGluFfn, Weights as BlockWeights, force_cuda_prefill,
+};
 
 /// The n-th call of a system, which takes the n-th set of weights.
 pub(crate) type Call<'a> = dyn Fn(usize) -> Result<()> + 'a;
@@ -20,6 +22,7 @@ struct Set {
     gate_up: Tensor,
     down: Tensor,
     ffn: SwiGluFfn,
+    linear: Linear,
 }
 
 /// Sets of random weights, together 600 MB or more.
@@ -41,7 +44,8 @@ impl Weights {
             let packed = GateUp::Packed { gate_up_proj: gate_up.clone(), bias: None, order: PackedOrder::GateFirst };
             let weights = BlockWeights { gate_up: packed, down_proj: down.clone(), down_bias: None };
             let ffn = SwiGluFfn::from_weights(&FfnConfig::new(h, i), weights)?;
-            Ok(Set { gate_up, down, ffn })
+            let linear = Linear::from_tensors(down.clone(), None)?;
+            Ok(Set { gate_up, down, ffn, linear })
         };
         let sets = (0..count).map(set).collect::<Result<_>>()?;
         Ok(Self { sets, device: device.clone(), dtype, h, i })
@@ -91,10 +95,14 @@ impl<'a> Case<'a> {
     }
 
     /// The systems of this case, their results checked.
-    pub(crate) fn systems(&'a self) -> Result<Vec<System<'a>>> {
+    /// `wanted`: names, without `+graph`; none: all.
+    pub(crate) fn systems(&'a self, wanted: &[String]) -> Result<Vec<System<'a>>> {
         let exact = self.exact()?;
         let mut systems = vec![];
         let mut add = |name: &str, block: &'a dyn Fn(&Case<'a>, &Set) -> Result<Tensor>, checked: bool| -> Result<()> {
+            if !wanted.is_empty() && !wanted.iter().any(|system| system == name) {
+                return Ok(());
+            }
             let rel_error = if checked { rel_error(&block(self, &self.weights.sets[0])?, &exact)? } else { f64::NAN };
             let sets = &self.weights.sets;
             for suffix in ["", "+graph"] {
@@ -104,14 +112,18 @@ impl<'a> Case<'a> {
             Ok(())
         };
         add("ours", &ours, true)?;
-        if self.rows > 32 {
+        if self.rows > 8 {
             add("ours-cublas", &ours_cublas, true)?;
             add("ours-fused", &ours_fused, true)?;
+        }
+        if self.rows <= 32 {
+            add("down", &down, false)?;
+            add("down-cublas", &down_cublas, false)?;
         }
         add("candle", &candle, true)?;
         add("candle-merged", &candle_merged, true)?;
         add("gemms", &gemms, false)?;
-        let candle = systems.iter().find(|system| system.name == "candle").map_or(f64::NAN, |system| system.rel_error);
+        let candle = rel_error(&candle(self, &self.weights.sets[0])?, &exact)?;
         for system in &systems {
             let error = system.rel_error;
             ensure!(error.is_nan() || error <= 4.0 * candle, "{}: error {error:e}, candle's {candle:e}", system.name);
@@ -156,6 +168,15 @@ fn ours_cublas(case: &Case<'_>, set: &Set) -> Result<Tensor> {
 
 fn ours_fused(case: &Case<'_>, set: &Set) -> Result<Tensor> {
     forced(CudaPrefill::Fused, case, set)
+}
+
+/// The product with down_proj alone, by `Linear`.
+fn down(case: &Case<'_>, set: &Set) -> Result<Tensor> {
+    Ok(set.linear.forward(&case.h)?)
+}
+
+fn down_cublas(case: &Case<'_>, set: &Set) -> Result<Tensor> {
+    Ok(case.h.matmul(&set.down.t()?)?)
 }
 
 /// As candle's LLaMA has it.
