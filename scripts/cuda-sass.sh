@@ -44,7 +44,7 @@ check() {
     cuobjdump -sass -fun "$kernel" "$cubin" > "$code"
     case $kernel in
       *_mma_*) grep -q HMMA.16816.F32 "$code" || bad "$kernel for sm_$2: no HMMA" ;;
-      *_sm90_*) for i in HGMMA.64x256x16.F32 UTMALDG.2D UTMASTG.2D USETMAXREG; do grep -q "$i" "$code" || bad "$kernel: no $i"; done ;;
+      *_sm90_*) for i in "HGMMA.64x$((2 * ${kernel##*_w}))x16.F32" UTMALDG.2D UTMASTG.2D USETMAXREG; do grep -q "$i" "$code" || bad "$kernel: no $i"; done ;;
     esac
     [ "$2" = 80 ] || grep -q ACQBULK "$code" || bad "$kernel for sm_$2: no griddepcontrol.wait"
     # Only weights may be read incoherently: the previous kernel may still write what else this one reads. (sm_80 has no such overlap.)

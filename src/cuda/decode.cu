@@ -7,18 +7,18 @@
 // both operands: no shared memory, shuffle or ldmatrix on the way. A tile is 16 rows of A:
 //   gate_up: rows 0..7 are 8 features of gate, rows 8..15 the same features of up, which so meet in one thread;
 //   linear: 16 features.
-// w1: one warp does a tile over all of K. w8: the 8 warps of a block share K, chunk by chunk. Sums go through shared memory
-// to the epilogue, partial sums in the order of the warps: no atomics, the same bits every time.
+// The 8 warps of a block share K, chunk by chunk, so a block reads 1 to 2 KiB of a row at a time, which memory likes (a warp for each
+// tile, 256 B of a row at a time, reads at 0.85 of an H200's speed). Blocks are persistent, two to a multiprocessor: tile after tile,
+// and the loads of the next tile are in flight while the sums of this one go through shared memory to the epilogue, partial sums in
+// the order of the warps: no atomics, the same bits every time.
 //
 // fma (f32; in bf16 and f16 the shapes that mma does not take): CUDA cores. A warp does 4 rows of weights (2 features of gate
 // and of up, or 4), its lanes share k, 16 bytes at a time in f32 and element by element where rows lie at odd addresses, and a
 // butterfly of 31 shuffles for every 32 sums ends it.
 //
-// Two register tiles in turn: while one is used the loads of the other are in flight. mma: a tile is 4 KiB per warp, so 4 to
-// 8 KiB per warp in flight (n4: half of all these). By Little's law an H200 needs 4.8 TB/s · 1 µs / 132 = 36 KiB per SM. LLaMA-3-8B: gate_up has
-// 1792 tiles = 13.6 warps per SM (w1), 54..109 KiB; down 256 tiles = 15.5 warps per SM (w8), 62..124 KiB. 6 tiles per SM are
-// the fewest that w1 should have (24..48 KiB). fma: 2 to 4 KiB per warp (n1). This is reckoning, not measurement.
-// Tensor cores and not CUDA cores for M > 1: at M = 8 the products alone are 17 T FMA/s of about 33.
+// Two register tiles in turn: while one is used the loads of the other are in flight. mma: a tile is 4 KiB per warp, so 64 to 128 KiB
+// of a multiprocessor are in flight (n4: half of that). By Little's law an H200 needs 4.5 TB/s · 1 µs / 132 = 34 KiB. fma: 2 to 4 KiB
+// per warp (n1). Tensor cores and not CUDA cores for M > 1: at M = 8 the products alone are 17 T FMA/s of about 33.
 //
 // The first tile of weights is loaded before pdl_wait, under the tail of the previous kernel.
 #include "activation.cuh"
@@ -66,6 +66,10 @@ template <int NT> struct MmaTile {
 
 template <typename T, int NT> struct MmaSums {
   float d[NT][4];
+  DEVICE void clear() {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) d[nt][0] = d[nt][1] = d[nt][2] = d[nt][3] = 0.0f;
+  }
   // d += piece · x, for 8 k of every token; lane g has token 8·nt + g.
   DEVICE void add(const Piece& w, const uint4 (&x)[NT]) {
 #pragma unroll
@@ -76,57 +80,62 @@ template <typename T, int NT> struct MmaSums {
   }
 };
 
-// sums = rows (row_a of lane g, row_b of lane g) · x (M,K)ᵀ over chunks part, part + SPLIT, ...
-template <typename T, int NT, int SPLIT>
-DEVICE void dot_mma(MmaSums<T, NT>& sums, const T* x, const T* row_a, const T* row_b, int M, int K, int part) {
-  constexpr int STEP = SPLIT * CHUNK;
+// Where a warp is: a tile, and the first k of its register tile there.
+struct Cursor {
+  int tile, k = 0;
+  // One register tile on; true where a tile of output ends.
+  DEVICE bool next(int step, int K) {
+    k += step;
+    if (k < K) return false;
+    k = 0;
+    tile += int(gridDim.x);
+    return true;
+  }
+};
+
+// sums = the rows row(tile, half) of lane g · x (M,K)ᵀ, over the chunks `part`, `part` + SPLIT, ... of K, for this block's tiles in
+// turn; done(tile) has them.
+template <typename T, int NT, int SPLIT, typename Row, typename Done>
+DEVICE void dot_mma(MmaSums<T, NT>& sums, const T* x, int M, int K, int tiles, int part, Row row, Done done) {
+  constexpr int STEP = SPLIT * CHUNK, TILE_STEP = PER_TILE<NT> * STEP;
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-  // This lane's first k of chunk `part`; everything below counts from there.
-  const int first = part * CHUNK + t * 8;
-  const T *a = row_a + first, *b = row_b + first, *token = x + size_t(g) * K + first;
-#pragma unroll
-  for (int nt = 0; nt < NT; ++nt) sums.d[nt][0] = sums.d[nt][1] = sums.d[nt][2] = sums.d[nt][3] = 0.0f;
-  const auto weights_at = [&](size_t k) { return Piece{load16_weights(a + k), load16_weights(b + k)}; };
-  const auto tokens_at = [&](size_t k, uint4 (&v)[NT]) {
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt) v[nt] = nt * 8 + g < M ? load16(token + size_t(nt * 8) * K + k) : make_uint4(0, 0, 0, 0);
-  };
-  const auto load = [&](MmaTile<NT>& tile, int i) {
-#pragma unroll
-    for (int u = 0; u < PER_TILE<NT>; ++u)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        tile.piece[u][half] = weights_at(size_t(i) * PER_TILE<NT> * STEP + u * STEP + half * (CHUNK / 2));
-  };
-  const auto use = [&](const MmaTile<NT>& tile, int i) {
+  const int first = part * CHUNK + t * 8;  // this lane's first k
+  const T* const token = x + size_t(g) * K;
+  Cursor loading{int(blockIdx.x)}, using_{int(blockIdx.x)};
+  const T *a = row(loading.tile, 0), *b = row(loading.tile, 1);
+  sums.clear();
+  // K is a multiple of 8, so every load is wholly in or wholly out.
+  const auto load = [&](MmaTile<NT>& tile, int) {
 #pragma unroll
     for (int u = 0; u < PER_TILE<NT>; ++u)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        const int k = loading.k + u * STEP + half * (CHUNK / 2) + first;
+        const uint4 zero = make_uint4(0, 0, 0, 0);
+        tile.piece[u][half] = k < K ? Piece{load16_weights(a + k), load16_weights(b + k)} : Piece{zero, zero};
+      }
+    if (loading.next(TILE_STEP, K)) a = row(loading.tile, 0), b = row(loading.tile, 1);
+  };
+  const auto use = [&](const MmaTile<NT>& tile, int) {
+#pragma unroll
+    for (int u = 0; u < PER_TILE<NT>; ++u)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int k = using_.k + u * STEP + half * (CHUNK / 2) + first;
         uint4 v[NT];
-        tokens_at(size_t(i) * PER_TILE<NT> * STEP + u * STEP + half * (CHUNK / 2), v);
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt)
+          v[nt] = k < K && nt * 8 + g < M ? load16(token + size_t(nt * 8) * K + k) : make_uint4(0, 0, 0, 0);
         sums.add(tile.piece[u][half], v);
       }
-  };
-  const int whole = max(0, (K / CHUNK - part + SPLIT - 1) / SPLIT), steps = whole / PER_TILE<NT>;
-  sweep<MmaTile<NT>>(steps, load, use);
-  // The chunks that fill no tile, and the last one's end: a multiple of 8, so every load is wholly in or wholly out.
-#pragma unroll 1
-  for (int k = steps * PER_TILE<NT> * STEP; k + part * CHUNK < K; k += STEP)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 zero = make_uint4(0, 0, 0, 0);
-      Piece w = {zero, zero};
-      uint4 v[NT];
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) v[nt] = zero;
-      const int here = k + half * (CHUNK / 2);
-      if (here + first < K) {
-        w = weights_at(here);
-        tokens_at(here, v);
-      }
-      sums.add(w, v);
+    const int tile_of_sums = using_.tile;
+    if (using_.next(TILE_STEP, K)) {
+      done(tile_of_sums);
+      sums.clear();
     }
+  };
+  const int own = (tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+  sweep<MmaTile<NT>>(own * ((K + TILE_STEP - 1) / TILE_STEP), load, use);
 }
 
 constexpr int FMA_ROWS = 4, FMA_WIDTH = 4;  // rows of a warp's tile, k of a lane's load
@@ -191,48 +200,55 @@ template <typename T> DEVICE float bias_at(const T* bias, int i) { return bias ?
 
 // ------------------------------------------------------------------------------------------------ tiles: sums, then pairs
 
-// A finished tile is handed on as pairs: each(emit) calls emit(token, f, a, b) for tokens < M, with a the sum of row f of the
-// first half of the tile's rows and b that of row f of the second half.
+// run(shared, x, M, K, features, row, finish) of a block: a finished tile is handed on as pairs, finish(first, each), where each(emit)
+// calls emit(token, f, a, b) for tokens < M, with a the sum of feature first + f of the first half of the tile's rows and b that of the
+// second. row(first, half, f): the weights. A tile has HALF features in each of its halves, and STRIDE features are from one to the next.
 
-template <typename T, int NT, int SPLIT, int TILES> struct MmaBlock {
-  static constexpr int HALF = 8;
-  using Sums = float[TILES * SPLIT][NT][4][32];
+template <typename T, int NT, int SPLIT, int HALVES> struct MmaBlock {
+  static constexpr int HALF = 8, STRIDE = HALF * HALVES;
+  // Two tiles' worth: while some warps still read one, others write the next.
+  using Sums = float[2][SPLIT][NT][4][32];
 
-  // row(half, f): the weights of feature f of this tile
   template <typename Row, typename Finish>
-  static DEVICE void run(Sums& shared, const T* x, int M, int K, Row row, Finish finish) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, part = warp % SPLIT;
+  static DEVICE void run(Sums& shared, const T* x, int M, int K, int features, Row row, Finish finish) {
+    const int part = threadIdx.x >> 5, lane = threadIdx.x & 31;
     MmaSums<T, NT> sums;
-    dot_mma<T, NT, SPLIT>(sums, x, row(0, lane >> 2), row(1, lane >> 2), M, K, part);
+    int turn = 0;
+    const auto row_of_lane = [&](int tile, int half) { return row(tile * STRIDE, half, lane >> 2); };
+    dot_mma<T, NT, SPLIT>(sums, x, M, K, (features + STRIDE - 1) / STRIDE, part, row_of_lane, [&](int tile) {
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
+      for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) shared[warp][nt][e][lane] = sums.d[nt][e];
-    sync_tile<SPLIT>();
-    finish([&](auto emit) {
+        for (int e = 0; e < 4; ++e) shared[turn][part][nt][e][lane] = sums.d[nt][e];
+      sync_block();
+      finish(tile * STRIDE, [&](auto emit) {
 #pragma unroll 1
-      for (int i = part * 32 + lane; i < NT * 64; i += SPLIT * 32) {
-        const int l = i & 31, e = (i >> 5) & 1, nt = i >> 6, token = nt * 8 + (l & 3) * 2 + e;
-        float a = 0.0f, b = 0.0f;
+        for (int i = int(threadIdx.x); i < NT * 64; i += SPLIT * 32) {
+          const int l = i & 31, e = (i >> 5) & 1, nt = i >> 6, token = nt * 8 + (l & 3) * 2 + e;
+          float a = 0.0f, b = 0.0f;
 #pragma unroll
-        for (int s = 0; s < SPLIT; ++s) {
-          a += shared[warp - part + s][nt][e][l];
-          b += shared[warp - part + s][nt][e + 2][l];
+          for (int s = 0; s < SPLIT; ++s) {
+            a += shared[turn][s][nt][e][l];
+            b += shared[turn][s][nt][e + 2][l];
+          }
+          if (token < M) emit(token, l >> 2, a, b);
         }
-        if (token < M) emit(token, l >> 2, a, b);
-      }
+      });
+      turn ^= 1;
     });
   }
 };
 
-template <typename T, int NT, int SPLIT, int TILES> struct FmaBlock {
-  static constexpr int HALF = 2, N = NT * 8;
-  using Sums = float[TILES * SPLIT][NT][32];
+// Four warps: one tile of K in SPLIT parts, or four tiles.
+template <typename T, int NT, int SPLIT, int HALVES> struct FmaBlock {
+  static constexpr int HALF = 2, STRIDE = HALF * HALVES, WARPS = 4, N = NT * 8;
+  using Sums = float[WARPS][NT][32];
 
   template <typename Row, typename Finish>
-  static DEVICE void run(Sums& shared, const T* x, int M, int K, Row row, Finish finish) {
+  static DEVICE void run(Sums& shared, const T* x, int M, int K, int, Row row, Finish finish) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, part = warp % SPLIT;
-    const T* const rows[FMA_ROWS] = {row(0, 0), row(0, 1), row(1, 0), row(1, 1)};
+    const int first = (int(blockIdx.x) * (WARPS / SPLIT) + warp / SPLIT) * STRIDE;
+    const T* const rows[FMA_ROWS] = {row(first, 0, 0), row(first, 0, 1), row(first, 1, 0), row(first, 1, 1)};
     float sums[FMA_ROWS][N];
 #pragma unroll
     for (int r = 0; r < FMA_ROWS; ++r)
@@ -252,7 +268,7 @@ template <typename T, int NT, int SPLIT, int TILES> struct FmaBlock {
       shared[warp][nt][lane] = sum_across(v);
     }
     sync_tile<SPLIT>();
-    finish([&](auto emit) {
+    finish(first, [&](auto emit) {
 #pragma unroll 1
       for (int i = part * 32 + lane; i < NT * 16; i += SPLIT * 32) {
         const int nt = i >> 4, f = (i >> 3) & 1, token = nt * 8 + (i & 7);
@@ -268,14 +284,12 @@ template <typename T, int NT, int SPLIT, int TILES> struct FmaBlock {
   }
 };
 
-template <typename T, int NT, int SPLIT, int TILES, template <typename, int, int, int> class Block>
+template <typename B, typename T>
 DEVICE void gate_up(const T* x, const T* w_gate, const T* w_up, const T* b_gate, const T* b_up, T* h, int M, int I, int H, GluOp op) {
-  using B = Block<T, NT, SPLIT, TILES>;
   SHARED(typename B::Sums, shared);
-  const int first = (blockIdx.x * TILES + (threadIdx.x >> 5) / SPLIT) * B::HALF;
   // Past the end the last row is read once more, and not stored.
-  const auto row = [&](int half, int f) { return (half ? w_up : w_gate) + size_t(min(first + f, I - 1)) * H; };
-  B::run(shared, x, M, H, row, [&](auto each) {
+  const auto row = [&](int first, int half, int f) { return (half ? w_up : w_gate) + size_t(min(first + f, I - 1)) * H; };
+  B::run(shared, x, M, H, I, row, [&](int first, auto each) {
     with_formula<float>(op, [&](auto formula) {
       each([&](int token, int f, float gate, float up) {
         const int i = first + f;
@@ -285,13 +299,11 @@ DEVICE void gate_up(const T* x, const T* w_gate, const T* w_up, const T* b_gate,
   });
 }
 
-template <typename T, int NT, int SPLIT, int TILES, template <typename, int, int, int> class Block>
+template <typename B, typename T>
 DEVICE void linear(const T* x, const T* w, const T* bias, T* y, int M, int N, int K, float factor) {
-  using B = Block<T, NT, SPLIT, TILES>;
   SHARED(typename B::Sums, shared);
-  const int first = (blockIdx.x * TILES + (threadIdx.x >> 5) / SPLIT) * 2 * B::HALF;
-  const auto row = [&](int half, int f) { return w + size_t(min(first + half * B::HALF + f, N - 1)) * K; };
-  B::run(shared, x, M, K, row, [&](auto each) {
+  const auto row = [&](int first, int half, int f) { return w + size_t(min(first + half * B::HALF + f, N - 1)) * K; };
+  B::run(shared, x, M, K, N, row, [&](int first, auto each) {
     const auto put = [&](int token, int n, float sum) {
       if (n < N) y[size_t(token) * N + n] = Number<T>::narrow((sum + bias_at(bias, n)) * factor);
     };
@@ -306,28 +318,25 @@ DEVICE void linear(const T* x, const T* w, const T* bias, T* y, int M, int N, in
 
 // ------------------------------------------------------------------------------------------------ kernels
 
-// NAME, threads, least blocks per SM (for the register limit), T, NT, warps per tile, tiles per block, family
-#define GATE_UP(NAME, THREADS, BLOCKS, T, NT, SPLIT, TILES, BLOCK)                                                           \
+// NAME, threads, least blocks per SM (for the register limit), T, the block
+#define GATE_UP(NAME, THREADS, BLOCKS, T, ...)                                                                               \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gate_up_##NAME(                                              \
       const T* x, const T* w_gate, const T* w_up, const T* b_gate, const T* b_up, T* h, int M, int I, int H, GluOp op) {     \
-    gate_up<T, NT, SPLIT, TILES, BLOCK>(x, w_gate, w_up, b_gate, b_up, h, M, I, H, op);                                      \
+    gate_up<__VA_ARGS__>(x, w_gate, w_up, b_gate, b_up, h, M, I, H, op);                                                     \
   }
-#define LINEAR(NAME, THREADS, BLOCKS, T, NT, SPLIT, TILES, BLOCK)                                                            \
+#define LINEAR(NAME, THREADS, BLOCKS, T, ...)                                                                                \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_##NAME(                                               \
       const T* x, const T* w, const T* bias, T* y, int M, int N, int K, float factor) {                                      \
-    linear<T, NT, SPLIT, TILES, BLOCK>(x, w, bias, y, M, N, K, factor);                                                      \
+    linear<__VA_ARGS__>(x, w, bias, y, M, N, K, factor);                                                                     \
   }
-#define MMA_KERNELS(T, NT)                                     \
-  GATE_UP(mma_w1_##T##_n##NT, 64, 8, T, NT, 1, 2, MmaBlock)     \
-  GATE_UP(mma_w8_##T##_n##NT, 256, 2, T, NT, 8, 1, MmaBlock)    \
-  LINEAR(mma_w1_##T##_n##NT, 64, 8, T, NT, 1, 2, MmaBlock)      \
-  LINEAR(mma_w8_##T##_n##NT, 256, 2, T, NT, 8, 1, MmaBlock)
-#define FMA_KERNELS(NAME, T, NT, BLOCKS)                      \
-  GATE_UP(fma_##NAME, 128, BLOCKS, T, NT, 1, 4, FmaBlock)      \
-  LINEAR(fma_##NAME, 128, BLOCKS, T, NT, 4, 1, FmaBlock)
+// gate_up's two halves are of one feature, linear's of two.
+#define MMA_KERNELS(T, NT)                                           \
+  GATE_UP(mma_##T##_n##NT, 256, 2, T, MmaBlock<T, NT, 8, 1>)          \
+  LINEAR(mma_##T##_n##NT, 256, 2, T, MmaBlock<T, NT, 8, 2>)
+#define FMA_KERNELS(NAME, T, NT, BLOCKS)                             \
+  GATE_UP(fma_##NAME, 128, BLOCKS, T, FmaBlock<T, NT, 1, 1>)          \
+  LINEAR(fma_##NAME, 128, BLOCKS, T, FmaBlock<T, NT, 4, 2>)
 
-// Blocks per SM so that an H200 holds the 896 of LLaMA-3-8B's gate_up (w1) and the 256 of its down (w8) at once: 128
-// registers.
 MMA_KERNELS(bf16, 1)
 MMA_KERNELS(bf16, 2)
 MMA_KERNELS(bf16, 4)

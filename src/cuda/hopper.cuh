@@ -96,29 +96,41 @@ DEVICE uint64_t wgmma_operand(uint32_t address) {
 }
 
 // Keeps the compiler from moving uses of the accumulators across a wait.
-DEVICE void pin(float (&d)[128]) {
+template <int N> DEVICE void pin(float (&d)[N]) {
 #pragma unroll
-  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #define ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define ACC16(i) ACC4(i), ACC4(i + 4), ACC4(i + 8), ACC4(i + 12)
-#define ACC128 ACC16(0), ACC16(16), ACC16(32), ACC16(48), ACC16(64), ACC16(80), ACC16(96), ACC16(112)
-#define D128                                                                                                \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                 \
+#define ACC64 ACC16(0), ACC16(16), ACC16(32), ACC16(48)
+#define ACC80 ACC64, ACC16(64)
+#define ACC96 ACC80, ACC16(80)
+#define ACC112 ACC96, ACC16(96)
+#define ACC128 ACC112, ACC16(112)
+#define D64                                                                                                 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                        \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                        \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                        \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                        \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                        \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "            \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
-#define WGMMA(DTYPE)                                                                                        \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                \
-               "wgmma.mma_async.sync.aligned.m64n256k16.f32." DTYPE "." DTYPE " " D128 ", %128, %129, p, 1, 1, 0, 0;\n}" \
-               : ACC128 : "l"(a), "l"(b), "r"(accumulate))
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define D80 D64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define D96 D80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define D112 D96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define D128 D112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA(N, SUMS, DTYPE, A, B, P)                                                                      \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                             \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." DTYPE "." DTYPE " {" D##SUMS "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}"\
+               : ACC##SUMS : "l"(a), "l"(b), "r"(accumulate))
 
-// d (64,256) = a (64,16) · b (256,16)ᵀ, plus d if `accumulate`. Warp w of the warpgroup has rows 16w..; with lane = 4g + t,
-// d[4i], d[4i+1] are (g, 8i + 2t), (g, 8i + 2t + 1) and d[4i+2], d[4i+3] the same of row g + 8.
-DEVICE void wgmma_m64n256k16(bf16, float (&d)[128], uint64_t a, uint64_t b, int accumulate) { WGMMA("bf16"); }
-DEVICE void wgmma_m64n256k16(f16, float (&d)[128], uint64_t a, uint64_t b, int accumulate) { WGMMA("f16"); }
+// d (64,N) = a (64,16) · b (N,16)ᵀ, plus d if `accumulate`; N is twice the number of a thread's sums. Warp w of the warpgroup has rows
+// 16w..; with lane = 4g + t, d[4i], d[4i+1] are (g, 8i + 2t), (g, 8i + 2t + 1) and d[4i+2], d[4i+3] the same of row g + 8.
+DEVICE void wgmma_k16(bf16, float (&d)[64], uint64_t a, uint64_t b, int accumulate) { WGMMA(128, 64, "bf16", 64, 65, 66); }
+DEVICE void wgmma_k16(bf16, float (&d)[80], uint64_t a, uint64_t b, int accumulate) { WGMMA(160, 80, "bf16", 80, 81, 82); }
+DEVICE void wgmma_k16(bf16, float (&d)[96], uint64_t a, uint64_t b, int accumulate) { WGMMA(192, 96, "bf16", 96, 97, 98); }
+DEVICE void wgmma_k16(bf16, float (&d)[112], uint64_t a, uint64_t b, int accumulate) { WGMMA(224, 112, "bf16", 112, 113, 114); }
+DEVICE void wgmma_k16(bf16, float (&d)[128], uint64_t a, uint64_t b, int accumulate) { WGMMA(256, 128, "bf16", 128, 129, 130); }
+DEVICE void wgmma_k16(f16, float (&d)[64], uint64_t a, uint64_t b, int accumulate) { WGMMA(128, 64, "f16", 64, 65, 66); }
+DEVICE void wgmma_k16(f16, float (&d)[80], uint64_t a, uint64_t b, int accumulate) { WGMMA(160, 80, "f16", 80, 81, 82); }
+DEVICE void wgmma_k16(f16, float (&d)[96], uint64_t a, uint64_t b, int accumulate) { WGMMA(192, 96, "f16", 96, 97, 98); }
+DEVICE void wgmma_k16(f16, float (&d)[112], uint64_t a, uint64_t b, int accumulate) { WGMMA(224, 112, "f16", 112, 113, 114); }
+DEVICE void wgmma_k16(f16, float (&d)[128], uint64_t a, uint64_t b, int accumulate) { WGMMA(256, 128, "f16", 128, 129, 130); }

@@ -10,7 +10,7 @@ use candle_core::cuda_backend::{CudaDType, CudaStorage, WrapErr};
 use candle_core::{Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
-use super::module::{Kernel, PREFILL_SHARED};
+use super::module::Kernel;
 use crate::activation::GluActivation;
 use crate::glu::Glu;
 
@@ -158,16 +158,11 @@ pub(super) use arguments;
 pub(super) struct Grid {
     pub(super) blocks: usize,
     pub(super) threads: u32,
-    pub(super) shared: u32,
 }
 
 impl Grid {
     pub(super) fn new(blocks: usize, threads: u32) -> Self {
-        Self { blocks, threads, shared: 0 }
-    }
-
-    pub(super) fn prefill(blocks: usize) -> Self {
-        Self { blocks, threads: 384, shared: PREFILL_SHARED }
+        Self { blocks, threads }
     }
 }
 
@@ -198,7 +193,7 @@ pub(super) unsafe fn launch(
         blockDimX: grid.threads,
         blockDimY: 1,
         blockDimZ: 1,
-        sharedMemBytes: grid.shared,
+        sharedMemBytes: kernel.shared,
         hStream: stream.cu_stream(),
         attrs: &mut attribute,
         numAttrs: u32::from(early && kernel.waits),
@@ -213,15 +208,24 @@ pub(super) fn is_capturing(stream: &CudaStream) -> bool {
     stream.capture_status().is_ok_and(|status| status != none)
 }
 
-/// The tensor map of a row-major matrix (rows, columns) of 2-byte elements at `address`, in boxes of `box_rows` by 64 elements = 128 B,
-/// swizzled.
-pub(super) fn tensor_map<T: Element>(address: u64, (rows, columns): (usize, usize), box_rows: u32) -> Result<sys::CUtensorMap> {
+/// The tensor map of a row-major matrix (rows, columns) of 2-byte elements at `address`, in boxes of (rows, columns): of 64 columns,
+/// 128 B, swizzled, of fewer not.
+pub(super) fn tensor_map<T: Element>(
+    address: u64,
+    (rows, columns): (usize, usize),
+    (box_rows, box_columns): (u32, u32),
+) -> Result<sys::CUtensorMap> {
+    let swizzle = if box_columns == 64 {
+        sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B
+    } else {
+        sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE
+    };
     let dtype = match T::CUDA {
         cudaDataType_t::CUDA_R_16BF => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
     };
     let (dims, strides) = ([columns as u64, rows as u64], [(columns * size_of::<T>()) as u64]);
-    let (boxes, element_strides) = ([64, box_rows], [1, 1]);
+    let (boxes, element_strides) = ([box_columns, box_rows], [1, 1]);
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
     // SAFETY: every pointer is to an array of the rank's length, or for the strides of one less, that outlives the call; `address` is only
     // encoded.
@@ -236,7 +240,7 @@ pub(super) fn tensor_map<T: Element>(address: u64, (rows, columns): (usize, usiz
             boxes.as_ptr(),
             element_strides.as_ptr(),
             sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle,
             sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! x (M,H)   gate_up_proj (2I,H), gate's rows first   down_proj (H,I)
-//! M ≤ 32   h (M,I) = glu(x·Wgᵀ, x·Wuᵀ)    gate_up of decode.cu: the weights are read once, gate and up stay in registers
+//! few      h (M,I) = glu(x·Wgᵀ, x·Wuᵀ)    gate_up of decode.cu: the weights are read once, gate and up stay in registers
 //!          y (M,H) = h·Wdᵀ                linear of decode.cu, which starts while gate_up still runs
-//! M > 32   p (M,2I) = x·Wguᵀ              cuBLAS, one product
+//! more     p (M,2I) = x·Wguᵀ              cuBLAS, one product
 //!          h = glu(p's halves)            glu.cu, by strides, no copy of a half
 //!      or  h = glu(x·Wgᵀ, x·Wuᵀ)          prefill_sm90.cu, where `plan::prefill` says so
 //!          y = h·Wdᵀ                      cuBLAS
@@ -15,8 +15,9 @@
 //!    if the device has a stream of its own, as for any candle operation).
 //! 2. Kernels with a wait of their own start early (`launch::launch`). What they read before that wait are weights alone, and those are
 //!    complete: [`prepare`] synchronises the stream once, when a layer is built.
-//! 3. Products are summed in f32, h and y rounded once. Where p exists (M > 32 through cuBLAS) gate and up are rounded too.
-//! 4. A bias goes in where the sum still is f32; through cuBLAS as y's first value, with β = α.
+//! 3. Products are summed in f32, h and y rounded once. Where p exists gate and up are rounded too.
+//! 4. A bias goes in where the sum still is f32; through cuBLAS as y's first value, with β = α, and then y may be rounded twice.
+//! 5. `plan::decode_rows` says how many rows are few: 32; on Hopper in bf16 and f16 16, or 8 where memory is as fast as an H200's.
 
 mod gemm;
 mod launch;
@@ -33,9 +34,9 @@ use half::{bf16, f16};
 use crate::device::{DeviceBlock, DeviceLinear};
 use gemm::gemm;
 use launch::{Element, GluOp, Grid, NULL, Pointer, Weight, arguments, contiguous, is_capturing, launch, tensor_map, weight};
-use module::{Kernels, Name};
+use module::{Kernel, Kernels, Name, Tile};
 pub(crate) use pair::{glu_gradient, glu_mul};
-use plan::{DECODE_ROWS, chunk_rows};
+use plan::chunk_rows;
 pub use plan::{Prefill, force_prefill};
 
 /// The block's and the projection's kernels run on this device in this dtype: compute capability 8.0 or newer. Elsewhere candle's
@@ -142,7 +143,7 @@ fn block_of<T: Element>(block: &DeviceBlock, x: &CudaStorage, layout: &Layout) -
             y: Pointer::write(&mut y, &stream),
             glu: GluOp::from(&block.glu),
         };
-        if m <= DECODE_ROWS { operands.decode::<T>(&call)? } else { operands.prefill::<T>(&call)? }
+        if m <= call.decode_rows::<T>()? { operands.decode::<T>(&call)? } else { operands.prefill::<T>(&call)? }
     }
     Ok((CudaStorage::wrap_cuda_slice(y, device.clone()), Shape::from((m, h))))
 }
@@ -164,7 +165,7 @@ fn linear_of<T: Element>(linear: &DeviceLinear, x: &CudaStorage, layout: &Layout
             factor: 1.0,
         };
         let (x, y) = (rows.pointer::<T>(&stream)?, Pointer::write(&mut y, &stream));
-        if m <= DECODE_ROWS {
+        if m <= call.decode_rows::<T>()? {
             projection.decode::<T>(&call, (&x, y.address), m, !is_capturing(&stream))?;
         } else {
             projection.product::<T>(&call, (x.address, y.address), m)?;
@@ -181,27 +182,24 @@ impl Call<'_> {
         unsafe { self.device.alloc::<T>(elements) }
     }
 
-    /// A kernel of decode.cu for products over `k`, `tiles` tiles of output, and the grid it takes: `fma_tiles` where the tensor cores'
-    /// conditions fail.
-    fn decode_kernel<T: Element>(
-        &self,
-        op: &'static str,
-        m: usize,
-        aligned: bool,
-        tiles: usize,
-        fma_tiles: usize,
-    ) -> (Name, Grid) {
+    /// How many rows are few: the kernels of decode.cu take them.
+    fn decode_rows<T: Element>(&self) -> Result<usize> {
+        let hopper = self.kernels.hopper && T::NAME != "f32";
+        Ok(plan::decode_rows(plan::forced()?, hopper.then_some(self.kernels.bytes_per_clock)))
+    }
+
+    /// A kernel of decode.cu, and its grid for `features` outputs: of the CUDA cores' where the tensor cores' conditions fail.
+    fn decode_kernel<T: Element>(&self, op: &'static str, m: usize, aligned: bool, features: usize) -> Result<(&Kernel, Grid)> {
         let variant = if m <= 8 { "_n1" } else { ["_n2", "_n4"][usize::from(m > 16)] };
         let name = |family, variant| Name { op, family, dtype: T::NAME, variant };
-        if T::NAME == "f32" {
-            (name("_fma", variant), Grid::new(fma_tiles, 128))
-        } else if !aligned {
-            (name("_fma", ""), Grid::new(fma_tiles, 128))
-        } else if tiles >= 6 * self.kernels.sms {
-            (name("_mma_w1", variant), Grid::new(tiles.div_ceil(2), 64))
-        } else {
-            (name("_mma_w8", variant), Grid::new(tiles, 256))
+        let (of_mma, of_fma) = if op == "linear" { (16, 4) } else { (8, 8) };
+        if T::NAME == "f32" || !aligned {
+            let kernel = self.kernels.get(name("_fma", if T::NAME == "f32" { variant } else { "" }))?;
+            return Ok((kernel, Grid::new(features.div_ceil(of_fma), 128)));
         }
+        // Persistent blocks, two to a multiprocessor.
+        let blocks = features.div_ceil(of_mma).min(2 * self.kernels.sms);
+        Ok((self.kernels.get(name("_mma", variant))?, Grid::new(blocks, 256)))
     }
 
     /// The grid of a kernel of glu.cu over (rows, columns).
@@ -232,12 +230,12 @@ impl Projection<'_> {
     fn decode<T: Element>(&self, call: &Call<'_>, (x, y): (&Pointer<'_>, u64), m: usize, early: bool) -> Result<()> {
         let (n, k) = self.sizes;
         let aligned = k.is_multiple_of(8) && x.is_aligned() && self.weight.is_aligned();
-        let (name, grid) = call.decode_kernel::<T>("linear", m, aligned, n.div_ceil(16), n.div_ceil(4));
+        let (kernel, grid) = call.decode_kernel::<T>("linear", m, aligned, n)?;
         let (m, n, k) = (int(m)?, int(n)?, int(k)?);
         let list = arguments![x.address, self.weight.address, self.bias.address, y, m, n, k, self.factor];
         // SAFETY: the arguments of linear_*; x has M·K elements, the weight N·K, the bias N or none, y M·N; `prepare` has waited for the
         // weight.
-        unsafe { launch(call.stream, call.kernels.get(name)?, grid, early, list) }
+        unsafe { launch(call.stream, kernel, grid, early, list) }
     }
 
     /// Any rows, through cuBLAS.
@@ -282,14 +280,14 @@ impl Operands<'_> {
         (bias, if bias == 0 { 0 } else { bias + (self.sizes.2 * size_of::<T>()) as u64 })
     }
 
-    /// M ≤ 32: two launches. h and y are allocated before the first, so that in a CUDA graph too the second follows the first directly.
+    /// Few rows: two launches. h and y are allocated before the first, so that in a CUDA graph too the second follows the first directly.
     /// There the first follows an allocation, which nothing starts early after.
     fn decode<T: Element>(&self, call: &Call<'_>) -> Result<()> {
         let (m, h, i) = self.sizes;
         let mut product = call.alloc::<T>(m, i)?;
         let hidden = Pointer::write(&mut product, call.stream);
         let aligned = h.is_multiple_of(8) && self.x.is_aligned() && self.gate_up.is_aligned();
-        let (name, grid) = call.decode_kernel::<T>("gate_up", m, aligned, i.div_ceil(8), i.div_ceil(8));
+        let (kernel, grid) = call.decode_kernel::<T>("gate_up", m, aligned, i)?;
         let (up, (gate_bias, up_bias)) = (self.up::<T>(), self.biases::<T>());
         let (rows, columns, k) = (int(m)?, int(i)?, int(h)?);
         let list = arguments![
@@ -307,11 +305,11 @@ impl Operands<'_> {
         let early = !is_capturing(call.stream);
         // SAFETY: the arguments of gate_up_*; x has M·H elements, each half of the weights I·H, of the biases I or none, h M·I;
         // `prepare` has waited for the weights.
-        unsafe { launch(call.stream, call.kernels.get(name)?, grid, early, list)? };
+        unsafe { launch(call.stream, kernel, grid, early, list)? };
         self.down.decode::<T>(call, (&hidden, self.y.address), m, true)
     }
 
-    /// M > 32, in chunks of rows.
+    /// Many rows, in chunks.
     fn prefill<T: Element>(&self, call: &Call<'_>) -> Result<()> {
         let (m, h, i) = self.sizes;
         let rows = chunk_rows(m, i, size_of::<T>()).min(m);
@@ -334,16 +332,21 @@ impl Operands<'_> {
         Ok(())
     }
 
-    fn takes_fused<T: Element>(&self, call: &Call<'_>) -> Result<bool> {
-        let (m, h, i) = self.sizes;
-        let possible = call.kernels.hopper
+    /// A kernel of prefill_sm90.cu can compute gate and up.
+    fn can_fuse<T: Element>(&self, call: &Call<'_>) -> bool {
+        let (_, h, i) = self.sizes;
+        call.kernels.hopper
             && matches!(T::NAME, "bf16" | "f16")
             && h.is_multiple_of(8)
             && i.is_multiple_of(8)
             && self.x.is_aligned()
-            && self.gate_up.is_aligned();
-        let way = plan::forced()?.unwrap_or_else(|| plan::prefill((m, h, i), call.kernels.sms));
-        Ok(possible && way == Prefill::Fused)
+            && self.gate_up.is_aligned()
+    }
+
+    fn takes_fused<T: Element>(&self, call: &Call<'_>) -> Result<bool> {
+        let (m, _, i) = self.sizes;
+        let way = plan::forced()?.unwrap_or_else(|| plan::prefill((m, i), call.kernels.sms, call.kernels.bytes_per_clock));
+        Ok(self.can_fuse::<T>(call) && way == Prefill::Fused)
     }
 
     /// p (rows,2I) = x·Wguᵀ, then h (rows,I) from its halves.
@@ -364,18 +367,18 @@ impl Operands<'_> {
     /// h (rows,I) = glu(x·Wgᵀ + b, x·Wuᵀ + b)
     fn fused<T: Element>(&self, call: &Call<'_>, (x, hidden): (u64, u64), rows: usize) -> Result<()> {
         let (_, h, i) = self.sizes;
-        let grid = plan::fused_grid(rows, i, call.kernels.sms);
-        let variant = if grid.cluster == 1 { "_c1" } else { "_c2" };
+        let plan = plan::fused_grid(rows, i, call.kernels.sms);
+        let Tile { variant, width, .. } = plan.tile;
         let name = Name { op: "gate_up", family: "_sm90", dtype: T::NAME, variant };
-        let x = tensor_map::<T>(x, (rows, h), 128)?;
-        let gate = tensor_map::<T>(self.gate_up.address, (i, h), 128)?;
-        let up = tensor_map::<T>(self.up::<T>(), (i, h), 128)?;
-        let hidden = tensor_map::<T>(hidden, (rows, i), 64)?;
+        let x = tensor_map::<T>(x, (rows, h), (128, 64))?;
+        let gate = tensor_map::<T>(self.gate_up.address, (i, h), (width as u32, 64))?;
+        let up = tensor_map::<T>(self.up::<T>(), (i, h), (width as u32, 64))?;
+        let hidden = tensor_map::<T>(hidden, (rows, i), (64, if width.is_multiple_of(64) { 64 } else { 16 }))?;
         let (gate_bias, up_bias) = self.biases::<T>();
         let (m, columns, k) = (int(rows)?, int(i)?, int(h)?);
         let list = arguments![x, gate, up, hidden, gate_bias, up_bias, m, columns, k, self.glu];
         // SAFETY: the arguments of gate_up_sm90_*; the maps are those of x (rows,H), the halves of the weights (I,H) and h (rows,I); the
-        // biases have I elements or none.
-        unsafe { launch(call.stream, call.kernels.get(name)?, Grid::prefill(grid.blocks), false, list) }
+        // biases have I elements or none; `prepare` has waited for the weights.
+        unsafe { launch(call.stream, call.kernels.get(name)?, Grid::new(plan.blocks, 384), !is_capturing(call.stream), list) }
     }
 }

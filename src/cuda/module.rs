@@ -13,18 +13,41 @@ const DECODE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/decode.fatbin"))
 const GLU: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/glu.fatbin"));
 const PREFILL_SM90: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/prefill_sm90.fatbin"));
 
-/// Dynamic shared memory of the kernels of prefill_sm90.cu, of 232448 B that a block can have.
-pub(super) const PREFILL_SHARED: u32 = 230_656;
+/// A kernel of prefill_sm90.cu: a cluster of so many blocks, each with tiles of 128 rows by `width` features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Tile {
+    pub(super) cluster: usize,
+    pub(super) width: usize,
+    pub(super) variant: &'static str,
+    /// Bytes of dynamic shared memory, of 232448 that a block can have.
+    pub(super) shared: u32,
+}
 
-/// A kernel's name in its parts: `gate_up_mma_w1_bf16_n1`.
+const fn tile(cluster: usize, width: usize, variant: &'static str, shared: u32) -> Tile {
+    Tile { cluster, width, variant, shared }
+}
+
+/// All of them.
+pub(super) const TILES: [Tile; 8] = [
+    tile(1, 64, "_c1_w64", 214_272),
+    tile(1, 80, "_c1_w80", 206_080),
+    tile(1, 96, "_c1_w96", 230_656),
+    tile(1, 112, "_c1_w112", 210_176),
+    tile(1, 128, "_c1_w128", 230_656),
+    tile(2, 96, "_c2_w96", 230_656),
+    tile(2, 112, "_c2_w112", 210_176),
+    tile(2, 128, "_c2_w128", 230_656),
+];
+
+/// A kernel's name in its parts: `gate_up_mma_bf16_n1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Name {
     /// gate_up, linear, glu_mul, ...
     pub(super) op: &'static str,
-    /// _mma_w1, _sm90, ... or nothing
+    /// _mma, _sm90, ... or nothing
     pub(super) family: &'static str,
     pub(super) dtype: &'static str,
-    /// _n1, _c2, ... or nothing
+    /// _n1, _c2_w128, ... or nothing
     pub(super) variant: &'static str,
 }
 
@@ -42,9 +65,8 @@ fn decode_names() -> Vec<Name> {
         let mut add = |family, dtype, variant| names.push(Name { op, family, dtype, variant });
         for variant in ROWS {
             add("_fma", "f32", variant);
-            for (family, dtype) in [("_mma_w1", "bf16"), ("_mma_w1", "f16"), ("_mma_w8", "bf16"), ("_mma_w8", "f16")] {
-                add(family, dtype, variant);
-            }
+            add("_mma", "bf16", variant);
+            add("_mma", "f16", variant);
         }
         add("_fma", "bf16", "");
         add("_fma", "f16", "");
@@ -59,8 +81,8 @@ fn glu_names() -> Vec<Name> {
 }
 
 fn prefill_names() -> Vec<Name> {
-    let variants = ["_c1", "_c2"].into_iter();
-    variants.flat_map(|variant| ["bf16", "f16"].map(|dtype| Name { op: "gate_up", family: "_sm90", dtype, variant })).collect()
+    let all = TILES.into_iter().map(|tile| tile.variant);
+    all.flat_map(|variant| ["bf16", "f16"].map(|dtype| Name { op: "gate_up", family: "_sm90", dtype, variant })).collect()
 }
 
 /// The first number of the device's compute capability. (The context's own method would also take, and so hide, an error that the context
@@ -74,6 +96,8 @@ pub(super) fn major(device: &CudaDevice) -> Option<i32> {
 /// A function of a module.
 pub(super) struct Kernel {
     function: CudaFunction,
+    /// Bytes of dynamic shared memory of a block.
+    pub(super) shared: u32,
     /// It was compiled for sm_90 or newer, and so waits for what precedes it before it reads an activation or writes: it may be
     /// launched before that has ended.
     pub(super) waits: bool,
@@ -90,6 +114,8 @@ pub(super) struct Kernels {
     kernels: HashMap<Name, Kernel>,
     /// Streaming multiprocessors.
     pub(super) sms: usize,
+    /// Bytes that the device's memory could bring each of them in one of its clocks.
+    pub(super) bytes_per_clock: f64,
     /// Compute capability 9.0: the kernels of prefill_sm90.cu are there.
     pub(super) hopper: bool,
 }
@@ -114,13 +140,21 @@ impl Kernels {
     }
 
     fn load(context: &Arc<CudaContext>) -> Result<Self> {
-        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let sms = context.attribute(attribute).w()? as usize;
+        use sys::CUdevice_attribute as Attribute;
+        let sms = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()? as usize;
+        // 0 where a driver does not tell; only a choice between two ways depends on it.
+        let number = |attribute| context.attribute(attribute).map_or(0.0, f64::from);
+        let bits = number(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH);
+        let memory_clock = number(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE);
+        let clock = number(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE).max(1.0);
+        // Twice a clock of the memory.
+        let bytes_per_clock = 2.0 * memory_clock * bits / 8.0 / (clock * sms as f64);
         let (major, minor) = context.compute_capability().w()?;
         if major < 8 {
             bail!("CUDA kernels of candle-swiglu need compute capability 8.0 or newer, found {major}.{minor}");
         }
-        let mut all = Self { kernels: HashMap::new(), sms, hopper: (major, minor) == (9, 0) };
+        let hopper = (major, minor) == (9, 0);
+        let mut all = Self { kernels: HashMap::new(), sms, bytes_per_clock, hopper };
         all.add(&module(context, DECODE)?, decode_names())?;
         all.add(&module(context, GLU)?, glu_names())?;
         if all.hopper {
@@ -134,11 +168,12 @@ impl Kernels {
         for name in names {
             let function = module.load_function(&name.to_string()).w()?;
             let waits = function.get_attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION).w()? >= 90;
-            if name.family == "_sm90" {
+            let shared = TILES.iter().find(|tile| tile.variant == name.variant).map_or(0, |tile| tile.shared);
+            if shared > 0 {
                 let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                function.set_attribute(attribute, PREFILL_SHARED as i32).w()?;
+                function.set_attribute(attribute, shared as i32).w()?;
             }
-            self.kernels.insert(name, Kernel { function, waits });
+            self.kernels.insert(name, Kernel { function, shared, waits });
         }
         Ok(())
     }

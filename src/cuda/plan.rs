@@ -5,13 +5,12 @@ use std::sync::OnceLock;
 
 use candle_core::Result;
 
-/// Decode kernels take up to this many rows.
-pub(super) const DECODE_ROWS: usize = 32;
+use super::module::{TILES, Tile};
 
 /// At most this much memory for h and the product of gate and up together, per call: more rows go through in chunks (of 128 at least).
 const SCRATCH_BYTES: usize = 768 << 20;
 
-/// How gate, up and the activation are computed above `DECODE_ROWS` rows.
+/// How gate, up and the activation are computed above the rows of the decode kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prefill {
     /// One product (M,2I) by cuBLAS, then one pass over its halves.
@@ -48,36 +47,76 @@ fn parse(value: Option<&str>) -> std::result::Result<Option<Prefill>, String> {
     }
 }
 
-/// Blocks of the fused kernel: clusters of `cluster` blocks, each with tiles of 128 rows by 128 columns of h, as many as the device holds.
+/// A multiprocessor whose due of the memory's speed is more than this many bytes a clock gets more by cuBLAS than by our kernels of
+/// 9 to 64 rows: an H200's is 18.4, an H100's 12.8.
+const FAST_MEMORY: f64 = 14.0;
+
+/// The kernels of decode.cu take up to this many rows: 32; 16 or 8 in bf16 and f16 on Hopper, with `bytes_per_clock` for each of its
+/// multiprocessors, where cuBLAS and the kernels of prefill_sm90.cu are faster from there on; 8 where a way of prefill is forced.
+pub(super) fn decode_rows(forced: Option<Prefill>, bytes_per_clock: Option<f64>) -> usize {
+    match (forced, bytes_per_clock) {
+        (Some(_), _) => 8,
+        (None, Some(bytes)) => {
+            if bytes > FAST_MEMORY {
+                8
+            } else {
+                16
+            }
+        }
+        (None, None) => 32,
+    }
+}
+
+/// A launch of a kernel of prefill_sm90.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FusedGrid {
-    pub(super) cluster: usize,
+    pub(super) tile: Tile,
     pub(super) blocks: usize,
     /// Tiles that the busiest block computes, one after the other.
     waves: usize,
 }
 
-pub(super) fn fused_grid(m: usize, i: usize, sms: usize) -> FusedGrid {
-    let cluster = if m <= 128 { 1 } else { 2 };
-    let tiles = m.div_ceil(128 * cluster) * i.div_ceil(128);
-    let clusters = tiles.min(sms / cluster).max(1);
-    FusedGrid { cluster, blocks: cluster * clusters, waves: tiles.div_ceil(clusters) }
+impl FusedGrid {
+    fn of(tile: Tile, m: usize, i: usize, sms: usize) -> Self {
+        let tiles = m.div_ceil(128 * tile.cluster) * i.div_ceil(tile.width);
+        let clusters = tiles.min(sms / tile.cluster).max(1);
+        Self { tile, blocks: tile.cluster * clusters, waves: tiles.div_ceil(clusters) }
+    }
+
+    /// What the busiest multiprocessor computes, in features of one row of tiles. Above 128 rows, where arithmetic decides, blocks that
+    /// share no weights read more and take 5 % longer.
+    fn load(&self, m: usize) -> f64 {
+        let alone = if self.tile.cluster == 1 && m > 128 { 1.05 } else { 1.0 };
+        (self.waves * self.tile.width) as f64 * alone
+    }
+
+    /// Its time in the same unit: a tile takes 4 features more than it has, to begin and to end.
+    fn time(&self, m: usize) -> f64 {
+        self.load(m) + (4 * self.waves) as f64
+    }
 }
 
-/// The fused kernel or cuBLAS for (M,H,I) on `sms` multiprocessors: reasoned, not measured.
+/// The tile that divides (M,I) best among `sms` multiprocessors.
+pub(super) fn fused_grid(m: usize, i: usize, sms: usize) -> FusedGrid {
+    let all = TILES.into_iter().filter(|tile| tile.cluster <= sms.min(m.div_ceil(128)));
+    let all = all.map(|tile| FusedGrid::of(tile, m, i, sms));
+    all.min_by(|a, b| a.time(m).total_cmp(&b.time(m))).unwrap_or_else(|| FusedGrid::of(TILES[0], m, i, sms))
+}
+
+/// The fused kernel or cuBLAS for (M,I) on `sms` multiprocessors, each of which the memory could bring `bytes_per_clock`: by what an
+/// H100 and an H200 do.
 ///
-/// Fused saves the pass over the halves, which reads 2·M·I and writes M·I elements of 2 B: 6·M·I B at 4.0 TB/s beside 4·M·H·I operations
-/// at 790 TFLOP/s is 296 / H of the product's time. It loses what its last wave leaves idle, `waves·sms·128·128 / (M·I)`, of which
-/// cuBLAS, with tiles of several shapes to choose from, is assumed to lose 3 % or less; and its main loop is assumed to run at 0.95 of
-/// cuBLAS's. Up to 128 rows the weights' bytes decide and too few blocks may read them, so there the product is cuBLAS's.
-pub(super) fn prefill((m, h, i): (usize, usize, usize), sms: usize) -> Prefill {
-    if m <= 128 {
+/// The fused kernel's `load` (above) would be I / sms for each row of tiles if they divided evenly. Above 128 rows it needs 0.94 of what
+/// cuBLAS and the pass over its halves take where the tiles divide evenly, as long as arithmetic decides, from about 300 rows on; below
+/// that reading the weights takes as long as 2.5 times 128 rows. Up to 128 rows it reads them 1.15 times as fast, but no faster than at
+/// 13 bytes a clock: where memory is faster, cuBLAS is up to 64 rows.
+pub(super) fn prefill((m, i): (usize, usize), sms: usize, bytes_per_clock: f64) -> Prefill {
+    if m <= 64 && bytes_per_clock > FAST_MEMORY {
         return Prefill::Cublas;
     }
-    let loop_rate = 0.95;
-    let waste = (fused_grid(m, i, sms).waves * sms * 128 * 128) as f64 / (m as f64 * i as f64);
-    let (fused, cublas) = (waste / loop_rate, waste.min(1.03) + 296.0 / h as f64);
-    if fused < cublas { Prefill::Fused } else { Prefill::Cublas }
+    let due = i as f64 / sms as f64;
+    let bound = if m <= 128 { 1.15 } else { (1.06 * m as f64 / 128.0).max(2.5) };
+    if fused_grid(m, i, sms).load(m) <= bound * due { Prefill::Fused } else { Prefill::Cublas }
 }
 
 /// Rows of a chunk: as many as [`SCRATCH_BYTES`] allow, in whole tiles and in chunks of nearly equal size.
@@ -111,22 +150,43 @@ mod tests {
         for (m, i) in [(1, 8), (128, 128), (129, 128), (256, 14336), (4096, 28672)] {
             for sms in [1, 2, 108, 132] {
                 let grid = fused_grid(m, i, sms);
-                assert!(grid.blocks >= grid.cluster && grid.blocks.is_multiple_of(grid.cluster));
-                assert!(grid.blocks <= sms.max(grid.cluster));
-                let tiles = m.div_ceil(128 * grid.cluster) * i.div_ceil(128);
-                assert!(grid.waves * grid.blocks / grid.cluster >= tiles);
+                let Tile { cluster, width, .. } = grid.tile;
+                assert!(grid.blocks >= cluster && grid.blocks.is_multiple_of(cluster));
+                assert!(grid.blocks <= sms.max(cluster));
+                let tiles = m.div_ceil(128 * cluster) * i.div_ceil(width);
+                assert!(grid.waves * grid.blocks / cluster >= tiles);
             }
         }
         // 16 clusters of rows by 112 columns of tiles on 66 clusters: 27.2, so 28 in turn.
-        assert_eq!(fused_grid(4096, 14336, 132), FusedGrid { cluster: 2, blocks: 132, waves: 28 });
+        assert_eq!(fused_grid(4096, 14336, 132), FusedGrid { tile: TILES[7], blocks: 132, waves: 28 });
+    }
+
+    /// Widths that leave few multiprocessors idle, where 128 leaves many.
+    #[test]
+    fn tiles_divide_the_features() {
+        let found = |m, i| {
+            let grid = fused_grid(m, i, 132);
+            (grid.tile.cluster, grid.tile.width, grid.waves)
+        };
+        assert_eq!(found(64, 14336), (1, 112, 1)); // 128 tiles
+        assert_eq!(found(64, 8192), (1, 64, 1)); // 128 tiles
+        assert_eq!(found(64, 28672), (1, 112, 2)); // 256 tiles
+        assert_eq!(found(512, 14336), (2, 112, 4)); // 256 clusters on 66
+        assert_eq!(found(512, 8192), (2, 128, 2));
     }
 
     #[test]
-    fn narrow_blocks_are_fused_and_wide_ones_are_not() {
-        assert_eq!(prefill((4096, 2048, 8192), 132), Prefill::Fused);
-        assert_eq!(prefill((4096, 8192, 28672), 132), Prefill::Cublas);
-        assert_eq!(prefill((128, 2048, 8192), 132), Prefill::Cublas);
-        assert_eq!(prefill((129, 2048, 128), 132), Prefill::Cublas, "two tiles on 132 multiprocessors");
+    fn blocks_that_fill_the_device_are_fused() {
+        for m in [17, 64, 128, 160, 512, 2048, 4096] {
+            for i in [8192, 14336, 28672] {
+                assert_eq!(prefill((m, i), 132, 12.8), Prefill::Fused, "M = {m}, I = {i}");
+                let on_h200 = if m <= 64 { Prefill::Cublas } else { Prefill::Fused };
+                assert_eq!(prefill((m, i), 132, 18.4), on_h200, "M = {m}, I = {i}");
+            }
+        }
+        assert_eq!(prefill((129, 128), 132, 12.8), Prefill::Cublas, "two tiles on 132 multiprocessors");
+        assert_eq!(prefill((64, 1376), 132, 12.8), Prefill::Cublas, "22 tiles");
+        assert_eq!(prefill((300, 14336), 132, 12.8), Prefill::Cublas, "three rows of tiles for the work of 2.3");
     }
 
     #[test]

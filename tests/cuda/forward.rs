@@ -79,8 +79,9 @@ fn both_ways_of_prefill() -> Result<()> {
             let x = numbers.tensor(&[300, h], 3.0, dtype)?;
             let near = block.forward_rounded(&x, sum_roundoff(dtype), Some(dtype))?;
             let (expected, bounds) = (near.values(), near.errors());
-            for (way, m) in
-                [CudaPrefill::Fused, CudaPrefill::Cublas].into_iter().flat_map(|way| [33, 128, 129, 257, 300].map(|m| (way, m)))
+            for (way, m) in [CudaPrefill::Fused, CudaPrefill::Cublas]
+                .into_iter()
+                .flat_map(|way| [9, 33, 128, 129, 257, 300].map(|m| (way, m)))
             {
                 force_cuda_prefill(Some(way));
                 let y = run(&ffn, &x.narrow(0, 0, m)?, &device);
@@ -88,6 +89,34 @@ fn both_ways_of_prefill() -> Result<()> {
                 let what = format!("{way:?} {activation} {dtype:?} H = {h}, I = {i}, M = {m}");
                 check_within(&what, &y?, &expected[..m * h], &bounds[..m * h])?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// Tiles of every width: each divides its I evenly among the 132 multiprocessors of an H100 or H200, so it is taken there. Over integers
+/// both ways of prefill give the same bits.
+#[test]
+fn tiles_of_every_width() -> Result<()> {
+    use candle_swiglu::{CudaPrefill, force_cuda_prefill};
+    let Some(device) = cuda()? else { return Ok(()) };
+    let (h, multiprocessors) = (136, if super::on_model() { 7 } else { 132 });
+    for (width, dtype) in [64, 80, 96, 112, 128].into_iter().flat_map(|width| [DType::BF16, DType::F16].map(|t| (width, t))) {
+        let i = multiprocessors * width - 8;
+        let mut numbers = Numbers::new(15);
+        let mut t = |dims: &[usize]| anyhow::Ok(integers(&mut numbers, dims, dtype)?.to_device(&device)?);
+        let (gate_proj, up_proj, down_proj, x) = (t(&[i, h])?, t(&[i, h])?, t(&[h, i])?, t(&[256, h])?);
+        let gate_up = GateUp::Separate { gate_proj, up_proj, gate_bias: None, up_bias: None };
+        let cfg = FfnConfig::new(h, i).with_activation(GluActivation::Relu);
+        let ffn = SwiGluFfn::from_weights(&cfg, Weights { gate_up, down_proj, down_bias: None })?;
+        for m in [40, 128, 200, 256] {
+            let [fused, cublas] = [CudaPrefill::Fused, CudaPrefill::Cublas].map(|way| {
+                force_cuda_prefill(Some(way));
+                let y = ffn.forward(&x.narrow(0, 0, m)?);
+                force_cuda_prefill(None);
+                bits(&y?)
+            });
+            assert_eq!(fused?, cublas?, "{dtype:?} width {width}, M = {m}");
         }
     }
     Ok(())
@@ -180,7 +209,7 @@ fn one_projection() -> Result<()> {
                 let y = run(&layer, &x, &device)?;
                 let (xs, ws) = (values(&x)?, values(&weight)?);
                 let bs = bias.as_ref().map_or(Ok(vec![0.0; n]), values)?;
-                // |y - exact| <= γ·Σ|x||w| + u·|y|, γ = (k + 1)·u of the sums.
+                // |y - exact| <= γ·Σ|x||w| + u·|y|, γ = (k + 1)·u of the sums. With many rows cuBLAS rounds before it adds a bias, too.
                 let (gamma, u) = ((k + 1) as f64 * sum_roundoff(dtype), super::common::unit_roundoff(dtype));
                 let (mut exact, mut bounds) = (vec![], vec![]);
                 for (row, column) in (0..m).flat_map(|row| (0..n).map(move |column| (row, column))) {
@@ -188,7 +217,8 @@ fn one_projection() -> Result<()> {
                     let y = pairs().map(|(x, w)| x * w).sum::<f64>() + bs[column];
                     let size = pairs().map(|(x, w)| (x * w).abs()).sum::<f64>() + bs[column].abs();
                     exact.push(y);
-                    bounds.push(1.01 * (gamma * size + u * y.abs() + 2f64.powi(-25)));
+                    let before_bias = if m > 8 && bias.is_some() { u * (y - bs[column]).abs() } else { 0.0 };
+                    bounds.push(1.01 * (gamma * size + u * y.abs() + before_bias + 2f64.powi(-25)));
                 }
                 check_within(&format!("{dtype:?} K = {k}, N = {n}, M = {m}"), &y, &exact, &bounds)?;
             }

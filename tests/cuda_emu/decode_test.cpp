@@ -12,19 +12,22 @@ namespace {
 template <typename T> using GateUp = void (*)(const T*, const T*, const T*, const T*, const T*, T*, int, int, int, GluOp);
 template <typename T> using Linear = void (*)(const T*, const T*, const T*, T*, int, int, int, float);
 
-// A kernel for M ≤ 8, 16, 32 rows, and its launch: (size + per_block - 1) / per_block blocks.
+// A kernel for M ≤ 8, 16, 32 rows, and its launch: (size + per_block - 1) / per_block blocks; those of mma are persistent, so fewer
+// will do: one, two or three here.
 template <typename T> struct Family {
   const char* name;
   GateUp<T> gate_up[3];
   Linear<T> linear[3];
   int threads, gate_up_per_block, linear_per_block;
   bool any_shape;
+  int blocks(int size, int per_block) const {
+    const int all = (size + per_block - 1) / per_block;
+    return any_shape ? all : std::min(all, 1 + int(seed() % 3));
+  }
 };
 
 #define NAMES(KIND, FAMILY, T) {KIND##_##FAMILY##_##T##_n1, KIND##_##FAMILY##_##T##_n2, KIND##_##FAMILY##_##T##_n4}
-#define MMA(T)                                                                                                    \
-  Family<T>{"mma_w1 " #T, NAMES(gate_up, mma_w1, T), NAMES(linear, mma_w1, T), 64, 16, 32, false},                \
-      Family<T>{"mma_w8 " #T, NAMES(gate_up, mma_w8, T), NAMES(linear, mma_w8, T), 256, 8, 16, false}
+#define MMA(T) Family<T>{"mma " #T, NAMES(gate_up, mma, T), NAMES(linear, mma, T), 256, 8, 16, false}
 const Family<bf16> BF16[] = {MMA(bf16),
                              {"fma bf16", {gate_up_fma_bf16, gate_up_fma_bf16, gate_up_fma_bf16},
                               {linear_fma_bf16, linear_fma_bf16, linear_fma_bf16}, 128, 8, 4, true}};
@@ -34,7 +37,6 @@ const Family<f16> F16[] = {MMA(f16),
 const Family<float> F32[] = {{"fma f32", NAMES(gate_up, fma, f32), NAMES(linear, fma, f32), 128, 8, 4, true}};
 
 int variant(int M) { return M <= 8 ? 0 : M <= 16 ? 1 : 2; }
-int blocks(int size, int per_block) { return (size + per_block - 1) / per_block; }
 
 // Σ x·w + b of one row and feature, and the bound of its error in f32.
 struct Sum {
@@ -87,7 +89,7 @@ template <typename T> struct Block {
     const T* bg = bias == BOTH || bias == GATE_ONLY ? b_gate.data : nullptr;
     const T* bu = bias == BOTH || bias == UP_ONLY ? b_up.data : nullptr;
     h.poison();
-    emu::launch(blocks(I, family.gate_up_per_block), family.threads, 1, 0, seed,
+    emu::launch(family.blocks(I, family.gate_up_per_block), family.threads, 1, 0, seed,
                 [&] { family.gate_up[variant(rows)](x.data, gate_up.data, up(), bg, bu, h.data, rows, I, H, op); }, Previous<T>(x, h));
   }
   void verify(const GluOp& op, BiasKind bias) {
@@ -126,7 +128,7 @@ template <typename T> void linear_case(const Family<T>& family, int M, int N, in
   w.fill(1 / sqrt(K));
   b.fill(1);
   const T* const bp = bias ? b.data : nullptr;
-  emu::launch(blocks(N, family.linear_per_block), family.threads, 1, 0, seed(),
+  emu::launch(family.blocks(N, family.linear_per_block), family.threads, 1, 0, seed(),
               [&] { family.linear[variant(M)](x.data, w.data, bp, y.data, M, N, K, factor); }, Previous<T>(x, y));
   bool ok = true;
   for (int m = 0; m < M; ++m)
@@ -140,10 +142,10 @@ template <typename T> void linear_case(const Family<T>& family, int M, int N, in
 }
 
 // Sizes from the edges: of mma's 8 k of a load, 32, chunk 64, tile 128, and 8 times those; of fma's warps of 32 and 128, and 4
-// times those; of 8 and 16 features and 2 and 4, and of the 32 and 8 of a block.
+// times those; of 8 and 16 features and 2 and 4, and of several tiles of a block.
 const std::vector<int> MMA_K = {8, 24, 32, 40, 56, 64, 72, 120, 128, 136, 192, 200, 256, 264, 504, 512, 520, 1024, 1032, 1096};
 const std::vector<int> FMA_K = {1, 2, 3, 4, 31, 32, 33, 100, 127, 128, 129, 131, 132, 255, 256, 257, 511, 512, 513, 516, 1027, 1028};
-const std::vector<int> FEATURES = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33};
+const std::vector<int> FEATURES = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65};
 
 template <typename T, size_t N> void sizes(const Family<T> (&families)[N]) {
   for (const auto& family : families) {

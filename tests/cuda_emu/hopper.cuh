@@ -6,7 +6,7 @@
 #define GRID_CONSTANT
 #define CLUSTER(n)
 
-// Row-major, 16-bit elements, 128-byte swizzle.
+// Row-major, 16-bit elements; boxes of 64 columns have the 128-byte swizzle, others none.
 struct TensorMap {
   void* data;
   uint64_t columns, rows;
@@ -39,12 +39,14 @@ inline uint32_t swizzle(uint32_t address) { return address ^ (address >> 3 & 0x7
 
 // each(element of the matrix or null, address in shared memory) for a box
 template <typename Each> void for_box(const TensorMap& map, uint32_t shared, int column, int row, Each each) {
-  if (shared % 1024) emu::fault("a TMA box not on 1024 bytes");
+  const bool swizzled = map.box_columns == 64;
+  if (shared % (swizzled ? 1024 : 128)) emu::fault("a TMA box not on 1024 bytes, or 128 without swizzle");
   for (uint32_t i = 0; i < map.box_rows; ++i)
     for (uint32_t j = 0; j < map.box_columns; ++j) {
       const uint64_t c = uint64_t(int64_t(column) + j), r = uint64_t(int64_t(row) + i);
       uint16_t* const data = static_cast<uint16_t*>(map.data);
-      each(c < map.columns && r < map.rows ? data + r * map.columns + c : nullptr, swizzle(shared + (i * map.box_columns + j) * 2));
+      const uint32_t address = shared + (i * map.box_columns + j) * 2;
+      each(c < map.columns && r < map.rows ? data + r * map.columns + c : nullptr, swizzled ? swizzle(address) : address);
     }
 }
 
@@ -119,7 +121,7 @@ template <int N> void wgmma_wait() {
   }
   sync_warpgroup();
 }
-inline void pin(float (&)[128]) {}
+template <int N> void pin(float (&)[N]) {}
 
 inline uint64_t wgmma_operand(uint32_t address) {
   return uint64_t((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
@@ -133,13 +135,13 @@ template <typename T> float operand_at(emu::Block* block, uint64_t operand, int 
   return widen(v);
 }
 
-// This thread's 128 sums of the (64, 256) product.
-template <typename T> void multiply(emu::Block* block, int thread, float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+// This thread's SUMS sums of the (64, 2·SUMS) product.
+template <typename T, int SUMS> void multiply(emu::Block* block, int thread, float (&d)[SUMS], uint64_t a, uint64_t b, bool accumulate) {
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   float rows[2][16];
   for (int h = 0; h < 2; ++h)
     for (int k = 0; k < 16; ++k) rows[h][k] = operand_at<T>(block, a, warp * 16 + g + h * 8, k);
-  for (int i = 0; i < 64; ++i) {
+  for (int i = 0; i < SUMS / 2; ++i) {
     float column[16];
     for (int k = 0; k < 16; ++k) column[k] = operand_at<T>(block, b, i / 2 * 8 + t * 2 + i % 2, k);
     for (int h = 0; h < 2; ++h) {
@@ -150,7 +152,7 @@ template <typename T> void multiply(emu::Block* block, int thread, float (&d)[12
   }
 }
 
-template <typename T> void wgmma_m64n256k16(T, float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+template <typename T, int SUMS> void wgmma_k16(T, float (&d)[SUMS], uint64_t a, uint64_t b, int accumulate) {
   const auto product = [block = emu::self->block, thread = emu::self->index.x & 127, &d, a, b, accumulate] {
     multiply<T>(block, thread, d, a, b, accumulate);
   };

@@ -7,17 +7,30 @@ using namespace check;
 namespace {
 
 template <typename T> using Kernel = void (*)(TensorMap, TensorMap, TensorMap, TensorMap, const T*, const T*, int, int, int, GluOp);
-template <typename T> Kernel<T> kernel(int cluster) {
-  if constexpr (std::is_same<T, bf16>::value) return cluster == 1 ? gate_up_sm90_bf16_c1 : gate_up_sm90_bf16_c2;
-  else return cluster == 1 ? gate_up_sm90_f16_c1 : gate_up_sm90_f16_c2;
+// One kernel: blocks of a cluster, features of a tile, and the shared memory it takes.
+template <typename T> struct Variant {
+  int cluster, width;
+  Kernel<T> kernel;
+  uint32_t shared;
+};
+#define VARIANT(T, C, W) {C, W, gate_up_sm90_##T##_c##C##_w##W, Size<W>::SHARED}
+#define VARIANTS(T)                                                                                                          \
+  {VARIANT(T, 1, 64), VARIANT(T, 1, 80),  VARIANT(T, 1, 96),  VARIANT(T, 1, 112),                                            \
+   VARIANT(T, 1, 128), VARIANT(T, 2, 96), VARIANT(T, 2, 112), VARIANT(T, 2, 128)}
+const Variant<bf16> BF16[] = VARIANTS(bf16);
+const Variant<f16> F16[] = VARIANTS(f16);
+template <typename T> const Variant<T>& variant(int cluster, int width) {
+  if constexpr (std::is_same<T, bf16>::value) return *std::find_if(BF16, BF16 + 8, [=](const auto& v) { return v.cluster == cluster && v.width == width; });
+  else return *std::find_if(F16, F16 + 8, [=](const auto& v) { return v.cluster == cluster && v.width == width; });
 }
+const int WIDTHS[] = {128, 112, 96, 80, 64};  // the first three in clusters of 2 too
 
-template <typename T> TensorMap map_of(Buffer<T>& buffer, size_t offset, int rows, int columns, uint32_t box_rows) {
-  return {buffer.data + offset, uint64_t(columns), uint64_t(rows), 64, box_rows};
+template <typename T> TensorMap map_of(Buffer<T>& buffer, size_t offset, int rows, int columns, uint32_t box_rows, uint32_t box_columns = 64) {
+  return {buffer.data + offset, uint64_t(columns), uint64_t(rows), box_columns, box_rows};
 }
 
 struct Shape {
-  int M, I, H, cluster, most_clusters;
+  int M, I, H, cluster, most_clusters, width = 128;
 };
 
 template <typename T> struct Layer {
@@ -42,12 +55,13 @@ template <typename T> struct Layer {
         x.poison();
       }
     };
-    const TensorMap mx = map_of(x, 0, s.M, s.H, 128), mg = map_of(gate_up, 0, s.I, s.H, 128),
-                    mu = map_of(gate_up, size_t(s.I) * s.H, s.I, s.H, 128), mh = map_of(h, 0, s.M, s.I, 64);
-    const int tiles = (s.M + 128 * s.cluster - 1) / (128 * s.cluster) * ((s.I + 127) / 128);
+    const Variant<T>& v = variant<T>(s.cluster, s.width);
+    const TensorMap mx = map_of(x, 0, s.M, s.H, 128), mg = map_of(gate_up, 0, s.I, s.H, s.width),
+                    mu = map_of(gate_up, size_t(s.I) * s.H, s.I, s.H, s.width), mh = map_of(h, 0, s.M, s.I, 64, s.width % 64 ? 16 : 64);
+    const int tiles = (s.M + 128 * s.cluster - 1) / (128 * s.cluster) * ((s.I + s.width - 1) / s.width);
     h.poison();
-    emu::launch(std::min(tiles, s.most_clusters) * s.cluster, 384, s.cluster, SHARED, seed, [&] {
-      kernel<T>(s.cluster)(mx, mg, mu, mh, bg ? b_gate.data : nullptr, bu ? b_up.data : nullptr, s.M, s.I, s.H, op);
+    emu::launch(std::min(tiles, s.most_clusters) * s.cluster, 384, s.cluster, v.shared, seed, [&] {
+      v.kernel(mx, mg, mu, mh, bg ? b_gate.data : nullptr, bu ? b_up.data : nullptr, s.M, s.I, s.H, op);
     }, previous);
   }
   void verify(const GluOp& op, bool bg, bool bu) {
@@ -89,7 +103,7 @@ const GluOp OPS[] = {PLAIN, {SWISH, 1.702f, 1, INF, 0}, {SIGMOID, 0, 1, INF, 0},
 int turn = 0;
 template <typename T> void run_case(Shape s, const GluOp& op, int bias) {
   current = "M=" + std::to_string(s.M) + " I=" + std::to_string(s.I) + " H=" + std::to_string(s.H) + " c" + std::to_string(s.cluster) +
-            " activation " + std::to_string(op.activation) + " bias " + std::to_string(bias) + " seed " + std::to_string(turn);
+            " w" + std::to_string(s.width) + " activation " + std::to_string(op.activation) + " bias " + std::to_string(bias) + " seed " + std::to_string(turn);
   Layer<T> layer(s);
   layer.run(op, bias & 1, bias & 2, unsigned(turn++));  // every order with every timing in nine turns
   layer.verify(op, bias & 1, bias & 2);
@@ -97,6 +111,13 @@ template <typename T> void run_case(Shape s, const GluOp& op, int bias) {
 
 // Rows from the edges of 64 and 128 (256 in a cluster of 2), features of 64 and 128, k of 16, 64 and the ring of 4 x 64.
 template <typename T> void shapes(const char* name) {
+  for (const int width : WIDTHS)
+    for (int cluster = 1; cluster <= (width >= 96 ? 2 : 1); ++cluster) {
+      begin_group((std::string("sm90 ") + name + " c" + std::to_string(cluster) + " w" + std::to_string(width)).c_str());
+      for (const int I : {8, 16, width - 8, width, width + 8, width + 16, 2 * width, 2 * width + 72})
+        run_case<T>({20 + I % 90, I, 8 + I % 5 * 72, cluster, 1 + I % 3, width}, OPS[I / 8 % 10], I / 8 % 4);
+      for (const int H : {64, 256, 264, 320, 328, 384, 392, 520}) run_case<T>({130, width + 24, H, cluster, 1, width}, PLAIN, 0);
+    }
   begin_group((std::string("sm90 ") + name + ": M = 1..40").c_str());
   for (int M = 1; M <= 40; ++M) run_case<T>({M, 8 + 8 * (M % 3), 8 + 8 * (M % 11), 1 + M % 2, 99}, PLAIN, 0);
   begin_group((std::string("sm90 ") + name + ": M around 64, 128, 256, 384").c_str());

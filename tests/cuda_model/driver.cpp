@@ -86,6 +86,9 @@ Result cuCtxSetCurrent(void* context) { return current_context = context, OK; }
 Result cuCtxSynchronize() { return OK; }
 Result cuDeviceGetAttribute(int* value, int attribute, int) {
   switch (attribute) {
+    case 13: *value = 1980000; break;  // kHz
+    case 36: *value = 2619000; break;  // of memory
+    case 37: *value = 256; break;      // its bits: so few that each multiprocessor has its due of an H100's
     case 16: *value = 7; break;   // multiprocessors: few, so that small blocks take the kernels of large ones
     case 75: *value = 9; break;   // compute capability 9.0
     case 76: *value = 0; break;
@@ -235,16 +238,16 @@ Result cuLaunchKernelEx(const LaunchConfig* c, void* f, void** args, void**) {
   enqueue(c->stream, kernel({*static_cast<std::string*>(f), c->gx, c->bx, c->shared, c->count == 1, args}));
   return OK;
 }
-// The map holds its own description: address, rows, columns, box of rows.
+// The map holds its own description: address, rows, columns, rows of a box, type, columns of a box.
 Result cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, const uint64_t* dims, const uint64_t* strides,
                               const unsigned* box, const unsigned* steps, int interleave, int swizzle, int promotion, int fill) {
   REQUIRE(rank == 2 && (type == 9 || type == 6), "a matrix of bf16 or f16, found rank %u, type %d", rank, type);
   REQUIRE(reinterpret_cast<uint64_t>(address) % 16 == 0 && strides[0] == dims[0] * 2 && strides[0] % 16 == 0, "rows on 16 bytes");
-  REQUIRE(box[0] == 64 && steps[0] == 1 && steps[1] == 1, "boxes of 64 columns");
-  REQUIRE(interleave == 0 && swizzle == 3 && promotion == 3 && fill == 0, "swizzle of 128 B, promotion of 256 B, zeros outside");
+  REQUIRE((box[0] == 64 || box[0] == 16) && steps[0] == 1 && steps[1] == 1, "boxes of 64 or 16 columns");
+  REQUIRE(interleave == 0 && swizzle == (box[0] == 64 ? 3 : 0) && promotion == 3 && fill == 0, "swizzle of 128 B if any, promotion of 256 B, zeros outside");
   REQUIRE(reinterpret_cast<uint64_t>(map) % 64 == 0, "a map lies on 64 bytes");
   memset(map, 0, 128);
-  map[0] = reinterpret_cast<uint64_t>(address), map[1] = dims[1], map[2] = dims[0], map[3] = box[1], map[4] = type;
+  map[0] = reinterpret_cast<uint64_t>(address), map[1] = dims[1], map[2] = dims[0], map[3] = box[1], map[4] = type, map[5] = box[0];
   return OK;
 }
 

@@ -1,6 +1,8 @@
 // What each kernel computes, by its contract, and what the contract asks of the launch. First ours, then those of candle that the tests
 // come across.
 #include <cmath>
+#include <map>
+#include <tuple>
 
 #include "model.h"
 
@@ -117,21 +119,18 @@ struct Decode {
 
 Decode decode_of(const std::string& name, const char* op) {
   const auto parts = split(name.substr(strlen(op)));
-  const bool mma = parts[0] == "mma";
-  Decode d{mma ? "mma_" + parts[1] : parts[0], type_named(parts[mma ? 2 : 1]), 32};
+  Decode d{parts[0], type_named(parts[1]), 32};
   if (parts.back() == "n1") d.rows = 8;
   if (parts.back() == "n2") d.rows = 16;
   return d;
 }
 
-void require_decode(const Launch& launch, const Decode& d, size_t m, size_t k, size_t tiles, size_t fma_grid, std::initializer_list<uint64_t> aligned) {
+void require_decode(const Launch& launch, const Decode& d, size_t m, size_t k, bool linear, size_t features, std::initializer_list<uint64_t> aligned) {
   REQUIRE(m >= 1 && m <= d.rows && (m > d.rows / 2 || d.rows == 8 || d.family == "fma"), "%s for %zu rows", launch.name.c_str(), m);
-  if (d.family == "fma") return require_grid(launch, fma_grid, 128);
+  if (d.family == "fma") return require_grid(launch, ceil_div(features, linear ? 4 : 8), 128);
   REQUIRE(k % 8 == 0, "%s: K = %zu", launch.name.c_str(), k);
   for (uint64_t address : aligned) REQUIRE(address % 16 == 0, "%s: an operand off 16 bytes", launch.name.c_str());
-  REQUIRE((d.family == "mma_w1") == (tiles >= 6 * SMS), "%s for %zu tiles", launch.name.c_str(), tiles);
-  if (d.family == "mma_w1") require_grid(launch, ceil_div(tiles, 2), 64);
-  else require_grid(launch, tiles, 256);
+  require_grid(launch, std::min(ceil_div(features, linear ? 16 : 8), 2 * SMS), 256);
 }
 
 std::vector<double> widened(const Operand& from, size_t start, size_t n) {
@@ -164,7 +163,7 @@ Work gate_up_kernel(const Launch& l) {
   const auto a = [&](int n) { return argument<uint64_t>(l, n); };
   const size_t m = argument<int>(l, 6), i = argument<int>(l, 7), h = argument<int>(l, 8);
   const Decode d = decode_of(l.name, "gate_up_");
-  require_decode(l, d, m, h, ceil_div(i, 8), ceil_div(i, 8), {a(0), a(1), a(2)});
+  require_decode(l, d, m, h, false, i, {a(0), a(1), a(2)});
   return gate_up(d.type, a(0), a(1), a(2), a(3), a(4), a(5), m, i, h, argument<GluOp>(l, 9));
 }
 
@@ -173,7 +172,7 @@ Work linear_kernel(const Launch& l) {
   const size_t m = argument<int>(l, 4), n = argument<int>(l, 5), k = argument<int>(l, 6);
   const float factor = argument<float>(l, 7);
   const Decode d = decode_of(l.name, "linear_");
-  require_decode(l, d, m, k, ceil_div(n, 16), ceil_div(n, 4), {x, w});
+  require_decode(l, d, m, k, true, n, {x, w});
   return [=, t = d.type] {
     const auto X = operand(t, x, m * k, "x"), W = operand(t, w, n * k, "the weight"), Y = operand(t, y, m * n, "y");
     const auto B = operand(t, bias, bias ? n : 0, "the bias");
@@ -188,18 +187,22 @@ Work linear_kernel(const Launch& l) {
 // ---- prefill_sm90.cu
 
 struct Map {
-  uint64_t address, rows, columns, box, type, rest[11];
+  uint64_t address, rows, columns, box, type, box_columns, rest[10];
 };
 
 Work prefill_kernel(const Launch& l) {
   const Map x = argument<Map>(l, 0), g = argument<Map>(l, 1), u = argument<Map>(l, 2), h = argument<Map>(l, 3);
-  const size_t m = argument<int>(l, 6), i = argument<int>(l, 7), k = argument<int>(l, 8), c = l.name.back() - '0';
-  REQUIRE(k % 8 == 0 && i % 8 == 0 && (c == 1) == (m <= 128), "%s for M, H, I = %zu, %zu, %zu", l.name.c_str(), m, k, i);
-  const size_t tiles = ceil_div(m, 128 * c) * ceil_div(i, 128);
-  REQUIRE(l.grid == c * std::min(tiles, SMS / c) && l.block == 384 && l.shared == 230656, "%s: grid %u, block %u", l.name.c_str(), l.grid, l.block);
-  for (auto [map, rows, columns, box] : {std::tuple{x, m, k, 128}, {g, i, k, 128}, {u, i, k, 128}, {h, m, i, 64}})
-    REQUIRE(map.rows == rows && map.columns == columns && map.box == uint64_t(box), "a map of %lu by %lu in boxes of %lu rows", map.rows, map.columns,
-            map.box);
+  const size_t m = argument<int>(l, 6), i = argument<int>(l, 7), k = argument<int>(l, 8);
+  // gate_up_sm90_bf16_c2_w128
+  const size_t c = split(l.name)[4][1] - '0', w = std::stoi(split(l.name)[5].substr(1));
+  REQUIRE(k % 8 == 0 && i % 8 == 0 && (c == 1 || m > 128), "%s for M, H, I = %zu, %zu, %zu", l.name.c_str(), m, k, i);
+  const std::map<size_t, unsigned> shared{{64, 214272}, {80, 206080}, {96, 230656}, {112, 210176}, {128, 230656}};
+  const size_t tiles = ceil_div(m, 128 * c) * ceil_div(i, w), columns = w % 64 ? 16 : 64;
+  REQUIRE(l.grid == c * std::min(tiles, SMS / c) && l.block == 384 && l.shared == shared.at(w), "%s: grid %u, block %u, shared %u", l.name.c_str(),
+          l.grid, l.block, l.shared);
+  for (auto [map, rows, columns, box, box_columns] : {std::tuple{x, m, k, size_t(128), size_t(64)}, {g, i, k, w, 64}, {u, i, k, w, 64}, {h, m, i, 64, columns}})
+    REQUIRE(map.rows == rows && map.columns == columns && map.box == box && map.box_columns == box_columns,
+            "a map of %lu by %lu in boxes of %lu rows by %lu", map.rows, map.columns, map.box, map.box_columns);
   return gate_up(type_named(split(l.name)[3]), x.address, g.address, u.address, argument<uint64_t>(l, 4), argument<uint64_t>(l, 5), h.address, m, i,
                  k, argument<GluOp>(l, 9));
 }
