@@ -134,6 +134,18 @@ template <typename T> void shapes(const char* name) {
   run_case<T>({256 * 9 + 1, 136, 8, 2, 2}, PLAIN, 0);
 }
 
+// A store is late and other warps run ahead: the next tile must not be written over the one that is stored. Random order with the last
+// moment, several times, because it takes a warp that sleeps just then.
+template <typename T> void late_stores(const char* name) {
+  begin_group((std::string("sm90 ") + name + ": late stores").c_str());
+  for (unsigned seed = 5; seed < 5 + 9 * 16; seed += 9) {
+    current = "late stores, seed " + std::to_string(seed);
+    Layer<T> layer({128, 64 * 6, 8, 1, 1, 64});
+    layer.run(PLAIN, false, false, seed);
+    layer.verify(PLAIN, false, false);
+  }
+}
+
 template <typename T> void operations(const char* name) {
   begin_group((std::string("sm90 ") + name + ": activations x biases").c_str());
   for (const GluOp& op : OPS)
@@ -175,6 +187,7 @@ template <typename T> void same_bits(const char* name) {
 int main() {
   signal(SIGSEGV, on_segv);
   shapes<bf16>("bf16");
+  late_stores<bf16>("bf16");
   operations<bf16>("bf16");
   same_bits<bf16>("bf16");
   shapes<f16>("f16");
