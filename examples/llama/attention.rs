@@ -51,12 +51,12 @@ impl Step {
         Ok(Self { cos, sin, mask })
     }
 
-    /// x (B,H,T,D), the two halves of a head turned against each other by position * frequency.
+    /// x (B,T,H,D) -> (B,H,T,D), the two halves of a head turned against each other by position * frequency.
     fn rotate(&self, x: &Tensor) -> Result<Tensor> {
         // candle's fused rope has no gradient
         match x.track_op() {
-            true => rotary_emb::rope_slow(x, &self.cos, &self.sin),
-            false => rotary_emb::rope(x, &self.cos, &self.sin),
+            true => rotary_emb::rope_slow(&x.transpose(1, 2)?.contiguous()?, &self.cos, &self.sin),
+            false => rotary_emb::rope_thd(x, &self.cos, &self.sin)?.transpose(1, 2),
         }
     }
 }
@@ -83,42 +83,50 @@ impl Attention {
         let dtype = step.cos.dtype();
         let q = step.rotate(&self.split_heads(self.q_proj.forward(x)?, self.heads, dtype)?)?;
         let k = step.rotate(&self.split_heads(self.k_proj.forward(x)?, self.kv_heads, dtype)?)?;
-        let v = self.split_heads(self.v_proj.forward(x)?, self.kv_heads, dtype)?;
+        let v = self.split_heads(self.v_proj.forward(x)?, self.kv_heads, dtype)?.transpose(1, 2)?;
         let (k, v) = match cache {
             Some(cache) => cache.append(&k, &v)?,
-            None => (k, v),
+            None => (k.contiguous()?, v.contiguous()?),
         };
-        let q = (q * (self.head_dim as f64).powf(-0.5))?;
         let y = match decode::is_fused(&q, &k, &v) {
-            true => decode::attend_one(&q, &k, &v)?,
-            false => self.attend(&q, &k, &v, step)?,
-        }; // (B,H,T,D)
-        self.o_proj.forward(&y.transpose(1, 2)?.flatten_from(2)?.to_dtype(x.dtype())?)
+            true => merge_heads(decode::attend_one(&(q * self.scale())?, &k, &v)?, x.dtype())?,
+            false => self.attend(&q, &k, &v, step, x.dtype())?,
+        };
+        self.o_proj.forward(&y)
     }
 
-    /// x (B,T,heads*D) -> (B,heads,T,D)
+    /// What scores are multiplied by.
+    fn scale(&self) -> f64 {
+        (self.head_dim as f64).powf(-0.5)
+    }
+
+    /// x (B,T,heads*D) -> (B,T,heads,D)
     fn split_heads(&self, x: Tensor, heads: usize, dtype: DType) -> Result<Tensor> {
         let (batch, len, _) = x.dims3()?;
-        x.to_dtype(dtype)?.reshape((batch, len, heads, self.head_dim))?.transpose(1, 2)?.contiguous()
+        x.to_dtype(dtype)?.reshape((batch, len, heads, self.head_dim))
     }
 
-    /// q (B,H,T,D), k and v (B,KV,S,D) -> softmax(q·kᵀ)·v (B,H,T,D). The queries stand at the last T of S positions; a
-    /// block of them needs the keys up to its last one only.
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, step: &Step) -> Result<Tensor> {
+    /// q (B,H,T,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H*D) in `dtype`. The queries stand at the last T of S
+    /// positions; a block of them needs the keys up to its last one only.
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, step: &Step, dtype: DType) -> Result<Tensor> {
         let (batch, heads, len, head_dim) = q.dims4()?;
         let group = heads / self.kv_heads;
         let past = k.dim(2)? - len;
-        let q = q.reshape((batch, self.kv_heads, group, len, head_dim))?;
         let mut blocks = Vec::with_capacity(len.div_ceil(QUERY_BLOCK));
         for start in (0..len).step_by(QUERY_BLOCK) {
             let queries = QUERY_BLOCK.min(len - start);
             let keys = past + start + queries;
-            let q = q.narrow(3, start, queries)?.reshape((batch, self.kv_heads, group * queries, head_dim))?;
+            let q = q.narrow(2, start, queries)?.reshape((batch, self.kv_heads, group * queries, head_dim))?;
             let scores = q.matmul(&k.narrow(2, 0, keys)?.t()?)?; // (B,KV,G*T,S)
-            let p = softmax::causal_softmax(&scores, queries, step.mask.as_ref())?;
+            let p = softmax::causal_softmax(scores, queries, self.scale(), step.mask.as_ref())?;
             let y = p.matmul(&v.narrow(2, 0, keys)?)?; // (B,KV,G*T,D)
-            blocks.push(y.reshape((batch, heads, queries, head_dim))?);
+            blocks.push(merge_heads(y.reshape((batch, heads, queries, head_dim))?, dtype)?);
         }
-        Tensor::cat(&blocks, 2)
+        Tensor::cat(&blocks, 1)
     }
+}
+
+/// y (B,H,T,D) -> (B,T,H*D)
+fn merge_heads(y: Tensor, dtype: DType) -> Result<Tensor> {
+    y.transpose(1, 2)?.to_dtype(dtype)?.flatten_from(2)
 }

@@ -11,7 +11,7 @@ pub fn is_fused(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
     q.dims().get(2) == Some(&1) && q.dtype() == DType::F32 && q.device().is_cpu() && !tracked
 }
 
-/// q (B,H,1,D), k and v (B,KV,S,D) -> softmax(q·kᵀ)·v (B,H,1,D)
+/// q (B,H,1,D), scaled, k and v (B,KV,S,D) -> softmax(q·kᵀ)·v (B,H,1,D)
 pub fn attend_one(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     q.contiguous()?.apply_op3_no_bwd(k, v, &AttendOne)
 }
@@ -51,13 +51,12 @@ impl CustomOp3 for AttendOne {
 /// q (G,D), k and v (S,D) -> out (G,D), which is zero before
 fn attend_group(q: &[f32], k: &[f32], v: &[f32], head_dim: usize, out: &mut [f32]) {
     let keys = k.len() / head_dim;
-    let mut scores = vec![0f32; keys];
     let mut p = vec![0f32; keys];
     for (q, out) in q.chunks(head_dim).zip(out.chunks_mut(head_dim)) {
-        for (score, k) in scores.iter_mut().zip(k.chunks(head_dim)) {
-            *score = dot(q, k);
+        for (p, k) in p.iter_mut().zip(k.chunks(head_dim)) {
+            *p = dot(q, k);
         }
-        softmax_row(&scores, &mut p);
+        softmax_row(&mut p, 1.0);
         for (p, v) in p.iter().zip(v.chunks(head_dim)) {
             for (out, v) in out.iter_mut().zip(v) {
                 *out += p * v;

@@ -5,7 +5,7 @@
 
 use std::sync::Mutex;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Device, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
 /// Whether [`causal_softmax`] does without a mask.
 pub fn needs_no_mask(queries: usize, dtype: DType, device: &Device) -> bool {
@@ -25,17 +25,25 @@ pub fn causal_mask(queries: usize, keys: usize, dtype: DType, device: &Device) -
     Tensor::from_vec(mask, (queries, keys), device)?.to_dtype(dtype)
 }
 
-/// scores (B,KV,G*T,S) -> probabilities of the same shape. Row g*T+t is the query at position S-T+t: it sees S-T+t+1 keys.
+/// scores (B,KV,G*T,S), a product nobody else holds -> the probabilities of scores * scale, of the same shape. Row g*T+t is the
+/// query at position S-T+t: it sees S-T+t+1 keys.
 ///
 /// `mask` is that of [`causal_mask`], needed where [`needs_no_mask`] is false.
-pub fn causal_softmax(scores: &Tensor, queries: usize, mask: Option<&Tensor>) -> Result<Tensor> {
-    if is_fused(scores.dtype(), scores.device()) {
-        return scores.contiguous()?.apply_op1(CausalSoftmax { queries });
+pub fn causal_softmax(scores: Tensor, queries: usize, scale: f64, mask: Option<&Tensor>) -> Result<Tensor> {
+    let op = CausalSoftmax { queries, scale: scale as f32 };
+    match is_fused(scores.dtype(), scores.device()) {
+        true if scores.track_op() => return scores.contiguous()?.apply_op1(op),
+        true => {
+            scores.inplace_op1(&op)?;
+            return Ok(scores);
+        }
+        false => {}
     }
+    let scores = (scores * scale)?;
     let scores = match mask {
-        Some(mask) if queries > 1 => masked(scores, queries, mask)?,
+        Some(mask) if queries > 1 => masked(&scores, queries, mask)?,
         None if queries > 1 => bail!("softmax over {queries} queries without a mask"),
-        _ => scores.clone(),
+        _ => scores,
     };
     if !scores.track_op() {
         // fused, but without a gradient
@@ -55,9 +63,36 @@ fn masked(scores: &Tensor, queries: usize, mask: &Tensor) -> Result<Tensor> {
     scores.broadcast_add(&mask)?.reshape((batch, kv_heads, rows, keys))
 }
 
-/// p[j] = exp(s[j] - max) / sum for the visible j, 0 for the others.
+/// p[j] = exp((s[j] - max) * scale) / sum for the visible j, 0 for the others.
 struct CausalSoftmax {
     queries: usize,
+    scale: f32,
+}
+
+impl CausalSoftmax {
+    /// The rows of `p`, which hold scores.
+    fn rows(&self, p: &mut [f32], keys: usize) {
+        for_each_row(p, keys, EXP * keys, |row, p| {
+            let (visible, others) = p.split_at_mut(keys + 1 - self.queries + row % self.queries);
+            softmax_row(visible, self.scale);
+            others.fill(0.0);
+        });
+    }
+}
+
+impl InplaceOp1 for CausalSoftmax {
+    fn name(&self) -> &'static str {
+        "causal-softmax"
+    }
+
+    fn cpu_fwd(&self, scores: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let keys = layout.dims().last().copied().unwrap_or(0);
+        match (scores, layout.contiguous_offsets()) {
+            (CpuStorage::F32(scores), Some((start, end))) => self.rows(&mut scores[start..end], keys),
+            _ => bail!("causal softmax: expected contiguous scores in f32, found strides {:?}", layout.stride()),
+        }
+        Ok(())
+    }
 }
 
 impl CustomOp1 for CausalSoftmax {
@@ -66,18 +101,14 @@ impl CustomOp1 for CausalSoftmax {
     }
 
     fn cpu_fwd(&self, scores: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let scores = slice(scores, layout)?;
-        let keys = layout.dims().last().copied().unwrap_or(0);
-        let mut out = vec![0f32; scores.len()];
-        for_each_row(&mut out, keys, EXP * keys, |row, p| {
-            let visible = keys + 1 - self.queries + row % self.queries;
-            softmax_row(&scores[row * keys..][..visible], &mut p[..visible]);
-        });
+        let mut out = slice(scores, layout)?.to_vec();
+        self.rows(&mut out, layout.dims().last().copied().unwrap_or(0));
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
     fn bwd(&self, _scores: &Tensor, p: &Tensor, dp: &Tensor) -> Result<Option<Tensor>> {
-        p.apply_op2_no_bwd(&dp.contiguous()?, &SoftmaxBackward).map(Some)
+        let ds = p.apply_op2_no_bwd(&dp.contiguous()?, &SoftmaxBackward)?;
+        (ds * f64::from(self.scale)).map(Some)
     }
 }
 
@@ -95,7 +126,7 @@ impl CustomOp2 for SoftmaxBackward {
         let mut out = vec![0f32; p.len()];
         for_each_row(&mut out, keys, 2 * keys, |row, ds| {
             let (p, dp) = (&p[row * keys..][..keys], &dp[row * keys..][..keys]);
-            let dot = sum(p.iter().zip(dp).map(|(p, dp)| p * dp));
+            let dot = p.iter().zip(dp).map(|(p, dp)| f64::from(p * dp)).sum::<f64>() as f32;
             for ((ds, p), dp) in ds.iter_mut().zip(p).zip(dp) {
                 *ds = p * (dp - dot);
             }
@@ -104,19 +135,46 @@ impl CustomOp2 for SoftmaxBackward {
     }
 }
 
-/// scores -> exp(score - max) / sum, in `out`
-pub(super) fn softmax_row(scores: &[f32], out: &mut [f32]) {
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    for (out, score) in out.iter_mut().zip(scores) {
-        *out = (score - max).exp();
-    }
-    let scale = 1.0 / sum(out.iter().copied());
-    out.iter_mut().for_each(|p| *p *= scale);
+/// scores -> exp((score - max) * scale) / sum, in place
+pub(super) fn softmax_row(row: &mut [f32], scale: f32) {
+    let max = lanes(row, [f32::NEG_INFINITY; LANES], |max, s| if s > max { s } else { max });
+    let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    row.iter_mut().for_each(|p| *p = exp((*p - max) * scale));
+    // Sums over rows of thousands of keys are the one place where f32 would lose digits.
+    let over_sum = 1.0 / lanes(row, [0f64; LANES], |sum, p| sum + f64::from(p)).iter().sum::<f64>() as f32;
+    row.iter_mut().for_each(|p| *p *= over_sum);
 }
 
-/// Sums over rows of thousands of keys are the one place where f32 would lose digits.
-fn sum(values: impl Iterator<Item = f32>) -> f32 {
-    values.map(f64::from).sum::<f64>() as f32
+/// Independent results, so that the compiler can keep them in vector registers.
+const LANES: usize = 8;
+
+/// Each of the results is `f` over every eighth value; what is left over goes to the first ones.
+fn lanes<T: Copy>(values: &[f32], mut results: [T; LANES], f: impl Fn(T, f32) -> T) -> [T; LANES] {
+    for values in values.chunks(LANES) {
+        for (result, &value) in results.iter_mut().zip(values) {
+            *result = f(*result, value);
+        }
+    }
+    results
+}
+
+/// e^x for x <= 0 within 2 units in the last place, as the compiler can do it for several x at once; below 1.7e-38 not 0 but that.
+/// NaN stays NaN.
+///
+/// With n the integer nearest to x / ln 2 and r = x - n·ln 2, |r| <= 0.35: 2ⁿ times the Taylor polynomial of degree 7, which errs by
+/// less than 0.35⁸/8! = 6e-9.
+fn exp(x: f32) -> f32 {
+    const ROUNDS: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to an integer, which then stands in the low bits
+    const LN_2: (f32, f32) = (0.693_359_4, -2.121_944_4e-4); // n times the first is exact
+    let x = if x < -87.0 { -87.0 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + ROUNDS;
+    let n = shifted - ROUNDS;
+    let r = (x - n * LN_2.0) - n * LN_2.1;
+    let mut y = 1.0 / 5040.0;
+    for factorial in [720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0] {
+        y = y * r + 1.0 / factorial;
+    }
+    y * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
 /// What an exponential costs, in multiplications.
@@ -151,5 +209,64 @@ fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
         None => bail!("causal softmax: expected contiguous scores, found strides {:?}", layout.stride()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exponentials() {
+        let units = |x: f32| {
+            let exact = f64::from(x).exp();
+            (f64::from(exp(x)) - exact).abs() / (exact * 2f64.powi(-23))
+        };
+        let worst = (0..=870_000).map(|i| units(i as f32 * -1e-4)).fold(0.0, f64::max);
+        assert!(worst < 2.0, "{worst} units in the last place");
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(-1000.0) < 1.7e-38 && exp(f32::NEG_INFINITY) < 1.7e-38 && exp(f32::NAN).is_nan());
+    }
+
+    /// The fused pass, in place and with a gradient, against candle's operations and a mask.
+    #[test]
+    fn gradients_are_those_of_the_composition() -> Result<()> {
+        let (queries, keys, scale) = (3, 5, 0.25);
+        let values: Vec<f32> = (0..2 * 6 * 5).map(|i| (i * 29 % 17) as f32 - 8.0).collect();
+        let scores = candle_core::Var::from_vec(values.clone(), (1, 2, 2 * queries, keys), &Device::Cpu)?;
+        let weights = Tensor::from_vec(values, scores.shape(), &Device::Cpu)?.sqr()?;
+        let composed = {
+            let mask = causal_mask(queries, keys, DType::F32, &Device::Cpu)?;
+            let exp = masked(&(scores.as_tensor() * scale)?, queries, &mask)?.exp()?;
+            exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?
+        };
+        let fused = causal_softmax(scores.as_tensor().clone(), queries, scale, None)?;
+        let in_place = causal_softmax(scores.as_detached_tensor().copy()?, queries, scale, None)?;
+        let gradient = |p: &Tensor| -> Result<Vec<f32>> {
+            let store = (p * &weights)?.sum_all()?.backward()?;
+            store.get(&scores).map_or_else(|| bail!("no gradient"), |g| g.flatten_all()?.to_vec1())
+        };
+        let close = |a: Vec<f32>, b: Vec<f32>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-6 + 1e-5 * b.abs());
+        let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+        assert!(close(flat(&fused)?, flat(&composed)?) && flat(&in_place)? == flat(&fused)?);
+        assert!(close(gradient(&fused)?, gradient(&composed)?));
+        Ok(())
+    }
+
+    #[test]
+    fn rows_sum_to_one() {
+        for keys in [1, 7, 8, 9, 1000] {
+            let scores: Vec<f32> = (0..keys).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.3).collect();
+            let mut p = scores.clone();
+            softmax_row(&mut p, 0.5);
+            let weights: Vec<f64> = scores.iter().map(|&s| (f64::from(s) * 0.5).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            for (p, weight) in p.iter().zip(weights) {
+                assert!((f64::from(*p) - weight / sum).abs() <= 1e-6 * weight / sum, "{keys} keys");
+            }
+        }
+        let mut p = [0.0, f32::NAN, 1.0];
+        softmax_row(&mut p, 1.0);
+        assert!(p.iter().all(|p| p.is_nan()));
     }
 }
