@@ -89,7 +89,7 @@ impl Attention {
             None => (k.contiguous()?, v.contiguous()?),
         };
         let y = match decode::is_fused(&q, &k, &v) {
-            true => merge_heads(decode::attend_one(&(q * self.scale())?, &k, &v)?, x.dtype())?,
+            true => merge_heads(decode::attend_one(&q, &k, &v, self.scale())?, x.dtype())?,
             false => self.attend(&q, &k, &v, step, x.dtype())?,
         };
         self.o_proj.forward(&y)

@@ -11,12 +11,14 @@ pub fn is_fused(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
     q.dims().get(2) == Some(&1) && q.dtype() == DType::F32 && q.device().is_cpu() && !tracked
 }
 
-/// q (B,H,1,D), scaled, k and v (B,KV,S,D) -> softmax(q·kᵀ)·v (B,H,1,D)
-pub fn attend_one(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-    q.contiguous()?.apply_op3_no_bwd(k, v, &AttendOne)
+/// q (B,H,1,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,H,1,D)
+pub fn attend_one(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+    q.contiguous()?.apply_op3_no_bwd(k, v, &AttendOne { scale: scale as f32 })
 }
 
-struct AttendOne;
+struct AttendOne {
+    scale: f32,
+}
 
 impl CustomOp3 for AttendOne {
     fn name(&self) -> &'static str {
@@ -42,21 +44,21 @@ impl CustomOp3 for AttendOne {
         for_each_row(&mut out, group * head_dim, group * head_dim * keys, |row, out| {
             let q = &q[row * group * head_dim..][..group * head_dim];
             let (k, v) = (k.head(row / kv_heads, row % kv_heads), v.head(row / kv_heads, row % kv_heads));
-            attend_group(q, k, v, head_dim, out);
+            attend_group(q, (k, v, head_dim), self.scale, out);
         });
         Ok((CpuStorage::F32(out), lq.shape().clone()))
     }
 }
 
-/// q (G,D), k and v (S,D) -> out (G,D), which is zero before
-fn attend_group(q: &[f32], k: &[f32], v: &[f32], head_dim: usize, out: &mut [f32]) {
+/// q (G,D), k and v ((S,D), D) -> out (G,D), which is zero before
+fn attend_group(q: &[f32], (k, v, head_dim): (&[f32], &[f32], usize), scale: f32, out: &mut [f32]) {
     let keys = k.len() / head_dim;
     let mut p = vec![0f32; keys];
     for (q, out) in q.chunks(head_dim).zip(out.chunks_mut(head_dim)) {
         for (p, k) in p.iter_mut().zip(k.chunks(head_dim)) {
             *p = dot(q, k);
         }
-        softmax_row(&mut p, 1.0);
+        softmax_row(&mut p, scale);
         for (p, v) in p.iter().zip(v.chunks(head_dim)) {
             for (out, v) in out.iter_mut().zip(v) {
                 *out += p * v;
