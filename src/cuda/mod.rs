@@ -332,21 +332,17 @@ impl Operands<'_> {
         Ok(())
     }
 
-    /// A kernel of prefill_sm90.cu can compute gate and up.
-    fn can_fuse<T: Element>(&self, call: &Call<'_>) -> bool {
-        let (_, h, i) = self.sizes;
-        call.kernels.hopper
+    /// A kernel of prefill_sm90.cu can compute gate and up, and is asked to or expected to be faster.
+    fn takes_fused<T: Element>(&self, call: &Call<'_>) -> Result<bool> {
+        let (m, h, i) = self.sizes;
+        let possible = call.kernels.hopper
             && matches!(T::NAME, "bf16" | "f16")
             && h.is_multiple_of(8)
             && i.is_multiple_of(8)
             && self.x.is_aligned()
-            && self.gate_up.is_aligned()
-    }
-
-    fn takes_fused<T: Element>(&self, call: &Call<'_>) -> Result<bool> {
-        let (m, _, i) = self.sizes;
+            && self.gate_up.is_aligned();
         let way = plan::forced()?.unwrap_or_else(|| plan::prefill((m, i), call.kernels.sms, call.kernels.bytes_per_clock));
-        Ok(self.can_fuse::<T>(call) && way == Prefill::Fused)
+        Ok(possible && way == Prefill::Fused)
     }
 
     /// p (rows,2I) = x·Wguᵀ, then h (rows,I) from its halves.
