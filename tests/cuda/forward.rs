@@ -2,10 +2,10 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
-use candle_swiglu::{FfnConfig, GateUp, GluActivation, Linear, SwiGluFfn, Weights};
+use candle_swiglu::{CudaPrefill, FfnConfig, GateUp, GluActivation, Linear, SwiGluFfn, Weights};
 
 use super::common::{ACTIVATIONS, Block, Numbers, bits, check_within, composed, integers, rms_error, values, weights};
-use super::{KERNEL_DTYPES, build, cuda, run, sum_roundoff};
+use super::{KERNEL_DTYPES, build, cuda, run, sum_roundoff, with_prefill};
 
 /// (H, I): odd; multiples of 8, which the tensor cores take; and edges of the tiles of 64 (k), 128 (columns) and 16 (outputs).
 const SIZES: [(usize, usize); 4] = [(33, 45), (72, 136), (128, 128), (136, 200)];
@@ -68,7 +68,6 @@ fn any_number_of_rows() -> Result<()> {
 /// Both ways of prefill, where the device and the sizes have both.
 #[test]
 fn both_ways_of_prefill() -> Result<()> {
-    use candle_swiglu::{CudaPrefill, force_cuda_prefill};
     let Some(device) = cuda()? else { return Ok(()) };
     for ((h, i), dtype) in SIZES.into_iter().flat_map(|size| [DType::BF16, DType::F16].map(|dtype| (size, dtype))) {
         for activation in ACTIVATIONS {
@@ -83,9 +82,8 @@ fn both_ways_of_prefill() -> Result<()> {
                 .into_iter()
                 .flat_map(|way| [9, 33, 128, 129, 257, 300].map(|m| (way, m)))
             {
-                force_cuda_prefill(Some(way));
-                let y = run(&ffn, &x.narrow(0, 0, m)?, &device);
-                force_cuda_prefill(None);
+                let x = x.narrow(0, 0, m)?;
+                let y = with_prefill(way, || run(&ffn, &x, &device));
                 let what = format!("{way:?} {activation} {dtype:?} H = {h}, I = {i}, M = {m}");
                 check_within(&what, &y?, &expected[..m * h], &bounds[..m * h])?;
             }
@@ -98,7 +96,6 @@ fn both_ways_of_prefill() -> Result<()> {
 /// both ways of prefill give the same bits.
 #[test]
 fn tiles_of_every_width() -> Result<()> {
-    use candle_swiglu::{CudaPrefill, force_cuda_prefill};
     let Some(device) = cuda()? else { return Ok(()) };
     let (h, multiprocessors) = (136, if super::on_model() { 7 } else { 132 });
     for (width, dtype) in [64, 80, 96, 112, 128].into_iter().flat_map(|width| [DType::BF16, DType::F16].map(|t| (width, t))) {
@@ -110,12 +107,9 @@ fn tiles_of_every_width() -> Result<()> {
         let cfg = FfnConfig::new(h, i).with_activation(GluActivation::Relu);
         let ffn = SwiGluFfn::from_weights(&cfg, Weights { gate_up, down_proj, down_bias: None })?;
         for m in [40, 128, 200, 256] {
-            let [fused, cublas] = [CudaPrefill::Fused, CudaPrefill::Cublas].map(|way| {
-                force_cuda_prefill(Some(way));
-                let y = ffn.forward(&x.narrow(0, 0, m)?);
-                force_cuda_prefill(None);
-                bits(&y?)
-            });
+            let x = x.narrow(0, 0, m)?;
+            let [fused, cublas] =
+                [CudaPrefill::Fused, CudaPrefill::Cublas].map(|way| bits(&with_prefill(way, || ffn.forward(&x))?));
             assert_eq!(fused?, cublas?, "{dtype:?} width {width}, M = {m}");
         }
     }

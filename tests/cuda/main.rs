@@ -10,7 +10,7 @@ use std::io::Write;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
-use candle_swiglu::{FfnConfig, SwiGluFfn};
+use candle_swiglu::{CudaPrefill, FfnConfig, SwiGluFfn, force_cuda_prefill};
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -55,6 +55,14 @@ fn build(cfg: &FfnConfig, weights: &HashMap<String, Tensor>, device: &Device) ->
     let dtype = weights["down_proj.weight"].dtype();
     let moved = weights.iter().map(|(name, t)| Ok((name.clone(), t.to_device(device)?))).collect::<Result<HashMap<_, _>>>()?;
     Ok(SwiGluFfn::new(cfg, VarBuilder::from_tensors(moved, dtype, device))?)
+}
+
+/// What `work` gives with one way of prefill forced.
+fn with_prefill<R>(way: CudaPrefill, work: impl FnOnce() -> R) -> R {
+    force_cuda_prefill(Some(way));
+    let result = work();
+    force_cuda_prefill(None);
+    result
 }
 
 /// y of an x on the CPU, back on the CPU.

@@ -5,10 +5,10 @@ use anyhow::{Context, Result, ensure};
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, sys};
 use candle_core::{DType, Device, Module, Tensor};
-use candle_swiglu::{CudaPrefill, FfnConfig, Linear, SwiGluFfn, force_cuda_prefill, silu_mul};
+use candle_swiglu::{CudaPrefill, FfnConfig, Linear, SwiGluFfn, silu_mul};
 
 use super::common::{Numbers, bits, weights};
-use super::{KERNEL_DTYPES, build, cuda, cuda_with_stream};
+use super::{KERNEL_DTYPES, build, cuda, cuda_with_stream, with_prefill};
 
 fn block(h: usize, i: usize, dtype: DType, device: &Device) -> Result<SwiGluFfn> {
     let cfg = FfnConfig::new(h, i).with_bias(true);
@@ -80,10 +80,8 @@ fn capture_and_replay(device: &Device) -> Result<()> {
         let (h, i) = (136, 200);
         let ffn = block(h, i, dtype, device)?;
         for way in [CudaPrefill::Cublas, CudaPrefill::Fused] {
-            force_cuda_prefill(Some(way));
-            let replayed = replays(device, &ffn, &[m, h], h, dtype, &format!("{dtype:?} M = {m} {way:?}"));
-            force_cuda_prefill(None);
-            replayed?;
+            let what = format!("{dtype:?} M = {m} {way:?}");
+            with_prefill(way, || replays(device, &ffn, &[m, h], h, dtype, &what))?;
         }
         let linear = Linear::from_tensors(random(&[i, h], 33, dtype, device)?, Some(random(&[i], 34, dtype, device)?))?;
         replays(device, &linear, &[m, h], i, dtype, &format!("{dtype:?} M = {m}, one projection"))?;
