@@ -48,7 +48,7 @@ check() {
     esac
     [ "$2" = 80 ] || grep -q ACQBULK "$code" || bad "$kernel for sm_$2: no griddepcontrol.wait"
     # Only weights may be read incoherently: the previous kernel may still write what else this one reads. (sm_80 has no such overlap.)
-    if [ "$2" != 80 ] && grep 'LDG.*CONSTANT' "$code" | grep -qv 'LDG.E.NA.LTC256B.128.CONSTANT'; then bad "$kernel for sm_$2: incoherent load of an activation"; fi
+    if [ "$2" != 80 ] && grep 'LDG.*CONSTANT' "$code" | grep -qv 'LDG.E.NA.LTC128B.128.CONSTANT'; then bad "$kernel for sm_$2: incoherent load of an activation"; fi
     if grep -qE 'STL|LDL' "$code"; then bad "$kernel for sm_$2: local memory"; fi
   done < <(resources "$cubin")
 }

@@ -7,10 +7,13 @@
 // both operands: no shared memory, shuffle or ldmatrix on the way. A tile is 16 rows of A:
 //   gate_up: rows 0..7 are 8 features of gate, rows 8..15 the same features of up, which so meet in one thread;
 //   linear: 16 features.
-// The 8 warps of a block share K, chunk by chunk, so a block reads 1 to 2 KiB of a row at a time, which memory likes (a warp for each
-// tile, 256 B of a row at a time, reads at 0.85 of an H200's speed). Blocks are persistent, two to a multiprocessor: tile after tile,
-// and the loads of the next tile are in flight while the sums of this one go through shared memory to the epilogue, partial sums in
-// the order of the warps: no atomics, the same bits every time.
+// The warps of a block share K in rounds, 128 k each, so a block reads 2 or 4 KiB of a row at a time, which memory likes (a warp for each
+// tile, 256 B of a row at a time, reads at 0.85 of an H200's speed). Blocks are persistent, two of 8 warps to a multiprocessor: tile
+// after tile, and the loads of the next tile are in flight while the sums of this one go through shared memory to the epilogue, partial
+// sums in the order of the warps: no atomics, the same bits every time, for any number of rows. One of 16 warps (w16) serves where there
+// are no more tiles than multiprocessors.
+// All of x that a register tile of weights needs is loaded before its first product: loads in between made the products wait for L2
+// once for each, 8 % of the time with 16 rows.
 //
 // fma (f32; in bf16 and f16 the shapes that mma does not take): CUDA cores. A warp does 4 rows of weights (2 features of gate
 // and of up, or 4), its lanes share k, 16 bytes at a time in f32 and element by element where rows lie at odd addresses, and a
@@ -52,7 +55,8 @@ template <typename Tile, bool AHEAD = true, typename Load, typename Use> DEVICE 
   }
 }
 
-constexpr int CHUNK = 64;  // k of a chunk: 2 loads x 4 lanes x 8 elements
+constexpr int CHUNK = 64;        // k of a chunk: 2 loads x 4 lanes x 8 elements
+constexpr int RUN = 2 * CHUNK;   // a warp's part of a round
 // Chunks of a register tile: 2 · 2 loads · 2 halves of A · 512 B = 4 KiB per warp; half of that where 32 tokens need the registers.
 template <int NT> constexpr int PER_TILE = NT == 4 ? 1 : 2;
 
@@ -80,26 +84,28 @@ template <typename T, int NT> struct MmaSums {
   }
 };
 
-// Where a warp is: a tile, and the first k of its register tile there.
+// Where the first warp of a block is: a tile, and the first k of its register tile there.
 struct Cursor {
   int tile, k = 0;
-  // One register tile on; true where a tile of output ends.
-  DEVICE bool next(int step, int K) {
-    k += step;
-    if (k < K) return false;
+  // One register tile of `chunks` on, of rounds of `round` k up to `end`; true where a tile of output ends.
+  DEVICE bool next(int chunks, int round, int end) {
+    k += chunks * CHUNK;
+    if (k % RUN == 0) k += round - RUN;
+    if (k < end) return false;
     k = 0;
     tile += int(gridDim.x);
     return true;
   }
 };
 
-// sums = the rows row(tile, half) of lane g · x (M,K)ᵀ, over the chunks `part`, `part` + SPLIT, ... of K, for this block's tiles in
+// sums = the rows row(tile, half) of lane g · x (M,K)ᵀ, over the runs `part`, `part` + SPLIT, ... of K, for this block's tiles in
 // turn; done(tile) has them.
 template <typename T, int NT, int SPLIT, typename Row, typename Done>
 DEVICE void dot_mma(MmaSums<T, NT>& sums, const T* x, int M, int K, int tiles, int part, Row row, Done done) {
-  constexpr int STEP = SPLIT * CHUNK, TILE_STEP = PER_TILE<NT> * STEP;
+  constexpr int CHUNKS = PER_TILE<NT>, ROUND = SPLIT * RUN;
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-  const int first = part * CHUNK + t * 8;  // this lane's first k
+  const int first = part * RUN + t * 8;  // this lane's first k
+  const int end = (K + ROUND - 1) / ROUND * ROUND;
   const T* const token = x + size_t(g) * K;
   Cursor loading{int(blockIdx.x)}, using_{int(blockIdx.x)};
   const T *a = row(loading.tile, 0), *b = row(loading.tile, 1);
@@ -107,35 +113,38 @@ DEVICE void dot_mma(MmaSums<T, NT>& sums, const T* x, int M, int K, int tiles, i
   // K is a multiple of 8, so every load is wholly in or wholly out.
   const auto load = [&](MmaTile<NT>& tile, int) {
 #pragma unroll
-    for (int u = 0; u < PER_TILE<NT>; ++u)
+    for (int u = 0; u < CHUNKS; ++u)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int k = loading.k + u * STEP + half * (CHUNK / 2) + first;
+        const int k = loading.k + u * CHUNK + half * (CHUNK / 2) + first;
         const uint4 zero = make_uint4(0, 0, 0, 0);
         tile.piece[u][half] = k < K ? Piece{load16_weights(a + k), load16_weights(b + k)} : Piece{zero, zero};
       }
-    if (loading.next(TILE_STEP, K)) a = row(loading.tile, 0), b = row(loading.tile, 1);
+    if (loading.next(CHUNKS, ROUND, end)) a = row(loading.tile, 0), b = row(loading.tile, 1);
   };
   const auto use = [&](const MmaTile<NT>& tile, int) {
+    uint4 v[CHUNKS][2][NT];
 #pragma unroll
-    for (int u = 0; u < PER_TILE<NT>; ++u)
+    for (int u = 0; u < CHUNKS; ++u)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int k = using_.k + u * STEP + half * (CHUNK / 2) + first;
-        uint4 v[NT];
+        const int k = using_.k + u * CHUNK + half * (CHUNK / 2) + first;
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt)
-          v[nt] = k < K && nt * 8 + g < M ? load16(token + size_t(nt * 8) * K + k) : make_uint4(0, 0, 0, 0);
-        sums.add(tile.piece[u][half], v);
+          v[u][half][nt] = k < K && nt * 8 + g < M ? load16(token + size_t(nt * 8) * K + k) : make_uint4(0, 0, 0, 0);
       }
+#pragma unroll
+    for (int u = 0; u < CHUNKS; ++u)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) sums.add(tile.piece[u][half], v[u][half]);
     const int tile_of_sums = using_.tile;
-    if (using_.next(TILE_STEP, K)) {
+    if (using_.next(CHUNKS, ROUND, end)) {
       done(tile_of_sums);
       sums.clear();
     }
   };
   const int own = (tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
-  sweep<MmaTile<NT>>(own * ((K + TILE_STEP - 1) / TILE_STEP), load, use);
+  sweep<MmaTile<NT>>(own * (end / (SPLIT * CHUNKS * CHUNK)), load, use);
 }
 
 constexpr int FMA_ROWS = 4, FMA_WIDTH = 4;  // rows of a warp's tile, k of a lane's load
@@ -206,8 +215,9 @@ template <typename T> DEVICE float bias_at(const T* bias, int i) { return bias ?
 
 template <typename T, int NT, int SPLIT, int HALVES> struct MmaBlock {
   static constexpr int HALF = 8, STRIDE = HALF * HALVES;
-  // Two tiles' worth: while some warps still read one, others write the next.
-  using Sums = float[2][SPLIT][NT][4][32];
+  // Two tiles' worth: while some warps still read one, others write the next. Where that is too much, one, and a barrier more.
+  static constexpr int TURNS = SPLIT * NT > 32 ? 1 : 2;
+  using Sums = float[TURNS][SPLIT][NT][4][32];
 
   template <typename Row, typename Finish>
   static DEVICE void run(Sums& shared, const T* x, int M, int K, int features, Row row, Finish finish) {
@@ -216,6 +226,7 @@ template <typename T, int NT, int SPLIT, int HALVES> struct MmaBlock {
     int turn = 0;
     const auto row_of_lane = [&](int tile, int half) { return row(tile * STRIDE, half, lane >> 2); };
     dot_mma<T, NT, SPLIT>(sums, x, M, K, (features + STRIDE - 1) / STRIDE, part, row_of_lane, [&](int tile) {
+      if constexpr (TURNS == 1) sync_block();
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
@@ -234,7 +245,7 @@ template <typename T, int NT, int SPLIT, int HALVES> struct MmaBlock {
           if (token < M) emit(token, l >> 2, a, b);
         }
       });
-      turn ^= 1;
+      turn ^= TURNS - 1;
     });
   }
 };
@@ -330,9 +341,11 @@ DEVICE void linear(const T* x, const T* w, const T* bias, T* y, int M, int N, in
     linear<__VA_ARGS__>(x, w, bias, y, M, N, K, factor);                                                                     \
   }
 // gate_up's two halves are of one feature, linear's of two.
-#define MMA_KERNELS(T, NT)                                           \
-  GATE_UP(mma_##T##_n##NT, 256, 2, T, MmaBlock<T, NT, 8, 1>)          \
-  LINEAR(mma_##T##_n##NT, 256, 2, T, MmaBlock<T, NT, 8, 2>)
+#define MMA_KERNELS(T, NT)                                                 \
+  GATE_UP(mma_##T##_n##NT##_w8, 256, 2, T, MmaBlock<T, NT, 8, 1>)           \
+  GATE_UP(mma_##T##_n##NT##_w16, 512, 1, T, MmaBlock<T, NT, 16, 1>)         \
+  LINEAR(mma_##T##_n##NT##_w8, 256, 2, T, MmaBlock<T, NT, 8, 2>)            \
+  LINEAR(mma_##T##_n##NT##_w16, 512, 1, T, MmaBlock<T, NT, 16, 2>)
 #define FMA_KERNELS(NAME, T, NT, BLOCKS)                             \
   GATE_UP(fma_##NAME, 128, BLOCKS, T, FmaBlock<T, NT, 1, 1>)          \
   LINEAR(fma_##NAME, 128, BLOCKS, T, FmaBlock<T, NT, 4, 2>)

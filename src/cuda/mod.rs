@@ -17,7 +17,7 @@
 //!    complete: [`prepare`] synchronises the stream once, when a layer is built.
 //! 3. Products are summed in f32, h and y rounded once. Where p exists gate and up are rounded too.
 //! 4. A bias goes in where the sum still is f32; through cuBLAS as y's first value, with β = α, and then y may be rounded twice.
-//! 5. `plan::decode_rows` says how many rows are few: 32; on Hopper in bf16 and f16 16, or 8 where memory is as fast as an H200's.
+//! 5. `plan::decode_rows` says how many rows are few: 32; on Hopper in bf16 and f16 16.
 
 mod gemm;
 mod launch;
@@ -185,21 +185,21 @@ impl Call<'_> {
     /// How many rows are few: the kernels of decode.cu take them.
     fn decode_rows<T: Element>(&self) -> Result<usize> {
         let hopper = self.kernels.hopper && T::NAME != "f32";
-        Ok(plan::decode_rows(plan::forced()?, hopper.then_some(self.kernels.bytes_per_clock)))
+        Ok(plan::decode_rows(plan::forced()?, hopper))
     }
 
     /// A kernel of decode.cu, and its grid for `features` outputs: of the CUDA cores' where the tensor cores' conditions fail.
     fn decode_kernel<T: Element>(&self, op: &'static str, m: usize, aligned: bool, features: usize) -> Result<(&Kernel, Grid)> {
-        let variant = if m <= 8 { "_n1" } else { ["_n2", "_n4"][usize::from(m > 16)] };
-        let name = |family, variant| Name { op, family, dtype: T::NAME, variant };
         let (of_mma, of_fma) = if op == "linear" { (16, 4) } else { (8, 8) };
+        let size = if m <= 8 { 0 } else { 1 + usize::from(m > 16) };
+        let name = |family, variant| Name { op, family, dtype: T::NAME, variant };
         if T::NAME == "f32" || !aligned {
-            let kernel = self.kernels.get(name("_fma", if T::NAME == "f32" { variant } else { "" }))?;
-            return Ok((kernel, Grid::new(features.div_ceil(of_fma), 128)));
+            let variant = if T::NAME == "f32" { ["_n1", "_n2", "_n4"][size] } else { "" };
+            return Ok((self.kernels.get(name("_fma", variant))?, Grid::new(features.div_ceil(of_fma), 128)));
         }
-        // Persistent blocks, two to a multiprocessor.
-        let blocks = features.div_ceil(of_mma).min(2 * self.kernels.sms);
-        Ok((self.kernels.get(name("_mma", variant))?, Grid::new(blocks, 256)))
+        let grid = plan::decode_grid(features.div_ceil(of_mma), self.kernels.sms);
+        let variants = if grid.warps == 16 { ["_n1_w16", "_n2_w16", "_n4_w16"] } else { ["_n1_w8", "_n2_w8", "_n4_w8"] };
+        Ok((self.kernels.get(name("_mma", variants[size]))?, Grid::new(grid.blocks, 32 * grid.warps as u32)))
     }
 
     /// The grid of a kernel of glu.cu over (rows, columns).

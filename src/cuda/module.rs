@@ -39,7 +39,7 @@ pub(super) const TILES: [Tile; 8] = [
     tile(2, 128, "_c2_w128", 230_656),
 ];
 
-/// A kernel's name in its parts: `gate_up_mma_bf16_n1`.
+/// A kernel's name in its parts: `gate_up_mma_bf16_n1_w8`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Name {
     /// gate_up, linear, glu_mul, ...
@@ -47,7 +47,7 @@ pub(super) struct Name {
     /// _mma, _sm90, ... or nothing
     pub(super) family: &'static str,
     pub(super) dtype: &'static str,
-    /// _n1, _c2_w128, ... or nothing
+    /// _n1, _n1_w8, _c2_w128, ... or nothing
     pub(super) variant: &'static str,
 }
 
@@ -58,13 +58,14 @@ impl fmt::Display for Name {
 }
 
 const ROWS: [&str; 3] = ["_n1", "_n2", "_n4"];
+const ROWS_AND_WARPS: [&str; 6] = ["_n1_w8", "_n1_w16", "_n2_w8", "_n2_w16", "_n4_w8", "_n4_w16"];
 
 fn decode_names() -> Vec<Name> {
     let mut names = vec![];
     for op in ["gate_up", "linear"] {
         let mut add = |family, dtype, variant| names.push(Name { op, family, dtype, variant });
-        for variant in ROWS {
-            add("_fma", "f32", variant);
+        ROWS.iter().for_each(|variant| add("_fma", "f32", variant));
+        for variant in ROWS_AND_WARPS {
             add("_mma", "bf16", variant);
             add("_mma", "f16", variant);
         }

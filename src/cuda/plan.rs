@@ -47,24 +47,28 @@ fn parse(value: Option<&str>) -> std::result::Result<Option<Prefill>, String> {
     }
 }
 
-/// A multiprocessor whose due of the memory's speed is more than this many bytes a clock gets more by cuBLAS than by our kernels of
-/// 9 to 64 rows: an H200's is 18.4, an H100's 12.8.
-const FAST_MEMORY: f64 = 14.0;
-
-/// The kernels of decode.cu take up to this many rows: 32; 16 or 8 in bf16 and f16 on Hopper, with `bytes_per_clock` for each of its
-/// multiprocessors, where cuBLAS and the kernels of prefill_sm90.cu are faster from there on; 8 where a way of prefill is forced.
-pub(super) fn decode_rows(forced: Option<Prefill>, bytes_per_clock: Option<f64>) -> usize {
-    match (forced, bytes_per_clock) {
+/// The kernels of decode.cu take up to this many rows: 32; 16 in bf16 and f16 on Hopper, where cuBLAS and the kernels of
+/// prefill_sm90.cu are faster from there on; 8 where a way of prefill is forced.
+pub(super) fn decode_rows(forced: Option<Prefill>, hopper: bool) -> usize {
+    match (forced, hopper) {
         (Some(_), _) => 8,
-        (None, Some(bytes)) => {
-            if bytes > FAST_MEMORY {
-                8
-            } else {
-                16
-            }
-        }
-        (None, None) => 32,
+        (None, true) => 16,
+        (None, false) => 32,
     }
+}
+
+/// A launch of a tensor-core kernel of decode.cu.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DecodeGrid {
+    pub(super) blocks: usize,
+    /// Of a block: 8, two blocks to a multiprocessor; 16, so that one block uses all of it, where that is enough for all tiles.
+    pub(super) warps: usize,
+}
+
+/// The persistent blocks for so many tiles. They do not depend on the number of rows, and so neither do a row's bits.
+pub(super) fn decode_grid(tiles: usize, sms: usize) -> DecodeGrid {
+    let warps = if tiles <= sms { 16 } else { 8 };
+    DecodeGrid { blocks: tiles.min(16 / warps * sms), warps }
 }
 
 /// A launch of a kernel of prefill_sm90.cu.
@@ -102,6 +106,10 @@ pub(super) fn fused_grid(m: usize, i: usize, sms: usize) -> FusedGrid {
     let all = all.map(|tile| FusedGrid::of(tile, m, i, sms));
     all.min_by(|a, b| a.time(m).total_cmp(&b.time(m))).unwrap_or_else(|| FusedGrid::of(TILES[0], m, i, sms))
 }
+
+/// A multiprocessor whose due of the memory's speed is more than this many bytes a clock gets more by cuBLAS than by our kernels of
+/// 17 to 64 rows: an H200's is 18.4, an H100's 12.8.
+const FAST_MEMORY: f64 = 14.0;
 
 /// The fused kernel or cuBLAS for (M,I) on `sms` multiprocessors, each of which the memory could bring `bytes_per_clock`: by what an
 /// H100 and an H200 do.
@@ -173,6 +181,14 @@ mod tests {
         assert_eq!(found(64, 28672), (1, 112, 2)); // 256 tiles
         assert_eq!(found(512, 14336), (2, 112, 4)); // 256 clusters on 66
         assert_eq!(found(512, 8192), (2, 128, 2));
+    }
+
+    #[test]
+    fn decode_blocks_fill_the_device() {
+        for (tiles, blocks, warps) in [(1, 1, 16), (128, 128, 16), (132, 132, 16), (133, 133, 8), (256, 256, 8), (3584, 264, 8)]
+        {
+            assert_eq!(decode_grid(tiles, 132), DecodeGrid { blocks, warps }, "{tiles} tiles");
+        }
     }
 
     #[test]

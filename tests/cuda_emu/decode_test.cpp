@@ -27,11 +27,12 @@ template <typename T> struct Family {
 };
 
 #define NAMES(KIND, FAMILY, T) {KIND##_##FAMILY##_##T##_n1, KIND##_##FAMILY##_##T##_n2, KIND##_##FAMILY##_##T##_n4}
-#define MMA(T) Family<T>{"mma " #T, NAMES(gate_up, mma, T), NAMES(linear, mma, T), 256, 8, 16, false}
-const Family<bf16> BF16[] = {MMA(bf16),
+#define NAMES_W(KIND, T, W) {KIND##_mma_##T##_n1_w##W, KIND##_mma_##T##_n2_w##W, KIND##_mma_##T##_n4_w##W}
+#define MMA(T, W) Family<T>{"mma " #T " w" #W, NAMES_W(gate_up, T, W), NAMES_W(linear, T, W), 32 * W, 8, 16, false}
+const Family<bf16> BF16[] = {MMA(bf16, 8), MMA(bf16, 16),
                              {"fma bf16", {gate_up_fma_bf16, gate_up_fma_bf16, gate_up_fma_bf16},
                               {linear_fma_bf16, linear_fma_bf16, linear_fma_bf16}, 128, 8, 4, true}};
-const Family<f16> F16[] = {MMA(f16),
+const Family<f16> F16[] = {MMA(f16, 8), MMA(f16, 16),
                            {"fma f16", {gate_up_fma_f16, gate_up_fma_f16, gate_up_fma_f16},
                             {linear_fma_f16, linear_fma_f16, linear_fma_f16}, 128, 8, 4, true}};
 const Family<float> F32[] = {{"fma f32", NAMES(gate_up, fma, f32), NAMES(linear, fma, f32), 128, 8, 4, true}};
@@ -141,9 +142,9 @@ template <typename T> void linear_case(const Family<T>& family, int M, int N, in
   report(y.surroundings_untouched(), "written beyond y");
 }
 
-// Sizes from the edges: of mma's 8 k of a load, 32, chunk 64, tile 128, and 8 times those; of fma's warps of 32 and 128, and 4
+// Sizes from the edges: of mma's 8 k of a load, 32, chunk 64, run 128, and 8 and 16 times those; of fma's warps of 32 and 128, and 4
 // times those; of 8 and 16 features and 2 and 4, and of several tiles of a block.
-const std::vector<int> MMA_K = {8, 24, 32, 40, 56, 64, 72, 120, 128, 136, 192, 200, 256, 264, 504, 512, 520, 1024, 1032, 1096};
+const std::vector<int> MMA_K = {8, 24, 32, 40, 56, 64, 72, 120, 128, 136, 192, 200, 256, 264, 504, 512, 520, 1024, 1032, 1096, 2048, 2056, 2184};
 const std::vector<int> FMA_K = {1, 2, 3, 4, 31, 32, 33, 100, 127, 128, 129, 131, 132, 255, 256, 257, 511, 512, 513, 516, 1027, 1028};
 const std::vector<int> FEATURES = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65};
 
@@ -186,7 +187,7 @@ template <typename T> void every_activation(const Family<T>& family) {
 template <typename T> void determinism(const Family<T>& family) {
   begin_group((std::string(family.name) + ": the same bits").c_str());
   current = "determinism";
-  const int I = 11, H = family.any_shape ? 515 : 1160;
+  const int I = 11, H = family.any_shape ? 515 : 2184;
   Block<T> b(32, I, H);
   b.run(family, GPT_OSS, BOTH, 0, 32);
   const std::vector<T> first = b.h.copy();

@@ -114,14 +114,14 @@ double glu(const GluOp& op, double gate, double up) {
 struct Decode {
   std::string family;
   Type type;
-  size_t rows;  // the variant's
+  size_t rows, warps;  // the variant's
 };
 
 Decode decode_of(const std::string& name, const char* op) {
   const auto parts = split(name.substr(strlen(op)));
-  Decode d{parts[0], type_named(parts[1]), 32};
-  if (parts.back() == "n1") d.rows = 8;
-  if (parts.back() == "n2") d.rows = 16;
+  Decode d{parts[0], type_named(parts[1]), 32, parts.back() == "w16" ? size_t(16) : size_t(8)};
+  if (parts.size() > 2 && parts[2] == "n1") d.rows = 8;
+  if (parts.size() > 2 && parts[2] == "n2") d.rows = 16;
   return d;
 }
 
@@ -130,7 +130,9 @@ void require_decode(const Launch& launch, const Decode& d, size_t m, size_t k, b
   if (d.family == "fma") return require_grid(launch, ceil_div(features, linear ? 4 : 8), 128);
   REQUIRE(k % 8 == 0, "%s: K = %zu", launch.name.c_str(), k);
   for (uint64_t address : aligned) REQUIRE(address % 16 == 0, "%s: an operand off 16 bytes", launch.name.c_str());
-  require_grid(launch, std::min(ceil_div(features, linear ? 16 : 8), 2 * SMS), 256);
+  const size_t tiles = ceil_div(features, linear ? 16 : 8);
+  REQUIRE(d.warps == (tiles <= SMS ? 16 : 8), "%s for %zu tiles", launch.name.c_str(), tiles);
+  require_grid(launch, std::min(tiles, 16 / d.warps * SMS), 32 * d.warps);
 }
 
 std::vector<double> widened(const Operand& from, size_t start, size_t n) {
