@@ -133,7 +133,7 @@ struct Machine {
   size_t next_id = 0;
   jmp_buf scheduler;
   bool dependency_met = false;
-  unsigned rounds = 0;
+  unsigned rounds = 0, nap = 16;
   std::vector<bool> asleep;  // by warp of the cluster
 };
 inline Machine machine;
@@ -163,6 +163,7 @@ inline void arrive_and_wait(Barrier& b) {
   const unsigned generation = b.generation;
   if (++b.arrived == b.expected) {
     b.arrived = 0;
+    if (b.expected > 32) machine.rounds = 0;  // some warps oversleep here
     ++b.generation;
   } else {
     wait_until([&] { return b.generation != generation; });
@@ -215,10 +216,10 @@ inline void resume(Thread& thread, size_t slot) {
   setcontext(&thread.start);
 }
 
-// Which warps sleep, anew every 16 rounds.
+// Which warps sleep, anew after a barrier of more than one and every 16 or 64 rounds, by the seed.
 inline void put_to_sleep() {
   machine.asleep.resize(machine.threads.size() / 32 + 1);
-  if (machine.rounds++ % 16) return;
+  if (machine.rounds++ % machine.nap) return;
   for (size_t warp = 0; warp < machine.asleep.size(); ++warp) machine.asleep[warp] = machine.random() % 5 < 2;
 }
 inline bool wake_all() {
@@ -292,6 +293,7 @@ inline std::unique_ptr<Block> make_block(Cluster& cluster, int index, int rank, 
 inline void choose(unsigned seed) {
   machine.random.seed(seed);
   machine.order = std::array{Order::RISING, Order::FALLING, Order::RANDOM}[seed % 3];
+  machine.nap = seed / 9 % 2 ? 64 : 16;
   machine.timing = std::array{Timing::AT_ONCE, Timing::LAST_MOMENT, Timing::RANDOM}[seed / 3 % 3];
 }
 

@@ -86,11 +86,11 @@ template <typename T> struct Block {
     b_up.fill(1);
   }
   const T* up() const { return gate_up.data + size_t(I) * H; }
-  void run(const Family<T>& family, const GluOp& op, BiasKind bias, unsigned seed, int rows) {
+  void run(const Family<T>& family, const GluOp& op, BiasKind bias, unsigned seed, int rows, int blocks = 0) {
     const T* bg = bias == BOTH || bias == GATE_ONLY ? b_gate.data : nullptr;
     const T* bu = bias == BOTH || bias == UP_ONLY ? b_up.data : nullptr;
     h.poison();
-    emu::launch(family.blocks(I, family.gate_up_per_block), family.threads, 1, 0, seed,
+    emu::launch(blocks ? blocks : family.blocks(I, family.gate_up_per_block), family.threads, 1, 0, seed,
                 [&] { family.gate_up[variant(rows)](x.data, gate_up.data, up(), bg, bu, h.data, rows, I, H, op); }, Previous<T>(x, h));
   }
   void verify(const GluOp& op, BiasKind bias) {
@@ -183,6 +183,19 @@ template <typename T> void every_activation(const Family<T>& family) {
     for (const BiasKind bias : {NONE, BOTH, GATE_ONLY, UP_ONLY}) gate_up_case(family, 9, 11, 72, op, bias);
 }
 
+// Sums of one tile are read while other warps, in random order, are at the next.
+template <typename T> void tiles_of_one_block(const Family<T>& family) {
+  begin_group((std::string(family.name) + ": many tiles for a block").c_str());
+  for (const int rows : {8, 16, 32}) {
+    current = "tiles of one block, M=" + std::to_string(rows);
+    Block<T> b(rows, 41, 72);
+    for (unsigned turn = 0; turn < 8; ++turn) {
+      b.run(family, PLAIN, BOTH, 2 + 3 * turn, rows, 1);
+      b.verify(PLAIN, BOTH);
+    }
+  }
+}
+
 // The same bits in every order of execution, and for a row among more rows or fewer.
 template <typename T> void determinism(const Family<T>& family) {
   begin_group((std::string(family.name) + ": the same bits").c_str());
@@ -237,6 +250,7 @@ template <typename T, size_t N> void all(const Family<T> (&families)[N]) {
   sizes(families);
   for (const auto& family : families) {
     every_activation(family);
+    if (!family.any_shape) tiles_of_one_block(family);
     determinism(family);
     propagation(family);
   }
