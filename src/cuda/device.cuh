@@ -54,7 +54,8 @@ DEVICE double reciprocal(double x) { return 1.0 / x; }
 
 // ------------------------------------------------------------------------------------------------ memory
 
-// Weights: read once, so past L1, and 128 bytes at a time into L2 (an H200 takes 3 % longer with 256, 15 % without). Only for memory that no kernel in flight writes (.nc).
+// Weights: read once, so past L1, and 128 bytes at a time into L2 (an H200 takes 3 % longer with 256, 17 % with 64). Only for memory that
+// no kernel in flight writes (.nc).
 DEVICE uint4 load16_weights(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
