@@ -6,7 +6,8 @@
 #   1. facts.txt     the machine, versions, libraries found (ldd), clocks every 5 s while timing
 #   2. the tests of tests/cuda, with a device required; beside them compute-sanitizer, memcheck and racecheck, over small cases (if it is
 #      there), and the writing of an 8B-shaped checkpoint of random weights
-#   3. results.csv   the Rust bench (columns: gpu.md), then, after 4 and 5, PyTorch (peers.py) with what time is left
+#   3. results.csv   the Rust bench in bf16 (columns: gpu.md), then, after 4 and 5, PyTorch (peers.py) with what time is left
+#      results-f16-f32.csv   8B's shape in f16 and f32 (floors of many rows are bf16's)
 #   4. ncu.txt       Nsight Compute's view of the kernels (if it is there, and only with PROFILE=1)
 #   5. llama.txt     tokens per second of the small checkpoint and of the 8B-shaped one
 #
@@ -99,6 +100,8 @@ sampler=$!
 if [ "${BENCH:-1}" = 1 ]; then
     step 140 "bench" "$bin/gpu" --budget 120 --csv "$csv"
     cp "$scratch/bench" "$out/bench.txt" 2>/dev/null
+    step 40 "bench, f16 and f32" "$bin/gpu" --dtypes f16,f32 --shapes 8b --rows 1,4,8,16,32,512 --systems ours,candle,gemms \
+        --budget 20 --csv "$out/results-f16-f32.csv"
 fi
 
 # ---- 4. what the kernels wait for
