@@ -1,4 +1,4 @@
-//! The gate activations of the GLU family and their names in Hugging Face configs.
+//! The gate activations of the GLU family, their names in Hugging Face configs, and what models put around them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -47,6 +47,62 @@ pub enum GluActivation {
     GeluTanh,
     /// g: the bilinear unit.
     Identity,
+}
+
+/// The pair operation with the modifiers that published models put around it:
+///
+/// `out = act(min(m·gate, limit)) ⊙ (clamp(up, ±limit) + c)`
+///
+/// with gate multiplier m (Falcon-H1), limit and up offset c (gpt-oss: 7 and 1, with Swish of β = 1.702). By default m = 1, no
+/// limit, c = 0. The gradient passes below the limit and is 0 at it and beyond, as PyTorch 2.15's clamp has it.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_swiglu::{Glu, GluActivation};
+/// let gpt_oss = Glu::new(GluActivation::Identity).with_limit(7.0).with_up_offset(1.0);
+/// let gate = Tensor::new(&[2f32, 100.0], &Device::Cpu)?;
+/// let up = Tensor::new(&[3f32, -100.0], &Device::Cpu)?;
+/// assert_eq!(gpt_oss.mul(&gate, &up)?.to_vec1::<f32>()?, [8.0, -42.0]); // 2·(3+1), 7·(-7+1)
+/// # Ok::<(), candle_swiglu::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Glu {
+    /// act
+    pub activation: GluActivation,
+    /// m
+    pub gate_multiplier: f32,
+    /// limit
+    pub limit: Option<f32>,
+    /// c
+    pub up_offset: f32,
+}
+
+impl Glu {
+    /// `act(gate) ⊙ up`
+    pub fn new(activation: GluActivation) -> Self {
+        Self { activation, gate_multiplier: 1.0, limit: None, up_offset: 0.0 }
+    }
+
+    /// Multiplies the gate by m before everything else.
+    pub fn with_gate_multiplier(self, gate_multiplier: f32) -> Self {
+        Self { gate_multiplier, ..self }
+    }
+
+    /// Bounds the gate from above and up on both sides.
+    pub fn with_limit(self, limit: f32) -> Self {
+        Self { limit: Some(limit), ..self }
+    }
+
+    /// Adds c to the bounded up.
+    pub fn with_up_offset(self, up_offset: f32) -> Self {
+        Self { up_offset, ..self }
+    }
+
+    /// No modifier is set.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.gate_multiplier == 1.0 && self.limit.is_none() && self.up_offset == 0.0
+    }
 }
 
 const KNOWN: &str = "silu, swish, swish(β), quick_gelu, sigmoid, relu, gelu, gelu_python, gelu_new, gelu_fast, gelu_pytorch_tanh, \

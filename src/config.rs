@@ -2,9 +2,8 @@
 
 use serde_json::Value;
 
-use crate::activation::GluActivation;
+use crate::activation::{Glu, GluActivation};
 use crate::error::{Error, Result};
-use crate::glu::Glu;
 use crate::weights::Family;
 
 /// The sizes and the formula of one block:

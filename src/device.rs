@@ -6,8 +6,8 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::activation::Glu;
 use crate::cpu::Part;
-use crate::glu::Glu;
 
 /// The block's weights, contiguous, in one dtype on one device.
 #[cfg_attr(not(any(feature = "cuda", feature = "metal")), allow(dead_code, reason = "the backends read them"))]

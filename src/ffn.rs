@@ -3,10 +3,11 @@
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{Module, VarBuilder};
 
+use crate::activation::Glu;
 use crate::config::FfnConfig;
 use crate::cpu::{self, Part};
 use crate::error::{Error, Result};
-use crate::glu::{Glu, check_float, check_same};
+use crate::glu::{check_float, check_same};
 use crate::linear::{Linear, over_rows};
 use crate::packed::{Packed, Packer, Sizes, can_pack, has_kernels};
 use crate::weights::{GateUp, PackedOrder, Piece, Weights};

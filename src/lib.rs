@@ -21,7 +21,7 @@ mod packed;
 pub mod reference;
 mod weights;
 
-pub use activation::GluActivation;
+pub use activation::{Glu, GluActivation};
 pub use checkpoint::Checkpoint;
 pub use config::FfnConfig;
 pub use cpu::cpu_kernels;
@@ -30,6 +30,6 @@ pub use cpu::cpu_kernels;
 pub use cuda::{Prefill as CudaPrefill, force_prefill as force_cuda_prefill};
 pub use error::{Error, Result};
 pub use ffn::SwiGluFfn;
-pub use glu::{Glu, glu_mul, silu_mul};
+pub use glu::{glu_mul, silu_mul};
 pub use linear::Linear;
 pub use weights::{Family, GateUp, PackedOrder, Weights};

@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor};
 
+use crate::activation::Glu;
 use crate::cpu::{self, Layer, Part};
 use crate::device::{self, DeviceBlock, DeviceLinear, Parts};
 use crate::error::{Error, Result};
-use crate::glu::Glu;
 use crate::weights::{PackedOrder, split};
 
 /// A tensor that may be packed: of a dtype for which its device has kernels, and no gradient is tracked through it.

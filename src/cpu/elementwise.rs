@@ -11,8 +11,8 @@ use candle_core::{CpuStorage, Layout};
 
 use super::threads::SendPtr;
 use super::{Functions, Kernel, pages};
+use crate::activation::Glu;
 use crate::error::{Error, Result};
-use crate::glu::Glu;
 use crate::reference;
 
 /// Below this many elements one thread is faster than waking the others: the bound candle's own elementwise ops use.

@@ -12,7 +12,7 @@ use super::glu::Tile;
 use super::micro::{Call, LINE, Micro};
 use super::pack::{Packable, Packed};
 use super::product::SUM_F32;
-use crate::glu::Glu;
+use crate::activation::Glu;
 
 /// With few rows, bytes of B that pass all rows before the next ones, and one part of a sum at least. It leaves room in L1 for the
 /// sums and the same k of the rows (with 16 columns 4 KiB: 2 to 8 % slower in 16 bit, 16 KiB: up to 10 %).

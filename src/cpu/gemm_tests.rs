@@ -6,8 +6,7 @@ use half::{bf16, f16};
 
 use super::tests::{activation_bound, ops};
 use super::{Kernel, Layer, Part, available, block, linear};
-use crate::activation::GluActivation;
-use crate::glu::Glu;
+use crate::activation::{Glu, GluActivation};
 use crate::reference;
 
 /// Unit roundoff of f32, the type of all sums.

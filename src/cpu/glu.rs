@@ -7,8 +7,7 @@ use std::mem::MaybeUninit;
 
 use super::activation::{self, Activation, Gelu, GeluTanh, Identity, Relu, Sigmoid, Swish};
 use super::simd::{Element, MAX_LANES, Simd};
-use crate::activation::GluActivation;
-use crate::glu::Glu;
+use crate::activation::{Glu, GluActivation};
 
 /// `$body` with `$act` bound to the activation of `$op` as a type of its own.
 macro_rules! with_activation {

@@ -7,8 +7,8 @@ use super::Kernel;
 use super::gemm::GemmElement;
 use super::pack::{Matrix, Place};
 use super::pass::{Block, Projection};
+use crate::activation::Glu;
 use crate::error::{Error, Result};
-use crate::glu::Glu;
 
 /// Which weight of a layer.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -42,8 +42,8 @@ pub(crate) use elementwise::{backward, forward};
 pub(crate) use layer::{Layer, Part, block, linear};
 
 use self::gemm::{Gemm, GemmElement};
+use crate::activation::Glu;
 use crate::error::{Error, Result};
-use crate::glu::Glu;
 
 /// gate, up (n) -> out (n)
 type Forward<T> = fn(&Glu, &[T], &[T], &mut [MaybeUninit<T>]);

@@ -14,7 +14,7 @@ use super::glu::Tile;
 use super::pack::{Matrix, Packed, Place};
 use super::threads::{self, Phase, SendPtr};
 use super::{Kernel, pages};
-use crate::glu::Glu;
+use crate::activation::Glu;
 
 /// Rows of x that are worked on at a time. Scratch of a block is at most
 /// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes, with a = 2 where the kernel multiplies bf16 as it is, else 4;

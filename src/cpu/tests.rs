@@ -8,8 +8,7 @@ use half::{bf16, f16};
 
 use super::threads::{self, Phase};
 use super::{Kernel, available, backward, forward};
-use crate::activation::GluActivation;
-use crate::glu::Glu;
+use crate::activation::{Glu, GluActivation};
 use crate::reference;
 
 /// 2⁻²⁴: half a unit in the last place of an f32 in [1, 2).

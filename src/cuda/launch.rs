@@ -11,8 +11,7 @@ use candle_core::{Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
 use super::module::Kernel;
-use crate::activation::GluActivation;
-use crate::glu::Glu;
+use crate::activation::{Glu, GluActivation};
 
 // ---------------------------------------------------------------- dtypes
 

@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use super::launch::{Element, GluOp, Pointer, arguments, contiguous, launch};
 use super::module::{Kernels, Name};
 use super::{Call, NULL};
-use crate::glu::Glu;
+use crate::activation::Glu;
 
 /// An operand as candle passes it.
 pub(crate) type Operand<'a> = (&'a CudaStorage, &'a Layout);

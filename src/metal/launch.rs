@@ -10,8 +10,8 @@ use objc2_metal::MTLSize;
 
 use super::pipeline::pipeline;
 use super::plan::{Choice, Kernel, Pair, Product, ProductParameters, THREADS};
+use crate::activation::Glu;
 use crate::device::{DeviceBlock, DeviceLinear};
-use crate::glu::Glu;
 
 /// x (M,H) contiguous -> y (M,H), by two dispatches
 pub(crate) fn block(block: &DeviceBlock, x: &MetalStorage, layout: &Layout) -> Result<(MetalStorage, Shape)> {

@@ -13,8 +13,7 @@
 
 use candle_core::{DType, Layout};
 
-use crate::activation::GluActivation;
-use crate::glu::Glu;
+use crate::activation::{Glu, GluActivation};
 
 // As in swiglu.metal; a test compares them.
 pub(super) const SIMDGROUPS: usize = 4;
