@@ -1,10 +1,9 @@
 //! Weights on a GPU as its kernels read them: gate and up in one matrix, the only copy.
 //!
 //! A backend (`cuda`, `metal`) takes a [`DeviceBlock`] or a [`DeviceLinear`] and x (M, k), contiguous at any offset, and gives
-//! y. What it does not compute stays candle's matmuls around the gate (`ffn.rs`); [`has_kernels`] decides once, when a layer is
-//! built.
+//! y (`backend.rs` says which devices have one).
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 use crate::activation::Glu;
 use crate::cpu::Part;
@@ -33,56 +32,6 @@ pub(crate) struct DeviceLinear {
     pub(crate) weight: Tensor,
     /// (out)
     pub(crate) bias: Option<Tensor>,
-}
-
-/// Whether this device has kernels of ours for the block and projections of this dtype.
-pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::cuda::supports(device, dtype),
-        #[cfg(feature = "metal")]
-        Device::Metal(device) => crate::metal::supports(device, dtype),
-        _ => {
-            let _ = dtype;
-            false
-        }
-    }
-}
-
-/// Whether this device has the fused gate, forward and backward, for this dtype.
-pub(crate) fn has_glu(device: &Device, dtype: DType) -> bool {
-    match device {
-        Device::Cpu => true,
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::cuda::supports_glu(device, dtype),
-        #[cfg(feature = "metal")]
-        Device::Metal(device) => crate::metal::supports_glu(device, dtype),
-        #[cfg(not(all(feature = "cuda", feature = "metal")))]
-        _ => {
-            let _ = dtype;
-            false
-        }
-    }
-}
-
-/// Loads the kernels of a device that [`has_kernels`], and waits until the weights written so far are there: `forward` need not.
-pub(crate) fn prepare(device: &Device) -> candle_core::Result<()> {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::cuda::prepare(device),
-        _ => Ok(()),
-    }
-}
-
-/// The name of what runs on a device that [`has_kernels`].
-pub(crate) fn kernel_name(device: &Device) -> &'static str {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::cuda::kernel_name(device),
-        #[cfg(feature = "metal")]
-        Device::Metal(_) => "metal",
-        _ => "plain",
-    }
 }
 
 /// A layer's weights on their way to its device.
@@ -179,6 +128,8 @@ impl DeviceBlock {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use candle_core::Device;
+
     use super::*;
     use crate::activation::GluActivation;
 

@@ -7,8 +7,8 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor};
 
 use crate::activation::{Glu, GluActivation};
+use crate::backend::has_glu;
 use crate::cpu;
-use crate::device::has_glu;
 use crate::error::{Error, Result};
 
 /// `act(gate) ⊙ up` for a pair of equal shape: SwiGLU, GLU, ReGLU, GEGLU or the bilinear unit.

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod activation;
+mod backend;
 mod checkpoint;
 mod config;
 #[allow(unsafe_code)]

@@ -10,8 +10,9 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor};
 
 use crate::activation::Glu;
+use crate::backend;
 use crate::cpu::{self, Layer, Part};
-use crate::device::{self, DeviceBlock, DeviceLinear, Parts};
+use crate::device::{DeviceBlock, DeviceLinear, Parts};
 use crate::error::{Error, Result};
 use crate::weights::{PackedOrder, split};
 
@@ -24,7 +25,7 @@ pub(crate) fn can_pack(tensor: &Tensor) -> bool {
 pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
     match device {
         Device::Cpu => matches!(dtype, DType::F32 | DType::BF16 | DType::F16),
-        _ => device::has_kernels(device, dtype),
+        _ => backend::has_kernels(device, dtype),
     }
 }
 
@@ -122,7 +123,7 @@ impl Packer {
             }
         };
         let store = store.ok_or_else(|| message("a layer has all its weights"))?;
-        device::prepare(&self.device)?;
+        backend::prepare(&self.device)?;
         Ok(Packed(Arc::new(Inner { store, dtype: self.dtype, device: self.device, sizes: self.sizes })))
     }
 }
@@ -171,7 +172,7 @@ impl Packed {
     pub(crate) fn kernel(&self) -> Result<&'static str> {
         match self.0.device {
             Device::Cpu => Ok(cpu::selected()?.name),
-            _ => Ok(device::kernel_name(&self.0.device)),
+            _ => Ok(backend::kernel_name(&self.0.device)),
         }
     }
 

@@ -1,0 +1,54 @@
+//! Which kernels of ours a device has. What they do not compute stays candle's matmuls around the gate (`ffn.rs`); [`has_kernels`]
+//! decides once, when a layer is built.
+
+use candle_core::{DType, Device};
+
+/// Whether this device has kernels of ours for the block and projections of this dtype.
+pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::supports(device, dtype),
+        #[cfg(feature = "metal")]
+        Device::Metal(device) => crate::metal::supports(device, dtype),
+        _ => {
+            let _ = dtype;
+            false
+        }
+    }
+}
+
+/// Whether this device has the fused gate, forward and backward, for this dtype.
+pub(crate) fn has_glu(device: &Device, dtype: DType) -> bool {
+    match device {
+        Device::Cpu => true,
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::supports_glu(device, dtype),
+        #[cfg(feature = "metal")]
+        Device::Metal(device) => crate::metal::supports_glu(device, dtype),
+        #[cfg(not(all(feature = "cuda", feature = "metal")))]
+        _ => {
+            let _ = dtype;
+            false
+        }
+    }
+}
+
+/// Loads the kernels of a device that [`has_kernels`], and waits until the weights written so far are there: `forward` need not.
+pub(crate) fn prepare(device: &Device) -> candle_core::Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::prepare(device),
+        _ => Ok(()),
+    }
+}
+
+/// The name of what runs on a device that [`has_kernels`].
+pub(crate) fn kernel_name(device: &Device) -> &'static str {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::kernel_name(device),
+        #[cfg(feature = "metal")]
+        Device::Metal(_) => "metal",
+        _ => "plain",
+    }
+}
