@@ -5,7 +5,7 @@ use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
 use candle_swiglu::{CudaPrefill, FfnConfig, GateUp, GluActivation, Linear, SwiGluFfn, Weights};
 
 use super::common::{ACTIVATIONS, Block, Numbers, bits, check_within, composed, integers, rms_error, values, weights};
-use super::{KERNEL_DTYPES, build, cuda, run, sum_roundoff, with_prefill};
+use super::{KERNEL_DTYPES, build, cuda, on_model, run, sum_roundoff, with_prefill};
 
 /// (H, I): odd; multiples of 8, which the tensor cores take; and edges of the tiles of 64 (k), 128 (columns) and 16 (outputs).
 const SIZES: [(usize, usize); 4] = [(33, 45), (72, 136), (128, 128), (136, 200)];
@@ -60,6 +60,28 @@ fn any_number_of_rows() -> Result<()> {
                 let what = format!("{dtype:?} H = {h}, I = {i}, bias {bias}, M = {m}");
                 check_within(&what, &y, &expected[..m * h], &bounds[..m * h])?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// Few rows: each is what it is alone, bit by bit. (2800, 1400) makes 175 tiles of both products, more than a GPU has multiprocessors, so
+/// the blocks of decode.cu are small there and large with (72, 136).
+#[test]
+fn few_rows_are_the_same_alone() -> Result<()> {
+    let Some(device) = cuda()? else { return Ok(()) };
+    let sizes: &[_] = if on_model() { &[(72, 136)] } else { &[(72, 136), (2800, 1400)] };
+    for (&(h, i), dtype) in sizes.iter().flat_map(|size| KERNEL_DTYPES.map(|dtype| (size, dtype))) {
+        let cfg = FfnConfig::new(h, i).with_bias(true);
+        let mut numbers = Numbers::new(16);
+        let weights = weights(&cfg, &mut numbers, dtype)?;
+        let (block, ffn) = (Block::new(&cfg, &weights)?, build(&cfg, &weights, &device)?);
+        let x = numbers.tensor(&[16, h], 3.0, dtype)?;
+        let all = run(&ffn, &x, &device)?;
+        check(&format!("{dtype:?} H = {h}, I = {i}"), &all, &block, &x)?;
+        for (start, m) in [(0, 1), (15, 1), (3, 7), (5, 8), (2, 9), (1, 15)] {
+            let some = run(&ffn, &x.narrow(0, start, m)?, &device)?;
+            assert_eq!(bits(&some)?, bits(&all.narrow(0, start, m)?)?, "{dtype:?} H = {h}, rows {start} to {}", start + m);
         }
     }
     Ok(())
