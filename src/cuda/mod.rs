@@ -34,7 +34,7 @@ use half::{bf16, f16};
 use crate::device::{DeviceBlock, DeviceLinear};
 use gemm::gemm;
 use launch::{Element, GluOp, Grid, NULL, Pointer, Weight, arguments, contiguous, is_capturing, launch, tensor_map, weight};
-use module::{Kernel, Kernels, Name, Tile};
+use module::{Kernel, Kernels, Name, ROWS, ROWS_OF_8_WARPS, ROWS_OF_16_WARPS, Tile};
 pub(crate) use pair::{glu_gradient, glu_mul};
 use plan::chunk_rows;
 pub use plan::{Prefill, force_prefill};
@@ -194,11 +194,11 @@ impl Call<'_> {
         let size = if m <= 8 { 0 } else { 1 + usize::from(m > 16) };
         let name = |family, variant| Name { op, family, dtype: T::NAME, variant };
         if T::NAME == "f32" || !aligned {
-            let variant = if T::NAME == "f32" { ["_n1", "_n2", "_n4"][size] } else { "" };
+            let variant = if T::NAME == "f32" { ROWS[size] } else { "" };
             return Ok((self.kernels.get(name("_fma", variant))?, Grid::new(features.div_ceil(of_fma), 128)));
         }
         let grid = plan::decode_grid(features.div_ceil(of_mma), self.kernels.sms);
-        let variants = if grid.warps == 16 { ["_n1_w16", "_n2_w16", "_n4_w16"] } else { ["_n1_w8", "_n2_w8", "_n4_w8"] };
+        let variants = if grid.warps == 16 { ROWS_OF_16_WARPS } else { ROWS_OF_8_WARPS };
         Ok((self.kernels.get(name("_mma", variants[size]))?, Grid::new(grid.blocks, 32 * grid.warps as u32)))
     }
 

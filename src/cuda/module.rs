@@ -57,15 +57,17 @@ impl fmt::Display for Name {
     }
 }
 
-const ROWS: [&str; 3] = ["_n1", "_n2", "_n4"];
-const ROWS_AND_WARPS: [&str; 6] = ["_n1_w8", "_n1_w16", "_n2_w8", "_n2_w16", "_n4_w8", "_n4_w16"];
+/// Variants of decode.cu's kernels for up to 8, 16 and 32 rows: of `fma`; of `mma` by its warps, 8 or 16.
+pub(super) const ROWS: [&str; 3] = ["_n1", "_n2", "_n4"];
+pub(super) const ROWS_OF_8_WARPS: [&str; 3] = ["_n1_w8", "_n2_w8", "_n4_w8"];
+pub(super) const ROWS_OF_16_WARPS: [&str; 3] = ["_n1_w16", "_n2_w16", "_n4_w16"];
 
 fn decode_names() -> Vec<Name> {
     let mut names = vec![];
     for op in ["gate_up", "linear"] {
         let mut add = |family, dtype, variant| names.push(Name { op, family, dtype, variant });
         ROWS.iter().for_each(|variant| add("_fma", "f32", variant));
-        for variant in ROWS_AND_WARPS {
+        for variant in ROWS_OF_8_WARPS.into_iter().chain(ROWS_OF_16_WARPS) {
             add("_mma", "bf16", variant);
             add("_mma", "f16", variant);
         }
