@@ -9,7 +9,7 @@ use half::bf16;
 
 use super::Kernel;
 use super::glu::Tile;
-use super::micro::{Call, LINE, Micro};
+use super::micro::{Call, Micro};
 use super::pack::{Packable, Packed};
 use super::product::SUM_F32;
 use crate::activation::Glu;
@@ -31,6 +31,9 @@ pub(super) const WIDEN_FROM: usize = 160;
 /// How far ahead a sweep fetches. At 8 KiB the memory is what it waits for (4 KiB: up to 20 % slower with few instructions per
 /// byte; 16 KiB: up to 4 %).
 const SWEEP_AHEAD: usize = 8 << 10;
+/// Up to so many bytes a matrix is likely to lie in a cache from the call before, so that a panel alone waits for its sums. What
+/// comes from memory comes faster in one stream (AVX-512).
+pub(super) const BESIDE_BYTES: usize = 8 << 20;
 /// The least part of a line that is worth an instruction to fetch it.
 const LEAST_PACE: usize = 8;
 
@@ -53,6 +56,8 @@ pub(super) struct Gemm<T> {
     /// For 1, 2, .. rows: microkernels for several panels at once, and for how many. Few rows leave the registers for it, and one
     /// panel alone would wait for each of its sums.
     pub(super) micro_beside: Vec<(usize, Micro)>,
+    /// The same for matrices of so many bytes at most.
+    pub(super) beside_bytes: usize,
     /// Where T is not what is multiplied: with many rows (more than MR, and `widen_from` at least) each block of k is widened
     /// once, for these microkernels.
     pub(super) widen: Option<(WidenSteps<T>, Vec<Micro>)>,
@@ -155,7 +160,7 @@ pub(super) unsafe fn product<T: Packable>(
     debug_assert!(block_steps % gemm.streams == 0, "blocks end where rounds over the streams do");
     let rounds = block_steps / gemm.streams;
     // Each microkernel's part of the next block, in bytes of each stream and round.
-    let pace = if gemm.streams > 1 { (step_bytes / panels).max(LEAST_PACE) } else { 2 * LINE };
+    let pace = (step_bytes / panels).max(LEAST_PACE);
     let mut start = 0;
     loop {
         let count = block_steps.min(steps - start);

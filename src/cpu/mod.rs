@@ -89,92 +89,119 @@ impl GemmElement for f16 {
     }
 }
 
-/// The microkernels of an instruction set, and the epilogue of gate and up.
-///
-/// `$nv` vectors make a panel, in `$streams` streams; `$mr` are the heights of the microkernel; $mr·$nv sums, $nv columns of B and
-/// one of A are to fit the registers.
+/// The microkernels of an instruction set, and the epilogue of gate and up. $nv vectors make a panel, in `$streams` streams.
 macro_rules! microkernels {
-    (
-        $proof:path, $([$features:literal],)?
-        nv $nv:literal, streams $streams:literal, mr [$($mr:literal),*] $(, beside [$($rows:literal => $panels:literal),*])?
-    ) => {
+    ($proof:path, $([$features:literal],)? streams $streams:literal) => {
         /// # Safety
         /// As [`micro::run`], or [`micro::run_streams`].
         $(#[target_feature(enable = $features)])?
-        unsafe fn micro<P: Product<$proof>, const MR: usize, const STREAMS: usize, const AHEAD: u8>(call: Call) {
+        unsafe fn micro<P: Product<$proof>, const MR: usize, const NV: usize, const STREAMS: usize, const AHEAD: u8>(call: Call) {
             // SAFETY: the caller's contract, and the target features.
             unsafe {
                 if STREAMS > 1 {
-                    micro::run_streams::<$proof, P, MR, $nv, 1, STREAMS, AHEAD>(<$proof>::assume(), call)
+                    micro::run_streams::<$proof, P, MR, NV, 1, STREAMS, AHEAD>(<$proof>::assume(), call)
                 } else {
-                    micro::run::<$proof, P, MR, $nv, AHEAD>(<$proof>::assume(), call)
+                    micro::run::<$proof, P, MR, NV, AHEAD>(<$proof>::assume(), call)
                 }
             }
-        }
-
-        fn micros<P: Product<$proof>, const STREAMS: usize, const AHEAD: u8>() -> Vec<Micro> {
-            vec![$(micro::<P, $mr, STREAMS, AHEAD>),*]
         }
 
         /// # Safety
         /// As [`micro::run_streams`].
         #[allow(dead_code, reason = "not every kernel takes panels side by side")]
         $(#[target_feature(enable = $features)])?
-        unsafe fn micro_beside<P: Product<$proof>, const MR: usize, const PANELS: usize>(call: Call) {
+        unsafe fn micro_beside<P: Product<$proof>, const MR: usize, const NV: usize, const PANELS: usize>(call: Call) {
             // SAFETY: the caller's contract, and the target features.
-            unsafe { micro::run_streams::<$proof, P, MR, $nv, PANELS, $streams, { Ahead::NOTHING }>(<$proof>::assume(), call) }
+            unsafe { micro::run_streams::<$proof, P, MR, NV, PANELS, $streams, { Ahead::NOTHING }>(<$proof>::assume(), call) }
         }
 
-        fn micros_beside<P: Product<$proof>>() -> Vec<(usize, Micro)> {
-            vec![$($(($panels, micro_beside::<P, $rows, $panels>)),*)?]
-        }
-
-        /// How the microkernels of a block fetch the next one.
-        const BLOCK_AHEAD: u8 = match ($streams, <$proof>::LANES) {
-            (1, _) => Ahead::TWO_LINES,
-            (_, 16) => Ahead::PACE_FAR,
-            _ => Ahead::PACE,
+        /// How the microkernels of a block fetch the next one, and the block.
+        const BLOCK_AHEAD: (u8, usize) = match <$proof>::LANES {
+            16 => (Ahead::PACE_FAR, gemm::FEW_ROWS_BLOCK_FAR),
+            _ => (Ahead::PACE, gemm::FEW_ROWS_BLOCK),
         };
-
-        const FEW_ROWS_BLOCK: usize = match BLOCK_AHEAD {
-            Ahead::PACE_FAR => gemm::FEW_ROWS_BLOCK_FAR,
-            _ => gemm::FEW_ROWS_BLOCK,
-        };
-
-        /// For one sweep along a panel: from so many rows on they fetch ahead.
-        fn sweep<P: Product<$proof>>(from: usize) -> Vec<Micro> {
-            let few = micros::<P, $streams, { Ahead::NOTHING }>().into_iter().take(from - 1);
-            few.chain(micros::<P, $streams, { Ahead::A_STEP }>().into_iter().skip(from - 1)).collect()
-        }
 
         /// # Safety
         /// As [`glu::tile`].
         $(#[target_feature(enable = $features)])?
-        unsafe fn glu_tile<T: Element, H: Hidden<T>>(op: &Glu, tile: Tile, h: *mut u8, h_stride: usize) {
+        unsafe fn glu_tile<T: Element, H: Hidden<T>, const NV: usize>(op: &Glu, tile: Tile, h: *mut u8, h_stride: usize) {
             // SAFETY: the caller's contract, and the target features.
-            unsafe { glu::tile::<$proof, T, H, $nv>(<$proof>::assume(), op, tile, h.cast(), h_stride) }
+            unsafe { glu::tile::<$proof, T, H, NV>(<$proof>::assume(), op, tile, h.cast(), h_stride) }
+        }
+
+        /// # Safety
+        /// As [`gemm::out_tile`].
+        $(#[target_feature(enable = $features)])?
+        unsafe fn out_tile<T: Element, const NV: usize>(tile: Tile, factor: f32, y: *mut T, y_stride: usize, columns: usize) {
+            // SAFETY: the caller's contract, and the target features.
+            unsafe { gemm::out_tile::<$proof, T, NV>(<$proof>::assume(), tile, factor, y, y_stride, columns) }
         }
     };
 }
 
-/// Makes `kernel()`, which gives the [`Kernel`] of one instruction set if `$detected`; the rest as in [`microkernels`]. `beside`: so
-/// many rows take so many panels at once.
+/// The fields of a [`Gemm`] that are microkernels: $nv vectors make a panel, `$mr` are the heights; $mr·$nv sums, $nv columns of B and
+/// one of A are to fit the registers. `beside`: so many rows take so many panels at once. `reads`: see [`Ahead::of_sweep`].
+macro_rules! gemm {
+    (
+        $proof:path, $product:ty, nv $nv:literal, streams $streams:literal, mr [$($mr:literal),*],
+        beside [$($rows:literal => $panels:literal),*], reads $reads:expr, $($field:tt)*
+    ) => {
+        Gemm {
+            nr: $nv * <$proof>::LANES,
+            streams: $streams,
+            micro: vec![$(micro::<$product, $mr, $nv, $streams, { Ahead::NOTHING }>),*],
+            micro_block: vec![$(micro::<$product, $mr, $nv, $streams, { BLOCK_AHEAD.0 }>),*],
+            few_rows_block: BLOCK_AHEAD.1,
+            micro_sweep: vec![
+                $(micro::<$product, $mr, $nv, $streams, { Ahead::of_sweep(<$proof>::LANES, $streams, $reads, $mr) }>),*
+            ],
+            beside_bytes: if <$proof>::LANES == 16 { gemm::BESIDE_BYTES } else { usize::MAX },
+            micro_beside: vec![$(($panels, micro_beside::<$product, $rows, $nv, $panels>)),*],
+            $($field)*
+        }
+    };
+}
+
+/// A [`Gemm`] whose A is f32.
+macro_rules! gemm_widen {
+    ($t:ty, $proof:path, nv $nv:literal, streams $streams:literal, mr $mr:tt, beside $beside:tt, widen $widen:expr) => {
+        gemm!(
+            $proof, Widen<$t>, nv $nv, streams $streams, mr $mr, beside $beside, reads size_of::<$t>() == size_of::<f32>(),
+            a_is_f32: true,
+            widen: $widen,
+            widen_from: if <$proof>::LANES == 1 { 0 } else { gemm::WIDEN_FROM },
+            convert: convert::<$t>,
+            glu_tile: glu_tile::<$t, f32, $nv>,
+            out_tile: out_tile::<$t, $nv>,
+        )
+    };
+}
+
+/// With many rows the weights are widened first.
+macro_rules! widened {
+    ($t:ty, $nv:literal, [$($mr:literal),*]) => {
+        Some((widen::<$t, $nv> as _, vec![$(micro::<Widen<f32>, $mr, $nv, 1, { Ahead::NOTHING }>),*]))
+    };
+}
+
+/// Makes `kernel()`, which gives the [`Kernel`] of one instruction set if `$detected`; the rest as in [`gemm`], for weights of f32 and
+/// for those that are widened.
 macro_rules! instantiate {
     (
-        $module:ident, $name:literal, $proof:path, $detected:expr, $([$features:literal],)?
-        nv $nv:literal, streams $streams:literal, mr [$($mr:literal),*] $(, beside [$($rows:literal => $panels:literal),*])?
+        $module:ident, $name:literal, $proof:path, $detected:expr, $([$features:literal],)? streams $streams:literal,
+        f32 nv $nv32:literal mr $mr32:tt beside $beside32:tt,
+        bf16 nv $nvb:literal mr $mrb:tt beside $besideb:tt,
+        f16 nv $nvh:literal mr $mrh:tt beside $besideh:tt
     ) => {
         mod $module {
             use super::*;
             use super::glu::{Hidden, Tile};
-            use super::micro::{Ahead, Call, Micro};
+            use super::micro::{Ahead, Call};
             use super::pack::Packable;
             use super::product::{Product, Widen};
             use super::simd::{Element, Simd};
 
-            microkernels!(
-                $proof, $([$features],)? nv $nv, streams $streams, mr [$($mr),*] $(, beside [$($rows => $panels),*])?
-            );
+            microkernels!($proof, $([$features],)? streams $streams);
 
             $(#[target_feature(enable = $features)])?
             fn forward_body<T: Element>(op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
@@ -203,9 +230,9 @@ macro_rules! instantiate {
             /// # Safety
             /// As [`pack::widen`].
             $(#[target_feature(enable = $features)])?
-            unsafe fn widen<T: Packable>(b: *const T, stream: usize, steps: usize, out: *mut f32) {
+            unsafe fn widen<T: Packable, const NV: usize>(b: *const T, stream: usize, steps: usize, out: *mut f32) {
                 // SAFETY: the caller's contract, and the target features.
-                unsafe { pack::widen::<$proof, T, $nv, $streams>(<$proof>::assume(), b, stream, steps, out) }
+                unsafe { pack::widen::<$proof, T, NV, $streams>(<$proof>::assume(), b, stream, steps, out) }
             }
 
             /// # Safety
@@ -214,14 +241,6 @@ macro_rules! instantiate {
             unsafe fn convert<T: Element>(from: *const T, n: usize, to: *mut u8) {
                 // SAFETY: the caller's contract, and the target features.
                 unsafe { gemm::convert(<$proof>::assume(), from, n, to.cast()) }
-            }
-
-            /// # Safety
-            /// As [`gemm::out_tile`].
-            $(#[target_feature(enable = $features)])?
-            unsafe fn out_tile<T: Element>(tile: Tile, factor: f32, y: *mut T, y_stride: usize, columns: usize) {
-                // SAFETY: the caller's contract, and the target features.
-                unsafe { gemm::out_tile::<$proof, T, $nv>(<$proof>::assume(), tile, factor, y, y_stride, columns) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -240,39 +259,6 @@ macro_rules! instantiate {
                 Functions { forward: forward::<T>, backward: backward::<T> }
             }
 
-            /// A in f32; with many rows the weights are widened first, unless they are f32.
-            fn gemm_f32<T: Packable>(is_f32: bool) -> Gemm<T>
-            where
-                Widen<T>: Product<$proof, A = f32, B = T>,
-            {
-                let mut gemm = Gemm {
-                    nr: $nv * <$proof>::LANES,
-                    streams: $streams,
-                    a_is_f32: true,
-                    micro: micros::<Widen<T>, $streams, { Ahead::NOTHING }>(),
-                    micro_block: micros::<Widen<T>, $streams, { BLOCK_AHEAD }>(),
-                    few_rows_block: FEW_ROWS_BLOCK,
-                    // The processor fetches ahead by itself where there are several streams, and little to do for each line.
-                    micro_sweep: sweep::<Widen<T>>(match (is_f32, $streams, <$proof>::LANES) {
-                        (_, 2.., 16) | (true, 2.., _) => usize::MAX,
-                        _ => 1,
-                    }),
-                    micro_beside: micros_beside::<Widen<T>>(),
-                    widen: (!is_f32).then(|| (widen::<T> as _, micros::<Widen<f32>, 1, { Ahead::NOTHING }>())),
-                    widen_from: if <$proof>::LANES == 1 { 0 } else { gemm::WIDEN_FROM },
-                    convert: convert::<T>,
-                    glu_tile: glu_tile::<T, f32>,
-                    out_tile: out_tile::<T>,
-                };
-                if !is_f32 && <$proof>::GROUP > 1 {
-                    // What widening holds would not leave the registers for all the sums of a sixth row.
-                    for micros in [&mut gemm.micro, &mut gemm.micro_block, &mut gemm.micro_sweep] {
-                        micros.truncate(5);
-                    }
-                }
-                gemm
-            }
-
             pub(super) fn kernel() -> Option<Kernel> {
                 let detected: bool = $detected;
                 detected.then(|| Kernel {
@@ -280,9 +266,13 @@ macro_rules! instantiate {
                     f32: functions(),
                     bf16: functions(),
                     f16: functions(),
-                    gemm_f32: gemm_f32::<f32>(true),
-                    gemm_bf16: gemm_f32::<bf16>(false),
-                    gemm_f16: gemm_f32::<f16>(false),
+                    gemm_f32: gemm_widen!(f32, $proof, nv $nv32, streams $streams, mr $mr32, beside $beside32, widen None),
+                    gemm_bf16: gemm_widen!(
+                        bf16, $proof, nv $nvb, streams $streams, mr $mrb, beside $besideb, widen widened!(bf16, $nvb, $mrb)
+                    ),
+                    gemm_f16: gemm_widen!(
+                        f16, $proof, nv $nvh, streams $streams, mr $mrh, beside $besideh, widen widened!(f16, $nvh, $mrh)
+                    ),
                     sum_words,
                 })
             }
@@ -296,37 +286,28 @@ macro_rules! instantiate {
 macro_rules! instantiate_bf16 {
     (
         $module:ident, $name:literal, $base:ident, $proof:path, $detected:expr, [$features:literal],
-        nv $nv:literal, streams $streams:literal, mr [$($mr:literal),*] $(, beside [$($rows:literal => $panels:literal),*])?
-        $(, many $many:expr)?
+        streams $streams:literal, nv $nv:literal mr [$($mr:literal),*] beside $beside:tt $(, many $many:expr)?
     ) => {
         mod $module {
             use super::*;
             use super::glu::{Hidden, Tile};
-            use super::micro::{Ahead, Call, Micro};
+            use super::micro::{Ahead, Call};
             use super::product::{DotBf16, Product};
             use super::simd::{Element, Simd};
 
-            microkernels!(
-                $proof, [$features], nv $nv, streams $streams, mr [$($mr),*] $(, beside [$($rows => $panels),*])?
-            );
+            microkernels!($proof, [$features], streams $streams);
 
             pub(super) fn kernel() -> Option<Kernel> {
                 let base = super::$base::kernel().filter(|_| $detected)?;
-                let gemm_bf16 = Gemm {
-                    nr: $nv * <$proof>::LANES,
-                    streams: $streams,
+                let gemm_bf16 = gemm!(
+                    $proof, DotBf16, nv $nv, streams $streams, mr [$($mr),*], beside $beside, reads true,
                     a_is_f32: false,
-                    micro: micros::<DotBf16, $streams, { Ahead::NOTHING }>(),
-                    micro_block: micros::<DotBf16, $streams, { BLOCK_AHEAD }>(),
-                    few_rows_block: FEW_ROWS_BLOCK,
-                    micro_sweep: sweep::<DotBf16>(if $streams > 1 { usize::MAX } else { 2 }),
-                    micro_beside: micros_beside::<DotBf16>(),
                     widen: None$(.or(Some($many)))?,
                     widen_from: [$($mr),*].len() + 1,
                     convert: gemm::copy_bf16,
-                    glu_tile: glu_tile::<bf16, bf16>,
-                    ..base.gemm_bf16
-                };
+                    glu_tile: glu_tile::<bf16, bf16, $nv>,
+                    out_tile: out_tile::<bf16, $nv>,
+                );
                 Some(Kernel { name: $name, gemm_bf16, ..base })
             }
         }
@@ -336,31 +317,50 @@ macro_rules! instantiate_bf16 {
 #[cfg(target_arch = "x86_64")]
 instantiate_bf16!(
     avx512bf16_kernel, "avx512bf16", avx512_kernel, super::avx512::Avx512, is_x86_feature_detected!("avx512bf16"),
-    ["avx512f,avx512bw,avx512dq,avx512bf16"], nv 4, streams 4, mr [1, 2, 3, 4, 5, 6]
+    ["avx512f,avx512bw,avx512dq,avx512bf16"], streams 1,
+    nv 2 mr [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] beside [1 => 2, 2 => 2, 3 => 2, 4 => 2, 5 => 2, 6 => 2]
 );
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512_kernel, "avx512", super::avx512::Avx512, super::avx512::Avx512::new().is_some(),
-    ["avx512f,avx512bw,avx512dq"], nv 4, streams 4, mr [1, 2, 3, 4, 5, 6]
+    ["avx512f,avx512bw,avx512dq"], streams 1,
+    f32 nv 2 mr [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] beside [1 => 2, 2 => 2, 3 => 2, 4 => 2, 5 => 2, 6 => 2],
+    bf16 nv 4 mr [1, 2, 3, 4, 5, 6] beside [],
+    f16 nv 4 mr [1, 2, 3, 4, 5, 6] beside []
 );
 #[cfg(target_arch = "x86_64")]
 instantiate!(
-    avx2_kernel, "avx2", super::avx2::Avx2, super::avx2::Avx2::new().is_some(), ["avx2,fma,f16c"],
-    nv 2, streams 4, mr [1, 2, 3, 4, 5, 6], beside [1 => 2, 2 => 2, 3 => 2]
+    avx2_kernel, "avx2", super::avx2::Avx2, super::avx2::Avx2::new().is_some(), ["avx2,fma,f16c"], streams 4,
+    f32 nv 2 mr [1, 2, 3, 4, 5, 6] beside [1 => 2, 2 => 2, 3 => 2],
+    bf16 nv 2 mr [1, 2, 3, 4, 5, 6] beside [1 => 2, 2 => 2, 3 => 2],
+    f16 nv 2 mr [1, 2, 3, 4, 5, 6] beside [1 => 2, 2 => 2, 3 => 2]
 );
 #[cfg(target_arch = "aarch64")]
 instantiate_bf16!(
     neonbf16_kernel, "neonbf16", neon_kernel, super::neon::Neon, std::arch::is_aarch64_feature_detected!("bf16"), ["neon,bf16"],
-    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6], many super::neonbf16::many_rows()
+    streams 1, nv 4 mr [1, 2, 3, 4, 5, 6] beside [], many super::neonbf16::many_rows()
 );
+// What widening holds would not leave the registers for all the sums of a sixth row.
 #[cfg(target_arch = "aarch64")]
 instantiate!(
-    neon_kernel, "neon", super::neon::Neon, super::neon::Neon::new().is_some(), ["neon"],
-    nv 4, streams 1, mr [1, 2, 3, 4, 5, 6]
+    neon_kernel, "neon", super::neon::Neon, super::neon::Neon::new().is_some(), ["neon"], streams 1,
+    f32 nv 4 mr [1, 2, 3, 4, 5, 6] beside [],
+    bf16 nv 4 mr [1, 2, 3, 4, 5] beside [],
+    f16 nv 4 mr [1, 2, 3, 4, 5] beside []
 );
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
-instantiate!(simd128_kernel, "simd128", super::simd128::Simd128, true, nv 2, streams 1, mr [1, 2, 3, 4]);
-instantiate!(scalar_kernel, "scalar", super::scalar::Scalar, true, nv 8, streams 1, mr [1, 2]);
+instantiate!(
+    simd128_kernel, "simd128", super::simd128::Simd128, true, streams 1,
+    f32 nv 2 mr [1, 2, 3, 4] beside [],
+    bf16 nv 2 mr [1, 2, 3, 4] beside [],
+    f16 nv 2 mr [1, 2, 3, 4] beside []
+);
+instantiate!(
+    scalar_kernel, "scalar", super::scalar::Scalar, true, streams 1,
+    f32 nv 8 mr [1, 2] beside [],
+    bf16 nv 8 mr [1, 2] beside [],
+    f16 nv 8 mr [1, 2] beside []
+);
 
 /// Every kernel this machine can run, best first; the scalar one is always there.
 pub(crate) fn available() -> &'static [Kernel] {

@@ -164,7 +164,13 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         let offsets = [0, x.rows * a_strides[0] * a_bytes, x.rows * (a_strides[0] + a_strides[1]) * a_bytes];
         let offsets = offsets.map(|offset| offset.next_multiple_of(64));
         let beside = gemm.micro_beside.get(x.rows.wrapping_sub(1)).map_or(1, |&(panels, _)| panels);
-        let cuts = [0, 1].map(|i| Cut::new(x.rows, stages.get(i).map_or(0, |s| s.projection.weight.panels), threads, beside));
+        let cuts = [0, 1].map(|i| {
+            let (panels, bytes) = stages.get(i).map_or((0, 0), |s| {
+                let weight = &s.projection.weight;
+                (weight.panels, weight.len() * size_of::<T>())
+            });
+            Cut::new(x.rows, panels, threads, if bytes <= gemm.beside_bytes { beside } else { 1 })
+        });
         let sums = x.rows * gemm.nr * cuts[0].beside().max(cuts[1].beside()) * size_of::<f32>();
         let widened = if gemm.widen.is_some() && x.rows >= gemm.widen_from { BLOCK } else { 0 };
         let thread_bytes = (sums + widened).next_multiple_of(64);
