@@ -18,7 +18,7 @@ use crate::activation::Glu;
 /// sums and the same k of the rows (with 16 columns 4 KiB: 2 to 8 % slower in 16 bit, 16 KiB: up to 10 %).
 pub(super) const FEW_ROWS_BLOCK: usize = 8 << 10;
 /// The same where a part of a sum is more than L1 holds beside the next one, so that blocks wait in L2
-/// ([`super::micro::Ahead::PACE_FAR`]): with 64 columns (16 KiB: 1 to 6 % slower, 256 KiB: up to 10 %).
+/// ([`super::micro::Ahead::PACE_FAR`]): with 32 and 64 columns (16 KiB: 1 to 10 % slower, 32 KiB: up to 4 %, 256 KiB: up to 10 %).
 pub(super) const FEW_ROWS_BLOCK_FAR: usize = 64 << 10;
 /// With more rows, bytes of B: a quarter of 1 MiB of L2, carrying the sums in and out of registers so rarely that it no longer shows
 /// (64 KiB: 3 % slower in f32).

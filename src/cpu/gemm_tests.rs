@@ -175,16 +175,16 @@ fn silu() -> Glu {
     Glu::new(GluActivation::Silu)
 }
 
-/// Rows around the heights of microkernels (6), of the smaller block (24) and of chunks (512); H and I around the widths of
-/// vectors and panels, odd, and longer than a block of k (128 values with few rows, up to 8192 with many); with one row and two so
-/// many that panels go side by side (on up to 16 threads), one of them left over.
+/// Rows around the heights of microkernels (6, 12), of the smaller block (24) and of chunks (512); H and I around the widths of
+/// vectors and panels, odd, and longer than a block of k (128 to 1024 values with few rows, up to 8192 with many); with up to 6 rows
+/// so many that panels go side by side (on up to 8 threads), one of them left over.
 fn sizes() -> Vec<(usize, usize, usize)> {
     let small = [(1, 1), (7, 5), (33, 65), (64, 32), (67, 129)];
     let mut sizes: Vec<_> = (1..=13).flat_map(|m| small.map(|(h, i)| (m, h, i))).collect();
     sizes.extend([23, 24, 25, 47, 48, 49].map(|m| (m, 67, 70)));
     sizes.extend([127, 128, 129, 511, 512, 513].map(|m| (m, 35, 37)));
-    sizes.extend([1, 2, 3].into_iter().flat_map(|m| [(m, 2051, 33), (m, 33, 2051)]));
-    sizes.extend([(11, 521, 35), (26, 2051, 33), (26, 33, 4099), (26, 8195, 3), (1030, 5, 6)]);
+    sizes.extend((1..=6).flat_map(|m| [(m, 2051, 33), (m, 33, 2051)]));
+    sizes.extend([(11, 521, 35), (15, 1051, 35), (20, 33, 1051), (26, 2051, 33), (26, 33, 4099), (26, 8195, 3), (1030, 5, 6)]);
     sizes
 }
 
@@ -263,7 +263,7 @@ macro_rules! per_dtype {
                 for kernel in available() {
                     let layer = case.layer::<T>(kernel);
                     let all = run::<T>(&*layer, &x);
-                    for range in [0..1, 1..3, 3..9, 9..16, 16..41, 100..160, 511..530] {
+                    for range in [0..1, 1..3, 3..9, 9..16, 16..41, 41..54, 60..77, 100..160, 511..530] {
                         let part = run::<T>(&*layer, &x.rows(range.clone()));
                         assert_eq!(part, all[range.start * h..range.end * h], "{} rows {range:?}", kernel.name);
                     }

@@ -46,7 +46,7 @@ impl Ahead {
     pub(super) const A_STEP_FAR: u8 = 3;
     /// `pace` bytes of every stream in a round over them, of a block that all microkernels that pass the one before fetch together.
     pub(super) const PACE: u8 = 4;
-    /// The same into the second-level cache: where the first does not hold two blocks.
+    /// The same of one stream into the second-level cache: where the first does not hold two blocks.
     pub(super) const PACE_FAR: u8 = 5;
 
     /// What a sweep along a panel does best with so many rows, measured: Zen 4 for 16 lanes, Zen 3 for 8. `streams`: of a panel.
@@ -248,13 +248,10 @@ unsafe fn stream_step<S: Simd, P: Product<S>, const MR: usize, const NV: usize, 
     next: *const u8,
 ) {
     match AHEAD {
-        Ahead::PACE | Ahead::PACE_FAR => {
+        Ahead::PACE => {
             // Half a step: two groups of rows at least pass a block.
             let half = NV * S::LANES * P::K_STEP * size_of::<P::B>() / 2;
-            for line in 0..half.div_ceil(LINE) {
-                let line = next.wrapping_add(stream + line * LINE);
-                if AHEAD == Ahead::PACE { prefetch(line) } else { prefetch_far(line) }
-            }
+            (0..half.div_ceil(LINE)).for_each(|line| prefetch(next.wrapping_add(stream + line * LINE)));
         }
         Ahead::A_STEP => prefetch(b[0].wrapping_add(STREAM_AHEAD * NV * S::LANES * P::K_STEP).wrapping_byte_add(stream).cast()),
         _ => (),

@@ -5,9 +5,9 @@
 //! `vdpbf16ps` takes; for f16 and f32 it is 1. The last panel and an odd K are filled up with zeros.
 //!
 //! Steps follow each other in memory, or lie in turn in a few streams: step t is number t / STREAMS of stream t mod STREAMS, and
-//! a panel is its streams one after the other. A processor that fetches ahead by itself does so for each stream, and one alone
-//! does not keep enough under way: Zen 3 reads 22 to 24 GB/s from one and 26 to 28 from four while it multiplies 2 to 6 rows (AVX2),
-//! Zen 4 comes from 0.89 to 0.99 of what it can read (AVX-512).
+//! a panel is its streams one after the other. A processor that fetches ahead by itself does so for each stream. One alone is enough
+//! for Zen 4, if it is let alone ([`Ahead::PAGES`](super::micro::Ahead::PAGES); four: 5 to 20 % slower), but not for Zen 3: it reads
+//! 22 to 24 GB/s from one and 26 to 28 from four while it multiplies 2 to 6 rows (AVX2).
 //!
 //! gate_proj and up_proj (I, H) share panels: NR/2 columns of gate, then the same NR/2 channels of up, so that both halves
 //! of a channel meet in one microkernel's registers.
