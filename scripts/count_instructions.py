@@ -52,15 +52,25 @@ def count(body):
 
 
 def micro(name):
-    """(kernel, dtype and product, MR, STREAMS, AHEAD) of a microkernel's mangled name."""
+    """(kernel, dtype and product, MR, NV, STREAMS, AHEAD) of a microkernel's mangled name."""
     if m := re.search(r"3cpu8(neonbf16)5microKj(\w)_", name):
-        return m[1], "bf16 bfmmla", int(m[2], 16), 1, 0
-    if not (m := re.search(r"3cpu\d+(\w+?)_kernel5micro(\w+?)Kj(\w)_K(?:j(\w)|B\w*?)_Kh(\w)?_", name)):
+        return m[1], "bf16 bfmmla", int(m[2], 16), 4, 1, 0
+    number = r"K(j\w|B\w*?)_"
+    if not (m := re.search(rf"3cpu\d+(\w+?)_kernel5micro(\w+?){number}{number}{number}Kh(\w)_", name)):
         return None
     product = m[2]
     kind = "bf16 dot" if "DotBf16" in product else "bf16" if "4bf16" in product else "f16" if "3f16" in product else "f32"
-    # Mangling refers back to MR where STREAMS is the same.
-    return m[1], kind, int(m[3], 16), int(m[4] or m[3], 16), int(m[5] or "0", 16)
+    mr, nv, streams = (constant(name, m[i]) for i in (3, 4, 5))
+    return m[1], kind, mr, nv, streams, int(m[6], 16)
+
+
+def constant(name, text):
+    """A number; where it was mangled before, its place behind `_R` in base 62 stands for it."""
+    if text.startswith("B"):
+        digits = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+        place = 0 if text == "B" else sum(digits.index(d) * 62**i for i, d in enumerate(reversed(text[1:]))) + 1
+        text = re.match(r"j\w", name.removeprefix("_R")[place:])[0]
+    return int(text[1:], 16)
 
 
 def main():
@@ -68,10 +78,10 @@ def main():
     for path in sys.argv[1:]:
         for name, lines in functions(path):
             if found := micro(name):
-                kernel, kind, mr, streams, ahead = found
+                kernel, kind, mr, nv, streams, ahead = found
                 best = max((count(body) for body in innermost(lines)), default=(0, 0, 0))
                 if kernel in LANES and best[0]:
-                    case = (kernel, kind, streams, mr)
+                    case = (kernel, kind, streams, nv, mr)
                     spilled[case] = max(best[2], spilled.get(case, 0))
                     if ahead == 0:
                         rows[case] = best[:2]
@@ -83,8 +93,8 @@ def main():
                 spills = max((count(body)[2] for body in innermost(lines)), default=0)
                 if len(loops) > 1:
                     gates.append((m[1], kind, loops[1], loops[1] / LANES[m[1]], spills))
-    print("| kernel | dtype | streams | rows | multiply-adds in the loop | other instructions per multiply-add | spills |")
-    print("|---|---|---|---|---|---|---|")
+    print("| kernel | dtype | streams | vectors | rows | multiply-adds in the loop | other instructions per multiply-add | spills |")
+    print("|---|---|---|---|---|---|---|---|")
     for case, (fused, total) in sorted(rows.items()):
         cells = [*case, fused, f"{(total - fused) / fused:.2f}", spilled[case]]
         print("|", " | ".join(map(str, cells)), "|")
