@@ -320,6 +320,7 @@ instantiate_bf16!(
     ["avx512f,avx512bw,avx512dq,avx512bf16"], streams 1,
     nv 2 mr [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] beside [1 => 2, 2 => 2, 3 => 2, 4 => 2, 5 => 2, 6 => 2]
 );
+// What is widened as it is loaded has too few loads under way with two vectors (3 to 6 rows 5 to 20 % slower).
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512_kernel, "avx512", super::avx512::Avx512, super::avx512::Avx512::new().is_some(),
