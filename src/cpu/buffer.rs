@@ -1,4 +1,4 @@
-//! Memory whose first byte begins a cache line, large ones a huge page: packed weights, and scratch that is kept for the next call.
+//! Memory whose first byte begins a cache line: packed weights, and scratch that is kept for the next call.
 
 use std::sync::Mutex;
 
@@ -22,10 +22,9 @@ impl Buffer {
     /// of weights would wait for a translation of addresses (Zen 4: 1 to 10 % of a call with up to 32 rows).
     pub(super) fn zeroed(bytes: usize) -> Self {
         let bytes = bytes.next_multiple_of(LINE);
-        let align = if bytes >= pages::FROM { pages::HUGE } else { LINE };
         // Words, not lines: memory of a larger alignment does not come zeroed, and writing zeros would take its pages.
-        let memory: Vec<u64> = bytemuck::zeroed_vec((bytes + align) / size_of::<u64>());
-        let first = memory.as_ptr().align_offset(align);
+        let memory: Vec<u64> = bytemuck::zeroed_vec((bytes + LINE) / size_of::<u64>());
+        let first = memory.as_ptr().align_offset(LINE);
         let mut buffer = Self { memory, first, bytes };
         pages::advise_huge(buffer.as_mut_ptr::<u8>(), bytes);
         buffer
