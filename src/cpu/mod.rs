@@ -184,9 +184,18 @@ macro_rules! widened {
     };
 }
 
-/// Makes `kernel()`, which gives the [`Kernel`] of one instruction set if `$detected`; the rest as in [`gemm`], for weights of f32 and
-/// for those that are widened.
+/// Makes `kernel()`, which gives the [`Kernel`] of one instruction set if `$detected`; the rest as in [`gemm`], for each dtype or for
+/// all.
 macro_rules! instantiate {
+    (
+        $module:ident, $name:literal, $proof:path, $detected:expr, $([$features:literal],)? streams $streams:literal,
+        nv $nv:literal mr $mr:tt beside $beside:tt
+    ) => {
+        instantiate!(
+            $module, $name, $proof, $detected, $([$features],)? streams $streams,
+            f32 nv $nv mr $mr beside $beside, bf16 nv $nv mr $mr beside $beside, f16 nv $nv mr $mr beside $beside
+        );
+    };
     (
         $module:ident, $name:literal, $proof:path, $detected:expr, $([$features:literal],)? streams $streams:literal,
         f32 nv $nv32:literal mr $mr32:tt beside $beside32:tt,
@@ -332,9 +341,7 @@ instantiate!(
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx2_kernel, "avx2", super::avx2::Avx2, super::avx2::Avx2::new().is_some(), ["avx2,fma,f16c"], streams 4,
-    f32 nv 2 mr [1, 2, 3, 4, 5, 6] beside [1 => 2, 2 => 2, 3 => 2],
-    bf16 nv 2 mr [1, 2, 3, 4, 5, 6] beside [1 => 2, 2 => 2, 3 => 2],
-    f16 nv 2 mr [1, 2, 3, 4, 5, 6] beside [1 => 2, 2 => 2, 3 => 2]
+    nv 2 mr [1, 2, 3, 4, 5, 6] beside [1 => 2, 2 => 2, 3 => 2]
 );
 #[cfg(target_arch = "aarch64")]
 instantiate_bf16!(
@@ -350,18 +357,8 @@ instantiate!(
     f16 nv 4 mr [1, 2, 3, 4, 5] beside []
 );
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
-instantiate!(
-    simd128_kernel, "simd128", super::simd128::Simd128, true, streams 1,
-    f32 nv 2 mr [1, 2, 3, 4] beside [],
-    bf16 nv 2 mr [1, 2, 3, 4] beside [],
-    f16 nv 2 mr [1, 2, 3, 4] beside []
-);
-instantiate!(
-    scalar_kernel, "scalar", super::scalar::Scalar, true, streams 1,
-    f32 nv 8 mr [1, 2] beside [],
-    bf16 nv 8 mr [1, 2] beside [],
-    f16 nv 8 mr [1, 2] beside []
-);
+instantiate!(simd128_kernel, "simd128", super::simd128::Simd128, true, streams 1, nv 2 mr [1, 2, 3, 4] beside []);
+instantiate!(scalar_kernel, "scalar", super::scalar::Scalar, true, streams 1, nv 8 mr [1, 2] beside []);
 
 /// Every kernel this machine can run, best first; the scalar one is always there.
 pub(crate) fn available() -> &'static [Kernel] {
