@@ -70,6 +70,14 @@ pub(super) struct Gemm<T> {
     pub(super) out_tile: unsafe fn(Tile, f32, *mut T, usize, usize),
 }
 
+impl<T> Gemm<T> {
+    /// How many panels of a matrix of so many bytes so many rows take at once.
+    pub(super) fn panels_at_once(&self, rows: usize, bytes: usize) -> usize {
+        let beside = self.micro_beside.get(rows.wrapping_sub(1)).filter(|_| bytes <= self.beside_bytes);
+        beside.map_or(1, |&(panels, _)| panels)
+    }
+}
+
 /// Packed steps, bytes from stream to stream, how many, f32 out.
 type WidenSteps<T> = unsafe fn(*const T, usize, usize, *mut f32);
 

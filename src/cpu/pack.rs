@@ -161,6 +161,11 @@ impl<T: Packable> Packed<T> {
         self.panels * self.panel_len()
     }
 
+    /// Padding included.
+    pub(super) fn bytes(&self) -> usize {
+        self.buffer.bytes()
+    }
+
     /// Elements from one panel to the next.
     pub(super) fn panel_len(&self) -> usize {
         self.streams * self.stream_len

@@ -163,13 +163,10 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         let a_strides = [0, 1].map(|i| stages.get(i).map_or(0, |s| s.projection.weight.k().next_multiple_of(gemm.nr) + PAD));
         let offsets = [0, x.rows * a_strides[0] * a_bytes, x.rows * (a_strides[0] + a_strides[1]) * a_bytes];
         let offsets = offsets.map(|offset| offset.next_multiple_of(64));
-        let beside = gemm.micro_beside.get(x.rows.wrapping_sub(1)).map_or(1, |&(panels, _)| panels);
         let cuts = [0, 1].map(|i| {
-            let (panels, bytes) = stages.get(i).map_or((0, 0), |s| {
-                let weight = &s.projection.weight;
-                (weight.panels, weight.len() * size_of::<T>())
-            });
-            Cut::new(x.rows, panels, threads, if bytes <= gemm.beside_bytes { beside } else { 1 })
+            let weight = stages.get(i).map(|s| &s.projection.weight);
+            let beside = gemm.panels_at_once(x.rows, weight.map_or(0, Packed::bytes));
+            Cut::new(x.rows, weight.map_or(0, |w| w.panels), threads, beside)
         });
         let sums = x.rows * gemm.nr * cuts[0].beside().max(cuts[1].beside()) * size_of::<f32>();
         let widened = if gemm.widen.is_some() && x.rows >= gemm.widen_from { BLOCK } else { 0 };
