@@ -11,10 +11,10 @@ const LINE: usize = 64;
 /// Bytes, aligned to 64.
 #[derive(Default)]
 pub(super) struct Buffer {
+    /// A line more than the bytes.
     memory: Vec<u64>,
     /// Of `memory`, where the first line begins.
     first: usize,
-    bytes: usize,
 }
 
 impl Buffer {
@@ -25,17 +25,17 @@ impl Buffer {
         // Words, not lines: memory of a larger alignment does not come zeroed, and writing zeros would take its pages.
         let memory: Vec<u64> = bytemuck::zeroed_vec((bytes + LINE) / size_of::<u64>());
         let first = memory.as_ptr().align_offset(LINE);
-        let mut buffer = Self { memory, first, bytes };
+        let mut buffer = Self { memory, first };
         pages::advise_huge(buffer.as_mut_ptr::<u8>(), bytes);
         buffer
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.bytes
+        (self.memory.len() * size_of::<u64>()).saturating_sub(LINE)
     }
 
     pub(super) fn words(&self) -> &[f32] {
-        bytemuck::cast_slice(&self.memory[self.first..][..self.bytes / size_of::<u64>()])
+        bytemuck::cast_slice(&self.memory[self.first..][..self.bytes() / size_of::<u64>()])
     }
 
     pub(super) fn as_ptr<T: Pod>(&self) -> *const T {

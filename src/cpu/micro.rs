@@ -65,7 +65,7 @@ impl Ahead {
 /// 12 % slower, 4 rows up to 40 %). With more it does not while memory is quick (8 rows 8 to 20 % slower; 5 % faster while it is slow).
 const PAGES_ROWS: usize = 6;
 const PAGE: usize = 4096;
-pub(super) const LINE: usize = 64;
+const LINE: usize = 64;
 /// Steps that a sweep fetches ahead in each of several streams.
 const STREAM_AHEAD: usize = 32;
 
@@ -268,7 +268,7 @@ fn fetch<const AHEAD: u8>(next: *const u8, steps: usize, step_bytes: usize, pace
     let bytes = steps * step_bytes;
     let (bytes, further) = match AHEAD {
         Ahead::NOTHING => return next,
-        Ahead::PAGES => (if next.addr() % PAGE < bytes { 1 } else { 0 }, bytes),
+        Ahead::PAGES => (usize::from(next.addr() % PAGE < bytes), bytes),
         // Half a step: two groups of rows at least pass a block.
         Ahead::PACE | Ahead::PACE_FAR => (bytes / 2, steps * pace),
         _ => (bytes, bytes),
