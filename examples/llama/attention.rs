@@ -1,12 +1,12 @@
 //! Causal self-attention with grouped queries: several query heads share one key and value head, without copies of it.
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_nn::{Module, VarBuilder, rotary_emb};
+use candle_nn::{Module, VarBuilder};
 use candle_swiglu::Linear;
 
 use super::cache::KvSlot;
 use super::config::LlamaConfig;
-use super::{decode, softmax};
+use super::{decode, prefill, rope, softmax};
 
 /// Queries are taken in blocks of this many positions, so that a long prompt needs heads * 128 * positions scores at a time.
 const QUERY_BLOCK: usize = 128;
@@ -50,15 +50,6 @@ impl Step {
         };
         Ok(Self { cos, sin, mask })
     }
-
-    /// x (B,T,H,D) -> (B,H,T,D), the two halves of a head turned against each other by position * frequency.
-    fn rotate(&self, x: &Tensor) -> Result<Tensor> {
-        // candle's fused rope has no gradient
-        match x.track_op() {
-            true => rotary_emb::rope_slow(&x.transpose(1, 2)?.contiguous()?, &self.cos, &self.sin),
-            false => rotary_emb::rope_thd(x, &self.cos, &self.sin)?.transpose(1, 2),
-        }
-    }
 }
 
 impl Attention {
@@ -80,17 +71,19 @@ impl Attention {
     /// x (B,T,hidden) -> (B,T,hidden), after appending its keys and values to `cache`.
     pub fn forward(&self, x: &Tensor, step: &Step, cache: Option<KvSlot>) -> Result<Tensor> {
         let _span = tracing::trace_span!("attn").entered();
-        let dtype = step.cos.dtype();
-        let q = step.rotate(&self.split_heads(self.q_proj.forward(x)?, self.heads, dtype)?)?;
-        let k = step.rotate(&self.split_heads(self.k_proj.forward(x)?, self.kv_heads, dtype)?)?;
-        let v = self.split_heads(self.v_proj.forward(x)?, self.kv_heads, dtype)?.transpose(1, 2)?;
+        let q = rope::rotate(&self.split_heads(self.q_proj.forward(x)?, self.heads)?, &step.cos, &step.sin)?;
+        let k = rope::rotate(&self.split_heads(self.k_proj.forward(x)?, self.kv_heads)?, &step.cos, &step.sin)?;
+        let v = self.split_heads(self.v_proj.forward(x)?, self.kv_heads)?.to_dtype(step.cos.dtype())?.transpose(1, 2)?;
         let (k, v) = match cache {
             Some(cache) => cache.append(&k, &v)?,
             None => (k.contiguous()?, v.contiguous()?),
         };
-        let y = match decode::is_fused(&q, &k, &v) {
-            true => merge_heads(decode::attend_one(&q, &k, &v, self.scale())?, x.dtype())?,
-            false => self.attend(&q, &k, &v, step, x.dtype())?,
+        let tracked = q.track_op() || k.track_op() || v.track_op();
+        let fused = q.dtype() == DType::F32 && q.device().is_cpu() && !tracked;
+        let y = match q.dim(2)? {
+            1 if fused => merge_heads(decode::attend_one(&q, &k, &v, self.scale())?, x.dtype())?,
+            _ if fused => prefill::attend(&q.transpose(1, 2)?, &k, &v, self.scale(), x.dtype())?.flatten_from(2)?,
+            _ => self.attend(&q, &k, &v, step, x.dtype())?,
         };
         self.o_proj.forward(&y)
     }
@@ -101,9 +94,9 @@ impl Attention {
     }
 
     /// x (B,T,heads*D) -> (B,T,heads,D)
-    fn split_heads(&self, x: Tensor, heads: usize, dtype: DType) -> Result<Tensor> {
+    fn split_heads(&self, x: Tensor, heads: usize) -> Result<Tensor> {
         let (batch, len, _) = x.dims3()?;
-        x.to_dtype(dtype)?.reshape((batch, len, heads, self.head_dim))
+        x.reshape((batch, len, heads, self.head_dim))
     }
 
     /// q (B,H,T,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H*D) in `dtype`. The queries stand at the last T of S

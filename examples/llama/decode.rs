@@ -1,15 +1,10 @@
 //! Attention of a single position on the CPU, in one pass. A batched product would start one small gemm per key head and
 //! wake every thread for each, which costs more than the arithmetic.
 
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use super::softmax::{for_each_row, softmax_row};
-
-/// Whether [`attend_one`] takes these queries: one position, f32 on the CPU, no gradient asked for.
-pub fn is_fused(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
-    let tracked = q.track_op() || k.track_op() || v.track_op();
-    q.dims().get(2) == Some(&1) && q.dtype() == DType::F32 && q.device().is_cpu() && !tracked
-}
+use super::rows::{for_each_row, vectorized};
+use super::softmax::inline_softmax_row;
 
 /// q (B,H,1,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,H,1,D)
 pub fn attend_one(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
@@ -44,13 +39,14 @@ impl CustomOp3 for AttendOne {
         for_each_row(&mut out, group * head_dim, group * head_dim * keys, |row, out| {
             let q = &q[row * group * head_dim..][..group * head_dim];
             let (k, v) = (k.head(row / kv_heads, row % kv_heads), v.head(row / kv_heads, row % kv_heads));
-            attend_group(q, (k, v, head_dim), self.scale, out);
+            vectorized(|| attend_group(q, (k, v, head_dim), self.scale, out));
         });
         Ok((CpuStorage::F32(out), lq.shape().clone()))
     }
 }
 
 /// q (G,D), k and v ((S,D), D) -> out (G,D), which is zero before
+#[inline(always)]
 fn attend_group(q: &[f32], (k, v, head_dim): (&[f32], &[f32], usize), scale: f32, out: &mut [f32]) {
     let keys = k.len() / head_dim;
     let mut p = vec![0f32; keys];
@@ -58,7 +54,7 @@ fn attend_group(q: &[f32], (k, v, head_dim): (&[f32], &[f32], usize), scale: f32
         for (p, k) in p.iter_mut().zip(k.chunks(head_dim)) {
             *p = dot(q, k);
         }
-        softmax_row(&mut p, scale);
+        inline_softmax_row(&mut p, scale);
         for (p, v) in p.iter().zip(v.chunks(head_dim)) {
             for (out, v) in out.iter_mut().zip(v) {
                 *out += p * v;
@@ -68,6 +64,7 @@ fn attend_group(q: &[f32], (k, v, head_dim): (&[f32], &[f32], usize), scale: f32
 }
 
 /// In 8 independent sums, so that the compiler can keep them in vector registers.
+#[inline(always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0f32; 8];
     let (a, b) = (a.chunks_exact(8), b.chunks_exact(8));
@@ -81,24 +78,24 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// Keys or values (B,KV,S,D) of which each head (S,D) lies in one piece, as it does in the cache.
-struct Heads<'a> {
+pub(super) struct Heads<'a> {
     data: &'a [f32],
     strides: (usize, usize),
     len: usize,
 }
 
 impl<'a> Heads<'a> {
-    fn new(data: &'a [f32], layout: &Layout) -> Result<Self> {
+    pub(super) fn new(data: &'a [f32], layout: &Layout) -> Result<Self> {
         let (_, _, keys, head_dim) = layout.shape().dims4()?;
         match *layout.stride() {
             [batch, head, row, 1] if row == head_dim || keys == 1 => {
                 Ok(Self { data: &data[layout.start_offset()..], strides: (batch, head), len: keys * head_dim })
             }
-            _ => bail!("attend-one: expected contiguous heads, found strides {:?}", layout.stride()),
+            _ => bail!("attention: expected contiguous heads, found strides {:?}", layout.stride()),
         }
     }
 
-    fn head(&self, batch: usize, head: usize) -> &'a [f32] {
+    pub(super) fn head(&self, batch: usize, head: usize) -> &'a [f32] {
         &self.data[batch * self.strides.0 + head * self.strides.1..][..self.len]
     }
 }

@@ -21,13 +21,19 @@ mod cache;
 pub mod config;
 #[path = "decode.rs"]
 mod decode;
+#[path = "norm.rs"]
+mod norm;
+#[path = "prefill.rs"]
+mod prefill;
 #[path = "rope.rs"]
 mod rope;
+#[path = "rows.rs"]
+mod rows;
 #[path = "softmax.rs"]
 mod softmax;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
-use candle_nn::{Init, Module, RmsNorm, VarBuilder};
+use candle_nn::{Init, Module, VarBuilder};
 use candle_swiglu::{Linear, SwiGluFfn};
 
 pub use self::cache::Cache;
@@ -35,6 +41,7 @@ pub use self::config::LlamaConfig;
 
 use self::attention::{Attention, Step, attention_dtype};
 use self::cache::KvSlot;
+use self::norm::Norm;
 
 /// The model. Cloning it shares the weights; the state of a text lives in a [`Cache`].
 #[derive(Debug, Clone)]
@@ -199,32 +206,5 @@ impl Layer {
         let normed = self.post_attention_layernorm.forward(&x)?;
         let _span = tracing::trace_span!("mlp").entered();
         &x + self.mlp.forward(&normed)?
-    }
-}
-
-/// y = round(x / sqrt(mean(x²) + eps)) * weight
-#[derive(Debug, Clone)]
-struct Norm {
-    inner: RmsNorm,
-    /// Whether candle's fused operation rounds where it should: for halves on the CPU it does not, and it has no f64.
-    fused_is_exact: bool,
-}
-
-impl Norm {
-    fn load(cfg: &LlamaConfig, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get_with_hints(cfg.hidden_size, "weight", Init::Const(1.0))?;
-        let fused_is_exact = match weight.dtype() {
-            DType::F32 => true,
-            DType::F16 | DType::BF16 => !weight.device().is_cpu(),
-            _ => false,
-        };
-        Ok(Self { inner: RmsNorm::new(weight, cfg.rms_norm_eps), fused_is_exact })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let _span = tracing::trace_span!("rms-norm").entered();
-        let tracked = x.track_op() || self.inner.weight().track_op();
-        // candle's fused norm has no gradient
-        if self.fused_is_exact && !tracked { self.inner.forward(x) } else { self.inner.forward_diff(x) }
     }
 }

@@ -3,9 +3,12 @@
 
 use std::f64::consts::PI;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
+use candle_nn::rotary_emb;
+use half::{bf16, f16};
 
 use super::config::{LlamaConfig, RopeScaling};
+use super::rows::{Real, for_each_row, slice, vectorized};
 
 /// The frequency of each pair of a head: `1 / theta^(2i / head_dim)`, stretched as the config says.
 pub fn inv_freq(cfg: &LlamaConfig) -> Vec<f32> {
@@ -47,4 +50,106 @@ pub fn tables(inv_freq: &[f32], len: usize, model_dtype: DType, dtype: DType, de
     let cos = table(angles.iter().map(|angle| angle.cos()).collect())?;
     let sin = table(angles.iter().map(|angle| angle.sin()).collect())?;
     Ok((cos, sin))
+}
+
+/// x (B,T,H,D) -> (B,H,T,D) in the dtype of cos and sin (T, D/2): the two halves of a head turned against each other by the angles of
+/// its position.
+pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let dtype = cos.dtype();
+    if x.track_op() {
+        // the fused operations have no gradient
+        return rotary_emb::rope_slow(&x.to_dtype(dtype)?.transpose(1, 2)?.contiguous()?, cos, sin);
+    }
+    let y = match x.device().is_cpu() && dtype == DType::F32 && x.dtype() != DType::F64 {
+        true => x.contiguous()?.apply_op3_no_bwd(cos, sin, &Rotate)?,
+        false => rotary_emb::rope_thd(&x.to_dtype(dtype)?, cos, sin)?,
+    };
+    y.transpose(1, 2)
+}
+
+/// x (B,T,H,D) -> the same in f32, turned.
+struct Rotate;
+
+impl CustomOp3 for Rotate {
+    fn name(&self) -> &'static str {
+        "rotate"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        cos: &CpuStorage,
+        lcos: &Layout,
+        sin: &CpuStorage,
+        lsin: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (_, len, heads, head_dim) = lx.shape().dims4()?;
+        let tables = (slice(cos, lcos)?, slice(sin, lsin)?);
+        if tables.0.len() != len * head_dim / 2 || tables.1.len() != tables.0.len() {
+            bail!(
+                "rotary tables: expected {len} positions of {} angles, found {:?} and {:?}",
+                head_dim / 2,
+                lcos.shape(),
+                lsin.shape()
+            )
+        }
+        let y = match x {
+            CpuStorage::F32(_) => turned(slice::<f32>(x, lx)?, tables, heads, head_dim / 2),
+            CpuStorage::BF16(_) => turned(slice::<bf16>(x, lx)?, tables, heads, head_dim / 2),
+            CpuStorage::F16(_) => turned(slice::<f16>(x, lx)?, tables, heads, head_dim / 2),
+            _ => bail!("rotary embedding: expected f32, bf16 or f16"),
+        };
+        Ok((CpuStorage::F32(y), lx.shape().clone()))
+    }
+}
+
+/// x ((positions,H), 2·half), tables of the angles of T positions, after which they begin anew
+fn turned<T: Real>(x: &[T], (cos, sin): (&[f32], &[f32]), heads: usize, half: usize) -> Vec<f32> {
+    let mut y = vec![0f32; x.len()];
+    let row = 2 * half * heads;
+    for_each_row(&mut y, row, 4 * row, |position, y| {
+        let x = &x[position * row..][..row];
+        let start = position * half % cos.len();
+        let (cos, sin) = (&cos[start..][..half], &sin[start..][..half]);
+        vectorized(|| {
+            for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                let (y0, y1) = y.split_at_mut(half);
+                let (x0, x1) = x.split_at(half);
+                for (((y0, y1), (x0, x1)), (cos, sin)) in y0.iter_mut().zip(y1).zip(x0.iter().zip(x1)).zip(cos.iter().zip(sin))
+                {
+                    let (x0, x1) = (x0.widen(), x1.widen());
+                    (*y0, *y1) = (x0 * cos - x1 * sin, x0 * sin + x1 * cos);
+                }
+            }
+        });
+    });
+    y
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Var;
+
+    use super::*;
+
+    /// What has no gradient against what has one, in two texts.
+    #[test]
+    fn turns_as_the_composition_does() -> Result<()> {
+        let (batch, len, heads, head_dim) = (2, 5, 3, 12);
+        let inv_freq: Vec<f32> = (0..head_dim / 2).map(|i| 0.5f32.powi(i)).collect();
+        let (cos, sin) = tables(&inv_freq, len, DType::F32, DType::F32, &Device::Cpu)?;
+        let x: Vec<f32> = (0..batch * len * heads * head_dim as usize).map(|i| (i * 37 % 101) as f32 / 16.0 - 3.0).collect();
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let x = Tensor::from_slice(&x, (batch, len, heads, head_dim as usize), &Device::Cpu)?.to_dtype(dtype)?;
+            let (found, expected) = (rotate(&x, &cos, &sin)?, rotate(Var::from_tensor(&x)?.as_tensor(), &cos, &sin)?);
+            assert_eq!((found.dims(), found.dtype()), (expected.dims(), DType::F32));
+            let error = (found - expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            assert!(error < 1e-6, "{dtype:?}: {error}");
+        }
+        // the tables of another number of positions
+        let x = Tensor::zeros((1, len + 1, heads, head_dim as usize), DType::F32, &Device::Cpu)?;
+        assert!(rotate(&x, &cos, &sin).is_err());
+        Ok(())
+    }
 }

@@ -3,9 +3,9 @@
 //! On the CPU this is one pass over the visible part of each row, forward and backward. Elsewhere it is candle's softmax
 //! after adding a mask of 0 and -inf.
 
-use std::sync::Mutex;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Device, InplaceOp1, Layout, Result, Shape, Tensor, bail};
+use super::rows::{for_each_row, slice, vectorized};
 
 /// Whether [`causal_softmax`] does without a mask.
 pub fn needs_no_mask(queries: usize, dtype: DType, device: &Device) -> bool {
@@ -25,19 +25,13 @@ pub fn causal_mask(queries: usize, keys: usize, dtype: DType, device: &Device) -
     Tensor::from_vec(mask, (queries, keys), device)?.to_dtype(dtype)
 }
 
-/// scores (B,KV,G*T,S), a product nobody else holds -> the probabilities of scores * scale, of the same shape. Row g*T+t is the
-/// query at position S-T+t: it sees S-T+t+1 keys.
+/// scores (B,KV,G*T,S) -> the probabilities of scores * scale, of the same shape. Row g*T+t is the query at position S-T+t: it sees
+/// S-T+t+1 keys.
 ///
 /// `mask` is that of [`causal_mask`], needed where [`needs_no_mask`] is false.
 pub fn causal_softmax(scores: Tensor, queries: usize, scale: f64, mask: Option<&Tensor>) -> Result<Tensor> {
-    let op = CausalSoftmax { queries, scale: scale as f32 };
-    match is_fused(scores.dtype(), scores.device()) {
-        true if scores.track_op() => return scores.contiguous()?.apply_op1(op),
-        true => {
-            scores.inplace_op1(&op)?;
-            return Ok(scores);
-        }
-        false => {}
+    if is_fused(scores.dtype(), scores.device()) {
+        return scores.contiguous()?.apply_op1(CausalSoftmax { queries, scale: scale as f32 });
     }
     let scores = (scores * scale)?;
     let scores = match mask {
@@ -80,21 +74,6 @@ impl CausalSoftmax {
     }
 }
 
-impl InplaceOp1 for CausalSoftmax {
-    fn name(&self) -> &'static str {
-        "causal-softmax"
-    }
-
-    fn cpu_fwd(&self, scores: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let keys = layout.dims().last().copied().unwrap_or(0);
-        match (scores, layout.contiguous_offsets()) {
-            (CpuStorage::F32(scores), Some((start, end))) => self.rows(&mut scores[start..end], keys),
-            _ => bail!("causal softmax: expected contiguous scores in f32, found strides {:?}", layout.stride()),
-        }
-        Ok(())
-    }
-}
-
 impl CustomOp1 for CausalSoftmax {
     fn name(&self) -> &'static str {
         "causal-softmax"
@@ -121,7 +100,7 @@ impl CustomOp2 for SoftmaxBackward {
     }
 
     fn cpu_fwd(&self, p: &CpuStorage, lp: &Layout, dp: &CpuStorage, ldp: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (p, dp) = (slice(p, lp)?, slice(dp, ldp)?);
+        let (p, dp) = (slice::<f32>(p, lp)?, slice::<f32>(dp, ldp)?);
         let keys = lp.dims().last().copied().unwrap_or(0);
         let mut out = vec![0f32; p.len()];
         for_each_row(&mut out, keys, 2 * keys, |row, ds| {
@@ -137,6 +116,11 @@ impl CustomOp2 for SoftmaxBackward {
 
 /// scores -> exp((score - max) * scale) / sum, in place
 pub(super) fn softmax_row(row: &mut [f32], scale: f32) {
+    vectorized(|| inline_softmax_row(row, scale));
+}
+
+#[inline(always)]
+pub(super) fn inline_softmax_row(row: &mut [f32], scale: f32) {
     let max = lanes(row, [f32::NEG_INFINITY; LANES], |max, s| if s > max { s } else { max });
     let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
     row.iter_mut().for_each(|p| *p = exp((*p - max) * scale));
@@ -146,15 +130,19 @@ pub(super) fn softmax_row(row: &mut [f32], scale: f32) {
 }
 
 /// Independent results, so that the compiler can keep them in vector registers.
-const LANES: usize = 8;
+const LANES: usize = 16;
 
-/// Each of the results is `f` over every eighth value; what is left over goes to the first ones.
+/// Each of the results is `f` over every sixteenth value; what is left over goes to the first ones.
+#[inline(always)]
 fn lanes<T: Copy>(values: &[f32], mut results: [T; LANES], f: impl Fn(T, f32) -> T) -> [T; LANES] {
-    for values in values.chunks(LANES) {
+    let mut chunks = values.chunks_exact(LANES);
+    let mut all = |values: &[f32]| {
         for (result, &value) in results.iter_mut().zip(values) {
             *result = f(*result, value);
         }
-    }
+    };
+    chunks.by_ref().for_each(&mut all);
+    all(chunks.remainder());
     results
 }
 
@@ -163,6 +151,7 @@ fn lanes<T: Copy>(values: &[f32], mut results: [T; LANES], f: impl Fn(T, f32) ->
 ///
 /// With n the integer nearest to x / ln 2 and r = x - n·ln 2, |r| <= 0.35: 2ⁿ times the Taylor polynomial of degree 7, which errs by
 /// less than 0.35⁸/8! = 6e-9.
+#[inline(always)]
 fn exp(x: f32) -> f32 {
     const ROUNDS: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to an integer, which then stands in the low bits
     const LN_2: (f32, f32) = (0.693_359_4, -2.121_944_4e-4); // n times the first is exact
@@ -180,38 +169,6 @@ fn exp(x: f32) -> f32 {
 /// What an exponential costs, in multiplications.
 const EXP: usize = 16;
 
-/// Calls `f(row, its part of out)` for every row; `work` is about the number of multiplications in one. On candle's thread
-/// pool, if there is enough of it.
-pub(super) fn for_each_row(out: &mut [f32], row_len: usize, work: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
-    /// Some 20 microseconds: more than it costs to wake another thread.
-    const BLOCK: usize = 128 * 1024;
-    if row_len == 0 || work == 0 {
-        return;
-    }
-    let rows = BLOCK.div_ceil(work);
-    let each = |part: &mut [f32], first: usize| {
-        part.chunks_mut(row_len).enumerate().for_each(|(i, row)| f(first + i, row));
-    };
-    if out.len() <= rows * row_len {
-        return each(out, 0);
-    }
-    let blocks: Vec<_> = out.chunks_mut(rows * row_len).map(Mutex::new).collect();
-    candle_core::utils::barrier_pool().execute_chunked(blocks.len(), |range| {
-        for block in range {
-            // each block is taken once: the lock is free and never poisoned
-            let Ok(mut part) = blocks[block].lock() else { return };
-            each(&mut part, block * rows);
-        }
-    });
-}
-
-fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        None => bail!("causal softmax: expected contiguous scores, found strides {:?}", layout.stride()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -228,7 +185,7 @@ mod tests {
         assert!(exp(-1000.0) < 1.7e-38 && exp(f32::NEG_INFINITY) < 1.7e-38 && exp(f32::NAN).is_nan());
     }
 
-    /// The fused pass, in place and with a gradient, against candle's operations and a mask.
+    /// The fused pass against candle's operations and a mask.
     #[test]
     fn gradients_are_those_of_the_composition() -> Result<()> {
         let (queries, keys, scale) = (3, 5, 0.25);
@@ -241,14 +198,13 @@ mod tests {
             exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?
         };
         let fused = causal_softmax(scores.as_tensor().clone(), queries, scale, None)?;
-        let in_place = causal_softmax(scores.as_detached_tensor().copy()?, queries, scale, None)?;
         let gradient = |p: &Tensor| -> Result<Vec<f32>> {
             let store = (p * &weights)?.sum_all()?.backward()?;
             store.get(&scores).map_or_else(|| bail!("no gradient"), |g| g.flatten_all()?.to_vec1())
         };
         let close = |a: Vec<f32>, b: Vec<f32>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-6 + 1e-5 * b.abs());
         let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
-        assert!(close(flat(&fused)?, flat(&composed)?) && flat(&in_place)? == flat(&fused)?);
+        assert!(close(flat(&fused)?, flat(&composed)?));
         assert!(close(gradient(&fused)?, gradient(&composed)?));
         Ok(())
     }
