@@ -6,7 +6,7 @@ use candle_swiglu::Linear;
 
 use super::cache::KvSlot;
 use super::config::LlamaConfig;
-use super::{decode, prefill, rope, softmax};
+use super::{attend, rope, softmax};
 
 /// Queries are taken in blocks of this many positions, so that a long prompt needs heads * 128 * positions scores at a time.
 const QUERY_BLOCK: usize = 128;
@@ -31,8 +31,7 @@ pub struct Step {
     mask: Option<Tensor>,
 }
 
-/// The dtype that attention computes in. candle multiplies halves on the CPU by widening whole buffers at every call,
-/// so there everything between the projections is f32.
+/// The dtype that attention computes in. On the CPU that is f32 for halves, whose keys and values stay as they are until then.
 pub fn attention_dtype(dtype: DType, device: &Device) -> DType {
     match dtype {
         DType::F16 | DType::BF16 if device.is_cpu() => DType::F32,
@@ -73,17 +72,15 @@ impl Attention {
         let _span = tracing::trace_span!("attn").entered();
         let q = rope::rotate(&self.split_heads(self.q_proj.forward(x)?, self.heads)?, &step.cos, &step.sin)?;
         let k = rope::rotate(&self.split_heads(self.k_proj.forward(x)?, self.kv_heads)?, &step.cos, &step.sin)?;
-        let v = self.split_heads(self.v_proj.forward(x)?, self.kv_heads)?.to_dtype(step.cos.dtype())?.transpose(1, 2)?;
+        let v = self.split_heads(self.v_proj.forward(x)?, self.kv_heads)?.to_dtype(k.dtype())?.transpose(1, 2)?;
         let (k, v) = match cache {
             Some(cache) => cache.append(&k, &v)?,
             None => (k.contiguous()?, v.contiguous()?),
         };
         let tracked = q.track_op() || k.track_op() || v.track_op();
-        let fused = q.dtype() == DType::F32 && q.device().is_cpu() && !tracked;
-        let y = match q.dim(2)? {
-            1 if fused => merge_heads(decode::attend_one(&q, &k, &v, self.scale())?, x.dtype())?,
-            _ if fused => prefill::attend(&q.transpose(1, 2)?, &k, &v, self.scale(), x.dtype())?.flatten_from(2)?,
-            _ => self.attend(&q, &k, &v, step, x.dtype())?,
+        let y = match q.device().is_cpu() && q.dtype() != DType::F64 && !tracked {
+            true => attend::attend(&q.transpose(1, 2)?, &k, &v, self.scale())?.flatten_from(2)?,
+            false => self.attend(&q, &k, &v, step, x.dtype())?,
         };
         self.o_proj.forward(&y)
     }
@@ -103,6 +100,8 @@ impl Attention {
     /// positions; a block of them needs the keys up to its last one only.
     fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, step: &Step, dtype: DType) -> Result<Tensor> {
         let (batch, heads, len, head_dim) = q.dims4()?;
+        let computed_in = step.cos.dtype();
+        let (q, k, v) = (q.to_dtype(computed_in)?, k.to_dtype(computed_in)?, v.to_dtype(computed_in)?);
         let group = heads / self.kv_heads;
         let past = k.dim(2)? - len;
         let mut blocks = Vec::with_capacity(len.div_ceil(QUERY_BLOCK));

@@ -8,23 +8,21 @@
 //! ```
 //!
 //! The places of rounding are those of transformers: norms in f32, rounded before the weight; logits and softmax in f32;
-//! rotary tables in the model's dtype. On the CPU attention itself stays in f32 between its projections.
+//! rotary tables in the model's dtype; what is rotated is rounded. On the CPU attention of that is f32 up to its result.
 //!
 //! This file is a module of the example, of `tests/llama.rs` and of `examples/train.rs`.
 #![allow(dead_code, unreachable_pub, reason = "each of the programs that include this module uses a part of it")]
 
+#[path = "attend.rs"]
+mod attend;
 #[path = "attention.rs"]
 mod attention;
 #[path = "cache.rs"]
 mod cache;
 #[path = "config.rs"]
 pub mod config;
-#[path = "decode.rs"]
-mod decode;
 #[path = "norm.rs"]
 mod norm;
-#[path = "prefill.rs"]
-mod prefill;
 #[path = "rope.rs"]
 mod rope;
 #[path = "rows.rs"]

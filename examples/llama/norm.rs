@@ -5,7 +5,7 @@ use candle_nn::{Init, Module, RmsNorm, VarBuilder};
 use half::{bf16, f16};
 
 use super::config::LlamaConfig;
-use super::rows::{Real, for_each_row, slice, vectorized};
+use super::rows::{Real, dot, for_each_row, slice, vectorized};
 
 /// y = round(x / sqrt(mean(x²) + eps)) * weight, the quotient in f32
 #[derive(Debug, Clone)]
@@ -61,28 +61,30 @@ impl RoundedNorm {
     /// x ((rows,H), H), weight (H) -> (rows,H)
     fn rows<T: Real>(&self, x: &[T], weight: &[T]) -> Vec<T> {
         let hidden = weight.len();
+        let mut wide = vec![0f32; hidden];
+        T::widen(weight, &mut wide);
         let mut y = vec![T::zero(); x.len()];
         for_each_row(&mut y, hidden, 4 * hidden, |row, y| {
             let x = &x[row * hidden..][..hidden];
-            vectorized(|| norm_row(x, weight, self.eps, y));
+            vectorized(
+                #[inline(always)]
+                || norm_row(x, &wide, self.eps, y),
+            );
         });
         y
     }
 }
 
 #[inline(always)]
-fn norm_row<T: Real>(x: &[T], weight: &[T], eps: f32, y: &mut [T]) {
-    const LANES: usize = 16;
-    let mut sums = [0f32; LANES];
-    for x in x.chunks(LANES) {
-        for (sum, x) in sums.iter_mut().zip(x) {
-            *sum += x.widen() * x.widen();
-        }
-    }
-    let root = (sums.iter().sum::<f32>() / x.len() as f32 + eps).sqrt();
-    for (y, (x, weight)) in y.iter_mut().zip(x.iter().zip(weight)) {
-        *y = T::round(T::round(x.widen() / root).widen() * weight.widen());
-    }
+fn norm_row<T: Real>(x: &[T], weight: &[f32], eps: f32, y: &mut [T]) {
+    let mut wide = vec![0f32; x.len()];
+    T::widen(x, &mut wide);
+    let root = (dot(&wide, &wide) / x.len() as f32 + eps).sqrt();
+    wide.iter_mut().for_each(|x| *x /= root);
+    T::round(&wide, y);
+    T::widen(y, &mut wide);
+    wide.iter_mut().zip(weight).for_each(|(x, weight)| *x *= weight);
+    T::round(&wide, y);
 }
 
 #[cfg(test)]

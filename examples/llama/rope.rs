@@ -3,7 +3,7 @@
 
 use std::f64::consts::PI;
 
-use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail};
 use candle_nn::rotary_emb;
 use half::{bf16, f16};
 
@@ -52,22 +52,22 @@ pub fn tables(inv_freq: &[f32], len: usize, model_dtype: DType, dtype: DType, de
     Ok((cos, sin))
 }
 
-/// x (B,T,H,D) -> (B,H,T,D) in the dtype of cos and sin (T, D/2): the two halves of a head turned against each other by the angles of
-/// its position.
+/// x (B,T,H,D) -> (B,H,T,D): the two halves of a head turned against each other by the angles of its position, of which cos and sin are
+/// (T, D/2). On the CPU, where no gradient is asked for, in the dtype of x; else in that of cos and sin.
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let dtype = cos.dtype();
     if x.track_op() {
         // the fused operations have no gradient
         return rotary_emb::rope_slow(&x.to_dtype(dtype)?.transpose(1, 2)?.contiguous()?, cos, sin);
     }
-    let y = match x.device().is_cpu() && dtype == DType::F32 && x.dtype() != DType::F64 {
+    let y = match x.device().is_cpu() && dtype == DType::F32 {
         true => x.contiguous()?.apply_op3_no_bwd(cos, sin, &Rotate)?,
         false => rotary_emb::rope_thd(&x.to_dtype(dtype)?, cos, sin)?,
     };
     y.transpose(1, 2)
 }
 
-/// x (B,T,H,D) -> the same in f32, turned.
+/// x (B,T,H,D) -> the same, turned.
 struct Rotate;
 
 impl CustomOp3 for Rotate {
@@ -95,36 +95,43 @@ impl CustomOp3 for Rotate {
             )
         }
         let y = match x {
-            CpuStorage::F32(_) => turned(slice::<f32>(x, lx)?, tables, heads, head_dim / 2),
-            CpuStorage::BF16(_) => turned(slice::<bf16>(x, lx)?, tables, heads, head_dim / 2),
-            CpuStorage::F16(_) => turned(slice::<f16>(x, lx)?, tables, heads, head_dim / 2),
+            CpuStorage::F32(_) => f32::to_cpu_storage_owned(turned(slice::<f32>(x, lx)?, tables, heads, head_dim / 2)),
+            CpuStorage::BF16(_) => bf16::to_cpu_storage_owned(turned(slice::<bf16>(x, lx)?, tables, heads, head_dim / 2)),
+            CpuStorage::F16(_) => f16::to_cpu_storage_owned(turned(slice::<f16>(x, lx)?, tables, heads, head_dim / 2)),
             _ => bail!("rotary embedding: expected f32, bf16 or f16"),
         };
-        Ok((CpuStorage::F32(y), lx.shape().clone()))
+        Ok((y, lx.shape().clone()))
     }
 }
 
 /// x ((positions,H), 2·half), tables of the angles of T positions, after which they begin anew
-fn turned<T: Real>(x: &[T], (cos, sin): (&[f32], &[f32]), heads: usize, half: usize) -> Vec<f32> {
-    let mut y = vec![0f32; x.len()];
+fn turned<T: Real>(x: &[T], (cos, sin): (&[f32], &[f32]), heads: usize, half: usize) -> Vec<T> {
+    let mut y = vec![T::zero(); x.len()];
     let row = 2 * half * heads;
     for_each_row(&mut y, row, 4 * row, |position, y| {
         let x = &x[position * row..][..row];
         let start = position * half % cos.len();
         let (cos, sin) = (&cos[start..][..half], &sin[start..][..half]);
-        vectorized(|| {
-            for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                let (y0, y1) = y.split_at_mut(half);
-                let (x0, x1) = x.split_at(half);
-                for (((y0, y1), (x0, x1)), (cos, sin)) in y0.iter_mut().zip(y1).zip(x0.iter().zip(x1)).zip(cos.iter().zip(sin))
-                {
-                    let (x0, x1) = (x0.widen(), x1.widen());
-                    (*y0, *y1) = (x0 * cos - x1 * sin, x0 * sin + x1 * cos);
-                }
-            }
-        });
+        vectorized(
+            #[inline(always)]
+            || turn(x, (cos, sin), y),
+        );
     });
     y
+}
+
+/// x and y (H, 2·half) of one position
+#[inline(always)]
+fn turn<T: Real>(x: &[T], (cos, sin): (&[f32], &[f32]), y: &mut [T]) {
+    let mut wide = vec![0f32; x.len()];
+    T::widen(x, &mut wide);
+    for head in wide.chunks_exact_mut(2 * cos.len()) {
+        let (x0, x1) = head.split_at_mut(cos.len());
+        for ((x0, x1), (cos, sin)) in x0.iter_mut().zip(x1).zip(cos.iter().zip(sin)) {
+            (*x0, *x1) = (*x0 * cos - *x1 * sin, *x0 * sin + *x1 * cos);
+        }
+    }
+    T::round(&wide, y);
 }
 
 #[cfg(test)]
@@ -140,12 +147,13 @@ mod tests {
         let inv_freq: Vec<f32> = (0..head_dim / 2).map(|i| 0.5f32.powi(i)).collect();
         let (cos, sin) = tables(&inv_freq, len, DType::F32, DType::F32, &Device::Cpu)?;
         let x: Vec<f32> = (0..batch * len * heads * head_dim as usize).map(|i| (i * 37 % 101) as f32 / 16.0 - 3.0).collect();
-        for dtype in [DType::F32, DType::BF16, DType::F16] {
+        // |y| < 8, so half a unit in its last place
+        for (dtype, bound) in [(DType::F32, 0.0), (DType::BF16, 2f32.powi(-6)), (DType::F16, 2f32.powi(-9))] {
             let x = Tensor::from_slice(&x, (batch, len, heads, head_dim as usize), &Device::Cpu)?.to_dtype(dtype)?;
             let (found, expected) = (rotate(&x, &cos, &sin)?, rotate(Var::from_tensor(&x)?.as_tensor(), &cos, &sin)?);
-            assert_eq!((found.dims(), found.dtype()), (expected.dims(), DType::F32));
-            let error = (found - expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
-            assert!(error < 1e-6, "{dtype:?}: {error}");
+            assert_eq!((found.dims(), found.dtype()), (expected.dims(), dtype));
+            let error = (found.to_dtype(DType::F32)? - expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            assert!(error <= bound + 1e-6, "{dtype:?}: {error}");
         }
         // the tables of another number of positions
         let x = Tensor::zeros((1, len + 1, heads, head_dim as usize), DType::F32, &Device::Cpu)?;

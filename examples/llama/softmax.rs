@@ -116,11 +116,15 @@ impl CustomOp2 for SoftmaxBackward {
 
 /// scores -> exp((score - max) * scale) / sum, in place
 pub(super) fn softmax_row(row: &mut [f32], scale: f32) {
-    vectorized(|| inline_softmax_row(row, scale));
+    vectorized(
+        #[inline(always)]
+        || softmax(row, scale),
+    );
 }
 
+/// [`softmax_row`], for the vectors of its caller
 #[inline(always)]
-pub(super) fn inline_softmax_row(row: &mut [f32], scale: f32) {
+pub(super) fn softmax(row: &mut [f32], scale: f32) {
     let max = lanes(row, [f32::NEG_INFINITY; LANES], |max, s| if s > max { s } else { max });
     let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
     row.iter_mut().for_each(|p| *p = exp((*p - max) * scale));
