@@ -108,7 +108,7 @@ pub(super) fn simd_dots<S: Simd, const N: usize>(simd: S, a: &[f32], b: [&[f32];
     let mut sums = [simd.splat_f32s(0.0); N];
     for (i, a) in a_vectors.iter().enumerate() {
         for (sum, b) in sums.iter_mut().zip(&b) {
-            *sum = simd.mul_add_f32s(*a, b.0[i], *sum);
+            *sum = simd.mul_add_e_f32s(*a, b.0[i], *sum);
         }
     }
     let mut out = sums.map(|sum| simd.reduce_sum_f32s(sum));
@@ -126,7 +126,7 @@ pub(super) fn simd_add<S: Simd, const N: usize>(simd: S, factors: [f32; N], x: [
     let wide = factors.map(|factor| simd.splat_f32s(factor));
     for (i, y) in y_vectors.iter_mut().enumerate() {
         for (factor, x) in wide.iter().zip(&x) {
-            *y = simd.mul_add_f32s(*factor, x.0[i], *y);
+            *y = simd.mul_add_e_f32s(*factor, x.0[i], *y);
         }
     }
     for (factor, x) in factors.iter().zip(&x) {
