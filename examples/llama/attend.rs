@@ -291,4 +291,15 @@ mod tests {
         }
         Ok(())
     }
+
+    /// What is left of a value that was seen before is not multiplied by 0.
+    #[test]
+    fn an_infinite_value_gives_infinity() -> Result<()> {
+        let zeros = |keys| Tensor::zeros((1, 1, keys, 8), DType::F32, &Device::Cpu);
+        let infinite = Tensor::full(f32::INFINITY, (1, 1, 4, 8), &Device::Cpu)?;
+        let v = Tensor::cat(&[&infinite, &zeros(1)?], 2)?;
+        let y = attend(&zeros(1)?, &zeros(5)?, &v, 1.0)?.flatten_all()?.to_vec1::<f32>()?;
+        assert_eq!(y, [f32::INFINITY; 8]);
+        Ok(())
+    }
 }
