@@ -31,7 +31,7 @@ pub struct Step {
     mask: Option<Tensor>,
 }
 
-/// The dtype that attention computes in. On the CPU that is f32 for halves, whose keys and values stay as they are until then.
+/// The dtype that attention computes in. On the CPU that is f32 for halves; queries, keys and values stay halves until then.
 pub fn attention_dtype(dtype: DType, device: &Device) -> DType {
     match dtype {
         DType::F16 | DType::BF16 if device.is_cpu() => DType::F32,
