@@ -61,7 +61,7 @@ impl<T: Real> CustomOp3 for Attend<T> {
         let mut tasks: Vec<_> = texts
             .flat_map(|(text, out)| out.chunks_mut(QUERIES * row).enumerate().map(move |(i, out)| (text, i * QUERIES, out)))
             .collect();
-        tasks.reverse(); // those with the most keys first
+        tasks.reverse(); // of each text those with the most keys first
         in_parallel(tasks, 2 * QUERIES.min(len) * row * keys, |(text, start, out): (usize, usize, &mut [T])| {
             let queries = out.len() / row;
             let q = &q[(text * len + start) * row..][..out.len()];

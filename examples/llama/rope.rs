@@ -144,19 +144,19 @@ mod tests {
     #[test]
     fn turns_as_the_composition_does() -> Result<()> {
         let (batch, len, heads, head_dim) = (2, 5, 3, 12);
-        let inv_freq: Vec<f32> = (0..head_dim / 2).map(|i| 0.5f32.powi(i)).collect();
+        let inv_freq: Vec<f32> = (0..head_dim / 2).map(|i| 0.5f32.powf(i as f32)).collect();
         let (cos, sin) = tables(&inv_freq, len, DType::F32, DType::F32, &Device::Cpu)?;
-        let x: Vec<f32> = (0..batch * len * heads * head_dim as usize).map(|i| (i * 37 % 101) as f32 / 16.0 - 3.0).collect();
+        let x: Vec<f32> = (0..batch * len * heads * head_dim).map(|i| (i * 37 % 101) as f32 / 16.0 - 3.0).collect();
         // |y| < 8, so half a unit in its last place
         for (dtype, bound) in [(DType::F32, 0.0), (DType::BF16, 2f32.powi(-6)), (DType::F16, 2f32.powi(-9))] {
-            let x = Tensor::from_slice(&x, (batch, len, heads, head_dim as usize), &Device::Cpu)?.to_dtype(dtype)?;
+            let x = Tensor::from_slice(&x, (batch, len, heads, head_dim), &Device::Cpu)?.to_dtype(dtype)?;
             let (found, expected) = (rotate(&x, &cos, &sin)?, rotate(Var::from_tensor(&x)?.as_tensor(), &cos, &sin)?);
             assert_eq!((found.dims(), found.dtype()), (expected.dims(), dtype));
             let error = (found.to_dtype(DType::F32)? - expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
             assert!(error <= bound + 1e-6, "{dtype:?}: {error}");
         }
         // the tables of another number of positions
-        let x = Tensor::zeros((1, len + 1, heads, head_dim as usize), DType::F32, &Device::Cpu)?;
+        let x = Tensor::zeros((1, len + 1, heads, head_dim), DType::F32, &Device::Cpu)?;
         assert!(rotate(&x, &cos, &sin).is_err());
         Ok(())
     }
