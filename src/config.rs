@@ -1,10 +1,12 @@
 //! What a block computes, read from a Hugging Face `config.json`. What cannot be honoured is refused by name.
 
+use std::borrow::Cow;
+
 use serde_json::Value;
 
 use crate::activation::{Glu, GluActivation};
 use crate::error::{Error, Result};
-use crate::weights::Family;
+use crate::family::{Family, Names, PackedOrder};
 
 /// The sizes and the formula of one block:
 ///
@@ -30,8 +32,8 @@ pub struct FfnConfig {
     pub intermediate_size: usize,
     /// act
     pub activation: GluActivation,
-    /// All three projections have a bias.
-    pub bias: bool,
+    /// Which projections have a bias.
+    pub biases: Biases,
     /// m, 1 by default (Falcon-H1's first `mlp_multipliers`)
     pub gate_multiplier: f32,
     /// d, 1 by default (Falcon-H1's second `mlp_multipliers`)
@@ -40,8 +42,34 @@ pub struct FfnConfig {
     pub limit: Option<f32>,
     /// c, 0 by default (1 in gpt-oss)
     pub up_offset: f32,
-    /// Names and layout of the weights; detected when `None`.
+    /// Names and layout of the weights; detected when `None` and there are no `names`.
     pub family: Option<Family>,
+    /// Names and layout of the weights that belong to no [`Family`]; they take precedence over `family`.
+    pub names: Option<Names>,
+}
+
+/// Which of the three projections have a bias.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Biases {
+    /// gate_proj has one.
+    pub gate: bool,
+    /// up_proj has one.
+    pub up: bool,
+    /// down_proj has one.
+    pub down: bool,
+}
+
+impl Biases {
+    /// No projection has a bias.
+    pub const NONE: Self = Self::new(false, false, false);
+    /// Every projection has a bias.
+    pub const ALL: Self = Self::new(true, true, true);
+
+    /// Sets each by itself.
+    pub const fn new(gate: bool, up: bool, down: bool) -> Self {
+        Self { gate, up, down }
+    }
 }
 
 impl FfnConfig {
@@ -51,12 +79,13 @@ impl FfnConfig {
             hidden_size,
             intermediate_size,
             activation: GluActivation::Silu,
-            bias: false,
+            biases: Biases::NONE,
             gate_multiplier: 1.0,
             down_multiplier: 1.0,
             limit: None,
             up_offset: 0.0,
             family: None,
+            names: None,
         }
     }
 
@@ -65,9 +94,14 @@ impl FfnConfig {
         Self { activation, ..self }
     }
 
-    /// All three projections have a bias.
+    /// All three projections have a bias, or none has one.
     pub fn with_bias(self, bias: bool) -> Self {
-        Self { bias, ..self }
+        self.with_biases(if bias { Biases::ALL } else { Biases::NONE })
+    }
+
+    /// Sets which projections have a bias.
+    pub fn with_biases(self, biases: Biases) -> Self {
+        Self { biases, ..self }
     }
 
     /// Multiplies the gate's argument by m and the output by d.
@@ -88,6 +122,26 @@ impl FfnConfig {
     /// Names the family whose names and layout the weights have, instead of detecting it.
     pub fn with_family(self, family: Family) -> Self {
         Self { family: Some(family), ..self }
+    }
+
+    /// Names the three tensors, without `.weight`: for checkpoints of no [`Family`].
+    pub fn with_names(
+        self,
+        gate: impl Into<Cow<'static, str>>,
+        up: impl Into<Cow<'static, str>>,
+        down: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self { names: Some(Names::separate(gate, up, down)), ..self }
+    }
+
+    /// Names the tensor that holds gate_proj and up_proj, the order of its rows, and down_proj's tensor.
+    pub fn with_packed_names(
+        self,
+        gate_up: impl Into<Cow<'static, str>>,
+        down: impl Into<Cow<'static, str>>,
+        order: PackedOrder,
+    ) -> Self {
+        Self { names: Some(Names::packed(gate_up, down, order)), ..self }
     }
 
     /// The block that a Hugging Face `config.json` (or Meta's `params.json`) describes.

@@ -7,10 +7,11 @@ use crate::activation::Glu;
 use crate::config::FfnConfig;
 use crate::cpu::{self, Part};
 use crate::error::{Error, Result};
+use crate::family::PackedOrder;
 use crate::glu::{check_float, check_same};
 use crate::linear::{Linear, over_rows};
 use crate::packed::{Packed, Packer, Sizes, can_pack, has_kernels};
-use crate::weights::{GateUp, PackedOrder, Piece, Weights};
+use crate::weights::{GateUp, Piece, Weights, packed_bias};
 
 /// The SwiGLU feed-forward block, `y = (silu(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ`, and its relatives ([`FfnConfig`]).
 ///
@@ -61,6 +62,14 @@ pub struct SwiGluFfn {
     form: Form,
     kernel: String,
     span: tracing::Span,
+}
+
+/// The block that `cfg` describes, from the weights under `vb`'s prefix: [`SwiGluFfn::new`] in the style of candle-nn.
+///
+/// # Errors
+/// As [`SwiGluFfn::new`].
+pub fn swiglu_ffn(cfg: &FfnConfig, vb: VarBuilder) -> Result<SwiGluFfn> {
+    SwiGluFfn::new(cfg, vb)
 }
 
 /// Who computes it.
@@ -330,14 +339,17 @@ fn check_weights(cfg: &FfnConfig, weights: &Weights) -> Result<()> {
 }
 
 fn check_biases(cfg: &FfnConfig, weights: &Weights) -> Result<()> {
+    let biases = cfg.biases;
     let gate_up = match &weights.gate_up {
-        GateUp::Separate { gate_bias, up_bias, .. } => vec![("gate_proj", gate_bias), ("up_proj", up_bias)],
-        GateUp::Packed { bias, .. } => vec![("gate_up_proj", bias)],
+        GateUp::Separate { gate_bias, up_bias, .. } => {
+            vec![("gate_proj", gate_bias, biases.gate), ("up_proj", up_bias, biases.up)]
+        }
+        GateUp::Packed { bias, .. } => vec![("gate_up_proj", bias, packed_bias(biases)?)],
     };
-    for (name, bias) in gate_up.into_iter().chain([("down_proj", &weights.down_bias)]) {
+    for (name, bias, expected) in gate_up.into_iter().chain([("down_proj", &weights.down_bias, biases.down)]) {
         match bias {
-            Some(_) if !cfg.bias => return Err(Error::UnexpectedBias { name: format!("{name}.bias") }),
-            None if cfg.bias => {
+            Some(_) if !expected => return Err(Error::UnexpectedBias { name: format!("{name}.bias") }),
+            None if expected => {
                 let tried = vec![format!("{name}.bias")];
                 return Err(Error::MissingTensor { prefix: String::new(), tried, present: vec![], location: None });
             }

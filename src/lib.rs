@@ -11,6 +11,7 @@ mod cpu;
 mod cuda;
 mod device;
 mod error;
+mod family;
 mod ffn;
 mod glu;
 #[cfg(feature = "hub")]
@@ -24,13 +25,14 @@ mod weights;
 
 pub use activation::{Glu, GluActivation};
 pub use checkpoint::Checkpoint;
-pub use config::FfnConfig;
+pub use config::{Biases, FfnConfig};
 pub use cpu::cpu_kernels;
 #[cfg(feature = "cuda")]
 #[doc(hidden)]
 pub use cuda::{Prefill as CudaPrefill, force_prefill as force_cuda_prefill};
 pub use error::{Error, Result};
-pub use ffn::SwiGluFfn;
+pub use family::{Family, Names, PackedOrder};
+pub use ffn::{SwiGluFfn, swiglu_ffn};
 pub use glu::{glu_mul, silu_mul};
-pub use linear::Linear;
-pub use weights::{Family, GateUp, PackedOrder, Weights};
+pub use linear::{Linear, linear, linear_b, linear_no_bias};
+pub use weights::{GateUp, Weights};

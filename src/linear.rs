@@ -26,7 +26,7 @@ use crate::weights::load_projection;
 /// use candle_core::{Device, Tensor};
 /// use candle_nn::Module;
 /// let weight = Tensor::new(&[[1f32, 2.0], [3.0, 4.0], [5.0, 6.0]], &Device::Cpu)?;
-/// let layer = candle_swiglu::Linear::from_tensors(weight, None)?;
+/// let layer = candle_swiglu::Linear::new(weight, None)?;
 /// let y = layer.forward(&Tensor::new(&[10f32, 100.0], &Device::Cpu)?)?;
 /// assert_eq!(y.to_vec1::<f32>()?, [210.0, 430.0, 650.0]);
 /// # Ok::<(), candle_core::Error>(())
@@ -37,6 +37,31 @@ pub struct Linear {
     in_dim: usize,
     device: Device,
     form: Form,
+}
+
+/// A [`Linear`] whose `weight` (out_dim, in_dim) and `bias` (out_dim) are under `vb`'s prefix.
+///
+/// # Errors
+/// No such tensor, or another shape.
+pub fn linear(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Linear> {
+    linear_b(in_dim, out_dim, true, vb)
+}
+
+/// A [`Linear`] whose `weight` (out_dim, in_dim) is under `vb`'s prefix.
+///
+/// # Errors
+/// No such tensor, another shape, or a bias that would be ignored.
+pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Linear> {
+    linear_b(in_dim, out_dim, false, vb)
+}
+
+/// [`linear`] or [`linear_no_bias`].
+///
+/// # Errors
+/// As those.
+pub fn linear_b(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Result<Linear> {
+    let (weight, bias) = load_projection(&vb, out_dim, in_dim, Some(bias))?;
+    Linear::new(weight, bias)
 }
 
 #[derive(Clone, Debug)]
@@ -50,25 +75,16 @@ impl Linear {
     ///
     /// # Errors
     /// No such tensor, or another shape.
-    pub fn new(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Self> {
+    pub fn load(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Self> {
         let (weight, bias) = load_projection(&vb, out_dim, in_dim, None)?;
-        Self::from_tensors(weight, bias)
-    }
-
-    /// As [`Linear::new`], but the bias must be there (`true`) or must not (`false`).
-    ///
-    /// # Errors
-    /// No such tensor, another shape, or a bias that was not asked for.
-    pub fn with_bias(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Result<Self> {
-        let (weight, bias) = load_projection(&vb, out_dim, in_dim, Some(bias))?;
-        Self::from_tensors(weight, bias)
+        Self::new(weight, bias)
     }
 
     /// From weight (out, in) and bias (out), and with their gradients if they have any.
     ///
     /// # Errors
     /// Wrong rank, a size of zero, shapes that do not fit, a dtype that is not a float, mixed dtypes or devices.
-    pub fn from_tensors(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let (out_dim, in_dim) = check_tensors(&weight, bias.as_ref())?;
         if !can_pack(&weight) || !bias.as_ref().is_none_or(can_pack) {
             return Self::plain(weight, bias);
@@ -116,7 +132,7 @@ impl Linear {
     /// ```
     /// use candle_core::{Device, Tensor};
     /// let weight = Tensor::new(&[[1f32, 2.0], [3.0, 4.0], [5.0, 6.0]], &Device::Cpu)?;
-    /// let lm_head = candle_swiglu::Linear::from_tensors(weight, None)?;
+    /// let lm_head = candle_swiglu::Linear::new(weight, None)?;
     /// let x = lm_head.embed(&Tensor::new(&[2u32, 0], &Device::Cpu)?)?;
     /// assert_eq!(x.to_vec2::<f32>()?, [[5.0, 6.0], [1.0, 2.0]]);
     /// # Ok::<(), candle_core::Error>(())

@@ -14,7 +14,8 @@ use crate::backend;
 use crate::cpu::{self, Layer, Part};
 use crate::device::{DeviceBlock, DeviceLinear, Parts};
 use crate::error::{Error, Result};
-use crate::weights::{PackedOrder, split};
+use crate::family::PackedOrder;
+use crate::weights::split;
 
 /// A tensor that may be packed: of a dtype for which its device has kernels, and no gradient is tracked through it.
 pub(crate) fn can_pack(tensor: &Tensor) -> bool {

@@ -1,133 +1,28 @@
-//! The weights of one block: how families of checkpoints name and arrange them, and how they are found in a `VarBuilder`.
+//! The weights of one block, and how they are found in a `VarBuilder`.
 
 use candle_core::Tensor;
 use candle_nn::{Init, VarBuilder, init};
 
-use crate::config::FfnConfig;
+use crate::config::{Biases, FfnConfig};
 use crate::error::{Error, Result};
+use crate::family::{Family, Names, PackedOrder};
 
-/// How a checkpoint family names the projections, and in which order a packed one holds them.
-///
-/// | family | gate | up | down | detected |
-/// |---|---|---|---|---|
-/// | `Llama` (HF LLaMA, Mistral, Qwen2, Gemma, ...) | `gate_proj` | `up_proj` | `down_proj` | by names |
-/// | `Meta` (Meta LLaMA, Mixtral experts, InternLM2) | `w1` | `w3` | `w2` | under `feed_forward` or `experts.N` |
-/// | `Xformers` | `w1` | `w2` | `w3` | never: same names as `Meta` |
-/// | `Qwen1` | `w2` | `w1` | `c_proj` | by names |
-/// | `Phi3` (Phi-3, GLM-4 in HF) | `gate_up_proj`, first half | second half | `down_proj` | by names |
-/// | `ChatGlm` | `dense_h_to_4h`, first half | second half | `dense_4h_to_h` | by names |
-/// | `Dinov2` | `w12`, first half | second half | `w3` | by names |
-/// | `Stella` | `up_gate_proj`, second half | first half | `down_proj` | by names |
-/// | `FlashAttn` (`GatedMlp`) | `fc1`, second half | first half | `fc2` | never: plain MLPs use these names |
-/// | `Interleaved` (quack, gpt-oss per expert) | `gate_up_proj`, even rows | odd rows | `down_proj` | never: same names as `Phi3` |
-/// | `Nomic` | `fc12` | `fc11` | `fc2` | by names |
-/// | `T5` (v1.1) | `wi_0` | `wi_1` | `wo` | by names |
-/// | `Gguf` | `ffn_gate` | `ffn_up` | `ffn_down` | by names |
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-#[allow(missing_docs)] // the table above
-pub enum Family {
-    Llama,
-    Meta,
-    Xformers,
-    Qwen1,
-    Phi3,
-    ChatGlm,
-    Dinov2,
-    Stella,
-    FlashAttn,
-    Interleaved,
-    Nomic,
-    T5,
-    Gguf,
-}
-
-/// Which rows of a packed `gate_up_proj` (2I,H) belong to the gate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum PackedOrder {
-    /// Rows 0..I are the gate, rows I..2I are up.
-    GateFirst,
-    /// Rows 0..I are up, rows I..2I are the gate.
-    UpFirst,
-    /// Even rows are the gate, odd rows are up.
-    Interleaved,
-}
-
-/// The names of a family, without `.weight` or `.bias`.
-#[derive(Clone, Copy)]
-enum Names {
-    Pair { gate: &'static str, up: &'static str, down: &'static str },
-    Packed { gate_up: &'static str, down: &'static str, order: PackedOrder },
-}
-
-impl Family {
-    const ALL: [Family; 13] = [
-        Family::Llama,
-        Family::Meta,
-        Family::Xformers,
-        Family::Qwen1,
-        Family::Phi3,
-        Family::ChatGlm,
-        Family::Dinov2,
-        Family::Stella,
-        Family::FlashAttn,
-        Family::Interleaved,
-        Family::Nomic,
-        Family::T5,
-        Family::Gguf,
-    ];
-
-    fn names(self) -> Names {
-        use PackedOrder::*;
-        let pair = |gate, up, down| Names::Pair { gate, up, down };
-        let packed = |gate_up, down, order| Names::Packed { gate_up, down, order };
-        match self {
-            Family::Llama => pair("gate_proj", "up_proj", "down_proj"),
-            Family::Meta => pair("w1", "w3", "w2"),
-            Family::Xformers => pair("w1", "w2", "w3"),
-            Family::Qwen1 => pair("w2", "w1", "c_proj"),
-            Family::Phi3 => packed("gate_up_proj", "down_proj", GateFirst),
-            Family::ChatGlm => packed("dense_h_to_4h", "dense_4h_to_h", GateFirst),
-            Family::Dinov2 => packed("w12", "w3", GateFirst),
-            Family::Stella => packed("up_gate_proj", "down_proj", UpFirst),
-            Family::FlashAttn => packed("fc1", "fc2", UpFirst),
-            Family::Interleaved => packed("gate_up_proj", "down_proj", Interleaved),
-            Family::Nomic => pair("fc12", "fc11", "fc2"),
-            Family::T5 => pair("wi_0", "wi_1", "wo"),
-            Family::Gguf => pair("ffn_gate", "ffn_up", "ffn_down"),
-        }
+/// The family whose names stand under `vb`'s prefix; `Llama` where a `VarMap` is still to be filled.
+fn detect(vb: &VarBuilder) -> Result<Family> {
+    if contains_anything(vb) {
+        return Ok(Family::Llama);
     }
-
-    /// The names alone do not decide for this family: another layout, or a plain MLP, uses the same ones.
-    fn must_be_named(self) -> bool {
-        matches!(self, Family::Xformers | Family::FlashAttn | Family::Interleaved)
-    }
-
-    fn weight_names(self) -> Vec<String> {
-        let names = match self.names() {
-            Names::Pair { gate, up, down } => vec![gate, up, down],
-            Names::Packed { gate_up, down, .. } => vec![gate_up, down],
-        };
-        names.into_iter().map(|name| format!("{name}.weight")).collect()
-    }
-
-    /// The family whose names stand under `vb`'s prefix; `Llama` where a `VarMap` is still to be filled.
-    fn detect(vb: &VarBuilder) -> Result<Family> {
-        if contains_anything(vb) {
-            return Ok(Family::Llama);
-        }
-        let present = |family: &Family| family.weight_names().iter().filter(|name| vb.contains_tensor(name)).count();
-        let complete = |family: &Family| present(family) == family.weight_names().len();
-        let candidates: Vec<Family> = Self::ALL.into_iter().filter(|f| !f.must_be_named() && complete(f)).collect();
-        match candidates[..] {
-            [Family::Meta] if !prefix_is_meta(&vb.prefix()) => Err(ambiguous(vb, &[Family::Meta, Family::Xformers])),
-            [family] => Ok(family),
-            [_, _, ..] => Err(ambiguous(vb, &candidates)),
-            [] => {
-                // Incomplete: the family most of whose names are there, so that the error names what is missing.
-                let partial = Self::ALL.into_iter().filter(|f| !f.must_be_named() && present(f) > 0);
-                Ok(partial.max_by_key(|f| (present(f), *f == Family::Llama)).unwrap_or(Family::Llama))
-            }
+    let present = |family: &Family| family.weight_names().iter().filter(|name| vb.contains_tensor(name)).count();
+    let complete = |family: &Family| present(family) == family.weight_names().len();
+    let candidates: Vec<Family> = Family::ALL.into_iter().filter(|f| !f.must_be_named() && complete(f)).collect();
+    match candidates[..] {
+        [Family::Meta] if !prefix_is_meta(&vb.prefix()) => Err(ambiguous(vb, &[Family::Meta, Family::Xformers])),
+        [family] => Ok(family),
+        [_, _, ..] => Err(ambiguous(vb, &candidates)),
+        [] => {
+            // Incomplete: the family most of whose names are there, so that the error names what is missing.
+            let partial = Family::ALL.into_iter().filter(|f| !f.must_be_named() && present(f) > 0);
+            Ok(partial.max_by_key(|f| (present(f), *f == Family::Llama)).unwrap_or(Family::Llama))
         }
     }
 }
@@ -148,16 +43,6 @@ fn ambiguous(vb: &VarBuilder, families: &[Family]) -> Error {
     names.dedup();
     let families = families.iter().map(|family| format!("{family:?}: {}", family.names())).collect();
     Error::AmbiguousNames { prefix: vb.prefix(), names, families }
-}
-
-/// Which name is which, in words.
-impl std::fmt::Display for Names {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Names::Pair { gate, up, down } => write!(f, "{gate} gate, {up} up, {down} down"),
-            Names::Packed { gate_up, down, order } => write!(f, "{gate_up} {order:?}, {down} down"),
-        }
-    }
 }
 
 /// The gate and up projections as they lie in memory, weights (out, in).
@@ -233,23 +118,27 @@ impl Weights {
     /// Finds the weights under `vb`'s prefix and hands them over one projection after the other, each before the next is read.
     pub(crate) fn load_each(cfg: &FfnConfig, vb: &VarBuilder, mut take: impl FnMut(Piece) -> Result<()>) -> Result<()> {
         let (h, i) = (cfg.hidden_size, cfg.intermediate_size);
-        let family = cfg.family.map_or_else(|| Family::detect(vb), Ok)?;
-        let loader = Loader { vb, family, named: cfg.family.is_some(), bias: cfg.bias };
-        let down = match family.names() {
-            Names::Pair { gate, up, down } => {
-                let (weight, bias) = loader.projection(gate, i, h)?;
+        let names = match (&cfg.names, cfg.family) {
+            (Some(names), _) => names.clone(),
+            (None, Some(family)) => family.names(),
+            (None, None) => detect(vb)?.names(),
+        };
+        let loader = Loader { vb, names: &names, named: cfg.names.is_some() || cfg.family.is_some() };
+        let down = match &names {
+            Names::Separate { gate, up, down } => {
+                let (weight, bias) = loader.projection(gate, (i, h), cfg.biases.gate)?;
                 take(Piece::Gate(weight, bias))?;
-                let (weight, bias) = loader.projection(up, i, h)?;
+                let (weight, bias) = loader.projection(up, (i, h), cfg.biases.up)?;
                 take(Piece::Up(weight, bias))?;
                 down
             }
             Names::Packed { gate_up, down, order } => {
-                let (weight, bias) = loader.projection(gate_up, 2 * i, h)?;
-                take(Piece::GateUp(weight, bias, order))?;
+                let (weight, bias) = loader.projection(gate_up, (2 * i, h), packed_bias(cfg.biases)?)?;
+                take(Piece::GateUp(weight, bias, *order))?;
                 down
             }
         };
-        let (weight, bias) = loader.projection(down, h, i)?;
+        let (weight, bias) = loader.projection(down, (h, i), cfg.biases.down)?;
         take(Piece::Down(weight, bias))
     }
 
@@ -285,33 +174,44 @@ impl Weights {
     }
 }
 
+/// gate_proj and up_proj in one tensor have a bias in one tensor.
+pub(crate) fn packed_bias(biases: Biases) -> Result<bool> {
+    match biases.gate == biases.up {
+        true => Ok(biases.gate),
+        false => Err(Error::InvalidField {
+            field: "biases".into(),
+            expected: "gate and up both true or both false where they are rows of one tensor",
+            found: format!("{biases:?}"),
+        }),
+    }
+}
+
 /// Loads one family's projections and turns every failure into an error that says what was looked for and what is there.
 struct Loader<'a> {
     vb: &'a VarBuilder<'a>,
-    family: Family,
-    /// The caller named the family.
+    names: &'a Names,
+    /// The caller gave the family or the names.
     named: bool,
-    bias: bool,
 }
 
 impl Loader<'_> {
     /// `name.weight` (out,in) and `name.bias` (out)
-    fn projection(&self, name: &str, out_dim: usize, in_dim: usize) -> Result<(Tensor, Option<Tensor>)> {
-        load_projection(&self.vb.pp(name), out_dim, in_dim, Some(self.bias)).map_err(|error| match error {
-            Error::MissingTensor { present, location, .. } => self.missing(name, present, location),
+    fn projection(&self, name: &str, (out_dim, in_dim): (usize, usize), bias: bool) -> Result<(Tensor, Option<Tensor>)> {
+        load_projection(&self.vb.pp(name), out_dim, in_dim, Some(bias)).map_err(|error| match error {
+            Error::MissingTensor { present, location, .. } => self.missing(name, bias, present, location),
             other => other,
         })
     }
 
-    fn missing(&self, name: &str, listed: Vec<String>, location: Option<std::path::PathBuf>) -> Error {
+    fn missing(&self, name: &str, bias: bool, listed: Vec<String>, location: Option<std::path::PathBuf>) -> Error {
         let mut present: Vec<String> = Family::ALL.iter().flat_map(|f| f.weight_names()).collect();
         present.retain(|name| self.vb.contains_tensor(name));
         present.extend(listed);
         present.sort();
         present.dedup();
-        let nothing = !self.family.weight_names().iter().any(|name| self.vb.contains_tensor(name));
+        let nothing = !self.names.weights().iter().any(|name| self.vb.contains_tensor(name));
         let tried = if self.named || !nothing {
-            vec![if self.bias && self.vb.contains_tensor(&format!("{name}.weight")) {
+            vec![if bias && self.vb.contains_tensor(&format!("{name}.weight")) {
                 format!("{name}.bias")
             } else {
                 format!("{name}.weight")

@@ -163,7 +163,7 @@ fn weights_may_be_views() -> Result<()> {
             let copies = [copy(&views[0])?, copy(&views[1])?, copy(&views[2])?];
             let cfg = FfnConfig::new(H, I).with_activation(GluActivation::Relu);
             let [of_views, of_copies] = [views, copies].map(|[gate_proj, up_proj, down_proj]| {
-                let linear = Linear::from_tensors(down_proj.clone(), None)?;
+                let linear = Linear::new(down_proj.clone(), None)?;
                 let gate_up = GateUp::Separate { gate_proj, up_proj, gate_bias: None, up_bias: None };
                 let weights = Weights { gate_up, down_proj, down_bias: None };
                 anyhow::Ok((SwiGluFfn::from_weights(&cfg, weights)?, linear))

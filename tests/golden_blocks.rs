@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_nn::{Module, VarBuilder};
-use candle_swiglu::{Family, FfnConfig, GateUp, Glu, GluActivation, PackedOrder, SwiGluFfn, Weights, reference};
+use candle_swiglu::{Biases, Family, FfnConfig, GateUp, Glu, GluActivation, PackedOrder, SwiGluFfn, Weights, reference};
 
 mod common;
 use common::{Block, Golden, bits, check_within, glu_units, max_error, rms_error, slope_size, unit_roundoff, values};
@@ -73,7 +73,7 @@ fn mixtral_experts() -> Result<()> {
 fn gpt_oss_expert() -> Result<()> {
     for golden in Golden::folder("gpt_oss", 1)? {
         let cfg = FfnConfig::from_json(&golden.config()?)?;
-        assert_eq!((cfg.limit, cfg.up_offset, cfg.bias), (Some(7.0), 1.0, true));
+        assert_eq!((cfg.limit, cfg.up_offset, cfg.biases), (Some(7.0), 1.0, Biases::ALL));
         assert_eq!(cfg.family, Some(Family::Interleaved));
         let x = Var::from_tensor(golden.tensor("x")?)?;
         let copies = projections(&golden.tensors);
@@ -150,6 +150,7 @@ fn separate(tensors: &Tensors, order: PackedOrder) -> Result<Tensors> {
             PackedOrder::GateFirst => (pick(0, 1)?, pick(i, 1)?),
             PackedOrder::UpFirst => (pick(i, 1)?, pick(0, 1)?),
             PackedOrder::Interleaved => (pick(0, 2)?, pick(1, 2)?),
+            other => anyhow::bail!("no rows of {other:?}"),
         };
         all.insert(name.replace("gate_up_proj", "gate_proj"), gate);
         all.insert(name.replace("gate_up_proj", "up_proj"), up);

@@ -69,12 +69,12 @@ fn names() -> Result<()> {
     let one = Tensor::ones((1, 1), DType::F32, &Device::Cpu)?;
     match SwiGluFfn::from_tensors(one.clone(), one.clone(), one.clone()) {
         Ok(ffn) => {
-            let linear = Linear::from_tensors(one, None)?;
+            let linear = Linear::new(one, None)?;
             ensure!(linear.kernel() == ffn.kernel());
             say(ffn.kernel());
         }
         Err(Error::UnknownKernel { available, .. }) => {
-            let message = Linear::from_tensors(one, None).unwrap_err().to_string();
+            let message = Linear::new(one, None).unwrap_err().to_string();
             ensure!(message.contains(FORCED) && message.contains("sse9"), "{message}");
             ensure!(available.iter().all(|name| message.contains(name)), "{message}");
             available.iter().for_each(say);

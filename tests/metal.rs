@@ -98,7 +98,7 @@ fn the_projection_follows_the_definition() -> Result<()> {
             let weight = numbers.tensor(&[out_dim, in_dim], (3.0 / in_dim as f64).sqrt(), dtype)?;
             let b = bias.then(|| numbers.tensor(&[out_dim], 0.5, dtype)).transpose()?;
             let on_gpu = b.as_ref().map(|b| b.to_device(&device)).transpose()?;
-            let layer = Linear::from_tensors(weight.to_device(&device)?, on_gpu)?;
+            let layer = Linear::new(weight.to_device(&device)?, on_gpu)?;
             assert_eq!(layer.kernel(), "metal");
             for rows in ROWS {
                 let x = numbers.tensor(&[rows, in_dim], 3.0, dtype)?;

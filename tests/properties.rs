@@ -70,7 +70,8 @@ prop_compose! {
         modifiers in proptest::option::weighted(0.3, (0.25f32..2.0, -1f32..1.0, 0.25f32..2.0)),
     ) -> FfnConfig {
         let mut cfg = FfnConfig::new(sizes.0, sizes.1);
-        (cfg.activation, cfg.bias, cfg.limit) = (activation, bias, limit);
+        (cfg.activation, cfg.limit) = (activation, limit);
+        cfg = cfg.with_bias(bias);
         if let Some((gate, offset, down)) = modifiers {
             (cfg.gate_multiplier, cfg.up_offset, cfg.down_multiplier) = (gate, offset, down);
         }
@@ -175,7 +176,7 @@ proptest! {
             let weight = numbers.tensor(&[n, k], 0.5, input.dtype)?;
             let bias = bias.then(|| numbers.tensor(&[n], 1.0, input.dtype)).transpose()?;
             let x = laid(&numbers.tensor(&[m, k], 1.0, input.dtype)?, input.x)?;
-            let linear = Linear::from_tensors(laid(&weight, input.weights)?, bias.clone())?;
+            let linear = Linear::new(laid(&weight, input.weights)?, bias.clone())?;
             anyhow::ensure!(values(&linear.weight()?)? == values(&weight)?, "the weight comes back");
             let wide = |t: &Tensor| t.to_dtype(DType::F64);
             let product = |x: &Tensor, w: &Tensor, b: Option<&Tensor>| -> Result<Vec<f64>> {

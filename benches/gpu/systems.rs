@@ -44,7 +44,7 @@ impl Weights {
             let packed = GateUp::Packed { gate_up_proj: gate_up.clone(), bias: None, order: PackedOrder::GateFirst };
             let weights = BlockWeights { gate_up: packed, down_proj: down.clone(), down_bias: None };
             let ffn = SwiGluFfn::from_weights(&FfnConfig::new(h, i), weights)?;
-            let linear = Linear::from_tensors(down.clone(), None)?;
+            let linear = Linear::new(down.clone(), None)?;
             Ok(Set { gate_up, down, ffn, linear })
         };
         let sets = (0..count).map(set).collect::<Result<_>>()?;

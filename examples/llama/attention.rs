@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
-use candle_swiglu::Linear;
+use candle_swiglu::{Linear, linear_b};
 
 use super::cache::KvSlot;
 use super::config::LlamaConfig;
@@ -57,10 +57,10 @@ impl Attention {
         let (q_dim, kv_dim) = (cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim);
         let hidden = cfg.hidden_size;
         Ok(Self {
-            q_proj: Linear::with_bias(hidden, q_dim, cfg.qkv_bias, vb.pp("q_proj"))?,
-            k_proj: Linear::with_bias(hidden, kv_dim, cfg.qkv_bias, vb.pp("k_proj"))?,
-            v_proj: Linear::with_bias(hidden, kv_dim, cfg.qkv_bias, vb.pp("v_proj"))?,
-            o_proj: Linear::with_bias(q_dim, hidden, cfg.o_bias, vb.pp("o_proj"))?,
+            q_proj: linear_b(hidden, q_dim, cfg.qkv_bias, vb.pp("q_proj"))?,
+            k_proj: linear_b(hidden, kv_dim, cfg.qkv_bias, vb.pp("k_proj"))?,
+            v_proj: linear_b(hidden, kv_dim, cfg.qkv_bias, vb.pp("v_proj"))?,
+            o_proj: linear_b(q_dim, hidden, cfg.o_bias, vb.pp("o_proj"))?,
             heads: cfg.num_attention_heads,
             kv_heads: cfg.num_key_value_heads,
             head_dim: cfg.head_dim,

@@ -32,7 +32,7 @@ mod softmax;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::{Init, Module, VarBuilder};
-use candle_swiglu::{Linear, SwiGluFfn};
+use candle_swiglu::{Linear, SwiGluFfn, linear_b};
 
 pub use self::cache::Cache;
 pub use self::config::LlamaConfig;
@@ -64,9 +64,9 @@ impl Llama {
         let normal = Init::Randn { mean: 0.0, stdev: 0.02 };
         let embed_tokens = || model.pp("embed_tokens").get_with_hints((cfg.vocab_size, cfg.hidden_size), "weight", normal);
         let (embed_tokens, lm_head) = match cfg.tie_word_embeddings {
-            true => (None, Linear::from_tensors(embed_tokens()?, None)?),
+            true => (None, Linear::new(embed_tokens()?, None)?),
             false => {
-                let lm_head = Linear::with_bias(cfg.hidden_size, cfg.vocab_size, false, vb.pp("lm_head"))?;
+                let lm_head = linear_b(cfg.hidden_size, cfg.vocab_size, false, vb.pp("lm_head"))?;
                 (Some(embed_tokens()?), lm_head)
             }
         };

@@ -431,7 +431,7 @@ fn load_all(input: &Input, dir: &Path) {
         let Some(tensor) = checked(checkpoint.tensor(name, dtype, &Device::Cpu)) else { continue };
         assert_eq!(tensor.dtype(), dtype);
         if let (Some(prefix), Ok((rows, columns))) = (name.strip_suffix(".weight"), tensor.dims2()) {
-            let Some(linear) = checked(Linear::new(columns, rows, vb.pp(prefix))) else { continue };
+            let Some(linear) = checked(Linear::load(columns, rows, vb.pp(prefix))) else { continue };
             one_row(&linear, columns, rows, dtype);
         }
     }

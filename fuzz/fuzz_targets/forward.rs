@@ -14,7 +14,7 @@
 
 use arbitrary::Arbitrary;
 use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
-use candle_swiglu::{FfnConfig, GateUp, GluActivation, Linear, PackedOrder, SwiGluFfn, Weights};
+use candle_swiglu::{Biases, FfnConfig, GateUp, GluActivation, Linear, PackedOrder, SwiGluFfn, Weights};
 use libfuzzer_sys::fuzz_target;
 
 // ---------------------------------------------------------------- 1. what an input describes
@@ -377,7 +377,7 @@ fn run(case: &Case) -> Result<()> {
     let (cfg, dtype, mut numbers) = (case.config(), case.dtype(), Numbers(case.seed));
     let (h, i) = (cfg.hidden_size, cfg.intermediate_size);
     let (x, shaped) = case.x(&mut numbers, h)?;
-    let mut bias = |n: usize, operand| cfg.bias.then(|| numbers.tensor(&[n], operand, dtype)).transpose();
+    let mut bias = |n: usize, operand| (cfg.biases == Biases::ALL).then(|| numbers.tensor(&[n], operand, dtype)).transpose();
     let biases = [bias(i, case.gate)?, bias(i, case.up)?, bias(h, case.down)?];
     let down = numbers.matrix((h, i), case.down, dtype)?;
 
@@ -395,7 +395,7 @@ fn run(case: &Case) -> Result<()> {
         }
         Some(order) => {
             let gate_up_proj = numbers.matrix((2 * i, h), case.gate, dtype)?;
-            let bias = cfg.bias.then(|| numbers.tensor(&[2 * i], case.gate, dtype)).transpose()?;
+            let bias = (cfg.biases == Biases::ALL).then(|| numbers.tensor(&[2 * i], case.gate, dtype)).transpose()?;
             let (gate, up) = halves(&gate_up_proj, order)?;
             let halves = bias.as_ref().map(|bias| halves(bias, order)).transpose()?;
             let (gate_bias, up_bias) = halves.unzip();
@@ -422,7 +422,7 @@ fn run(case: &Case) -> Result<()> {
     // Nothing remains of the call before.
     assert_eq!(bits(&ffn.forward(&shaped)?)?, bits(&y)?, "{} again", ffn.kernel());
 
-    let linear = Linear::from_tensors(gate.clone(), gate_bias.clone())?;
+    let linear = Linear::new(gate.clone(), gate_bias.clone())?;
     assert_eq!(bits(&linear.weight()?)?, bits(&gate)?, "unpacked");
     let rounding = rounding(linear.kernel() == "plain");
     let row = |x: &Vec<f64>| {
@@ -444,6 +444,7 @@ fn halves(packed: &Tensor, order: PackedOrder) -> Result<(Tensor, Tensor)> {
         PackedOrder::GateFirst => Ok((rows(0, 1)?, rows(i, 1)?)),
         PackedOrder::UpFirst => Ok((rows(i, 1)?, rows(0, 1)?)),
         PackedOrder::Interleaved => Ok((rows(0, 2)?, rows(1, 2)?)),
+        other => candle_core::bail!("no rows of {other:?}"),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device};
 use candle_nn::{Module, VarBuilder};
-use candle_swiglu::{Checkpoint, Error, Family, FfnConfig, GateUp, Linear, SwiGluFfn, Weights, glu_mul, silu_mul};
+use candle_swiglu::{Checkpoint, Error, Family, FfnConfig, GateUp, Linear, SwiGluFfn, Weights, glu_mul, linear_b, silu_mul};
 
 use super::*;
 
@@ -34,7 +34,7 @@ fn missing_tensor() {
     assert_error!(one, Error::MissingTensor { .. }, ["up_proj.weight", "a.mlp", "gate_proj.weight", place]);
     let vb = checkpoint.var_builder(DType::F32, &Device::Cpu);
     assert_error!(vb.get((I, H), "a.mlp.up_proj.weight"), Error::MissingTensor { .. }, ["up_proj.weight", "a.mlp", place]);
-    let linear = Linear::new(H, I, vb.pp("a.mlp.up_proj"));
+    let linear = Linear::load(H, I, vb.pp("a.mlp.up_proj"));
     assert_error!(linear, Error::MissingTensor { .. }, ["up_proj.weight", "a.mlp", "gate_proj.weight", place]);
 
     // Candle's own sources cannot be listed: what is known of the families is looked up.
@@ -45,7 +45,7 @@ fn missing_tensor() {
         let parts = ["no tensor up_proj.weight under \"a.mlp\"", "down_proj.weight, gate_proj.weight"];
         assert_error!(SwiGluFfn::new(&cfg, vb.pp("a.mlp")), Error::MissingTensor { .. }, parts);
         assert_error!(SwiGluFfn::new(&cfg, vb.pp("b")), Error::MissingTensor { .. }, ["under \"b\"; present there: none"]);
-        assert_error!(Linear::new(H, I, vb.pp("a.mlp.up_proj")), Error::MissingTensor { .. }, ["weight", "a.mlp.up_proj"]);
+        assert_error!(Linear::load(H, I, vb.pp("a.mlp.up_proj")), Error::MissingTensor { .. }, ["weight", "a.mlp.up_proj"]);
     }
 }
 
@@ -90,9 +90,9 @@ fn wrong_tensors_in_memory() {
         let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
         assert_error!(SwiGluFfn::new(&FfnConfig::new(h, i), vb), Error::ZeroSize { .. }, [name]);
     }
-    let linear = Linear::from_tensors(zeros(&[I], DType::F32), None);
+    let linear = Linear::new(zeros(&[I], DType::F32), None);
     assert_error!(linear, Error::Rank { .. }, ["weight: expected rank 2 (out, in)", "[6]"]);
-    let linear = Linear::from_tensors(zeros(&[I, H], DType::F32), Some(zeros(&[H], DType::F32)));
+    let linear = Linear::new(zeros(&[I, H], DType::F32), Some(zeros(&[H], DType::F32)));
     assert_error!(linear, Error::Shape { .. }, ["bias: expected shape [6], found [4]"]);
     let pair = silu_mul(&zeros(&[2, 3], DType::F32), &zeros(&[3, 2], DType::F32));
     assert_error!(pair, Error::Shape { .. }, ["up: expected shape [2, 3], found [3, 2]"]);
@@ -120,7 +120,7 @@ fn a_dtype_that_is_not_a_float() {
     // given
     let int = |shape: &[usize]| zeros(shape, DType::U32);
     assert_error!(SwiGluFfn::from_tensors(int(&[I, H]), int(&[I, H]), int(&[H, I])), Error::DTypeUnsupported { .. }, ["U32"]);
-    assert_error!(Linear::from_tensors(int(&[I, H]), None), Error::DTypeUnsupported { .. }, ["weight", "U32"]);
+    assert_error!(Linear::new(int(&[I, H]), None), Error::DTypeUnsupported { .. }, ["weight", "U32"]);
     assert_error!(silu_mul(&int(&[3]), &int(&[3])), Error::DTypeUnsupported { .. }, ["gate", "U32"]);
     let x = load_file(&block()).unwrap().forward(&zeros(&[1, H], DType::U32));
     assert_error!(x, Error::DTypeMismatch { .. }, ["x: expected dtype F32 as the weights, found U32"]);
@@ -136,7 +136,7 @@ fn mixed_dtypes() {
     assert_error!(of([b, f, f]), Error::DTypeMismatch { .. }, ["gate_proj: expected dtype F32 as down_proj, found BF16"]);
     assert_error!(of([f, b, f]), Error::DTypeMismatch { .. }, ["up_proj", "F32", "BF16"]);
     assert_error!(of([f, f, b]), Error::DTypeMismatch { .. }, ["down_proj", "F32", "BF16"]);
-    let linear = Linear::from_tensors(zeros(&[I, H], f), Some(zeros(&[I], b)));
+    let linear = Linear::new(zeros(&[I, H], f), Some(zeros(&[I], b)));
     assert_error!(linear, Error::DTypeMismatch { .. }, ["bias: expected dtype F32 as weight, found BF16"]);
     let pair = glu_mul(candle_swiglu::GluActivation::Relu, &zeros(&[3], f), &zeros(&[3], b));
     assert_error!(pair, Error::DTypeMismatch { .. }, ["up: expected dtype F32 as gate, found BF16"]);
@@ -147,7 +147,7 @@ fn mixed_dtypes() {
 #[test]
 fn wrong_x() {
     let ffn = load_file(&block()).unwrap();
-    let linear = Linear::from_tensors(zeros(&[I, H], DType::F32), None).unwrap();
+    let linear = Linear::new(zeros(&[I, H], DType::F32), None).unwrap();
     for layer in [&ffn as &dyn Module, &linear] {
         assert_error!(layer.forward(&zeros(&[], DType::F32)), Error::Rank { .. }, ["x: expected rank 1 or more, found rank 0"]);
         for shape in [&[H + 1][..], &[2, H - 1], &[H, 2], &[0], &[2, 0], &[0, H + 1], &[1, 1, 1, 1]] {
@@ -175,9 +175,9 @@ fn biases_against_the_config() {
         ["no tensor gate_proj.bias under \"mlp\"", "down_proj.bias"]
     );
     let vb = Checkpoint::open(dir.path()).unwrap().var_builder(DType::F32, &Device::Cpu);
-    let linear = Linear::with_bias(I, H, false, vb.pp("mlp.down_proj"));
+    let linear = linear_b(I, H, false, vb.pp("mlp.down_proj"));
     assert_error!(linear, Error::UnexpectedBias { .. }, ["mlp.down_proj.bias"]);
-    let linear = Linear::with_bias(H, I, true, vb.pp("mlp.up_proj"));
+    let linear = linear_b(H, I, true, vb.pp("mlp.up_proj"));
     assert_error!(linear, Error::MissingTensor { .. }, ["up_proj", "bias"]);
 
     let given = |bias: Option<usize>| {
@@ -219,13 +219,13 @@ fn names_that_fit_several_families() {
 fn projections_of_no_size() {
     // As many rows as one likes need no bytes, and packing them would take for ever.
     let one = zeros(&[1, 0], DType::F32).broadcast_as((1 << 40, 0)).unwrap();
-    assert_error!(Linear::from_tensors(one, None), Error::ZeroSize { .. }, ["in_dim: expected at least 1, found 0"]);
+    assert_error!(Linear::new(one, None), Error::ZeroSize { .. }, ["in_dim: expected at least 1, found 0"]);
     let none = zeros(&[0, H], DType::F32);
-    assert_error!(Linear::from_tensors(none, None), Error::ZeroSize { .. }, ["out_dim: expected at least 1, found 0"]);
+    assert_error!(Linear::new(none, None), Error::ZeroSize { .. }, ["out_dim: expected at least 1, found 0"]);
     let file = tensors(&[("head.weight", "F32", &[1 << 40, 0])]);
     let dir = directory(&[("model.safetensors", &file)]);
     let vb = Checkpoint::open(dir.path()).unwrap().var_builder(DType::F32, &Device::Cpu);
-    assert_error!(Linear::new(0, 1 << 40, vb.pp("head")), Error::ZeroSize { .. }, ["in_dim"]);
+    assert_error!(Linear::load(0, 1 << 40, vb.pp("head")), Error::ZeroSize { .. }, ["in_dim"]);
 }
 
 #[test]
@@ -238,8 +238,8 @@ fn more_than_memory_can_address() {
     let huge = one.broadcast_as((n, n)).unwrap();
     let block = SwiGluFfn::from_tensors(huge.clone(), huge.clone(), huge.clone());
     assert_error!(block, Error::TooLarge { .. }, ["gate_proj and up_proj: 4294967296 x 2147483648 elements"]);
-    assert_error!(Linear::from_tensors(huge, None), Error::TooLarge { .. }, ["weight: 2147483648 x 2147483648 elements"]);
-    let linear = Linear::from_tensors(one.clone(), None).unwrap();
+    assert_error!(Linear::new(huge, None), Error::TooLarge { .. }, ["weight: 2147483648 x 2147483648 elements"]);
+    let linear = Linear::new(one.clone(), None).unwrap();
     let y = linear.forward(&one.broadcast_as((1 << 62, 1)).unwrap());
     assert_error!(y, Error::TooLarge { .. }, ["y: 4611686018427387904 x 1 elements"]);
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_swiglu::{Checkpoint, Family, FfnConfig, GateUp, Linear, SwiGluFfn, Weights};
+use candle_swiglu::{Checkpoint, Family, FfnConfig, GateUp, Linear, SwiGluFfn, Weights, linear_b};
 
 use super::{H, I, Tensors, block, integers, llama, output, single};
 
@@ -104,11 +104,11 @@ fn linear_takes_a_bias_where_there_is_one() {
     let mut tensors = llama("mlp");
     tensors.insert("mlp.gate_proj.bias".into(), bias.clone());
     for (source, vb) in sources(&tensors) {
-        let with = Linear::new(H, I, vb.pp("mlp.gate_proj")).unwrap();
+        let with = Linear::load(H, I, vb.pp("mlp.gate_proj")).unwrap();
         assert_eq!(with.bias().unwrap().unwrap().to_vec1::<f32>().unwrap(), bias.to_vec1::<f32>().unwrap(), "{source}");
-        assert!(Linear::with_bias(H, I, true, vb.pp("mlp.gate_proj")).unwrap().bias().unwrap().is_some(), "{source}");
-        assert!(Linear::new(H, I, vb.pp("mlp.up_proj")).unwrap().bias().unwrap().is_none(), "{source}");
-        assert!(Linear::with_bias(H, I, false, vb.pp("mlp.up_proj")).unwrap().bias().unwrap().is_none(), "{source}");
+        assert!(linear_b(H, I, true, vb.pp("mlp.gate_proj")).unwrap().bias().unwrap().is_some(), "{source}");
+        assert!(Linear::load(H, I, vb.pp("mlp.up_proj")).unwrap().bias().unwrap().is_none(), "{source}");
+        assert!(linear_b(H, I, false, vb.pp("mlp.up_proj")).unwrap().bias().unwrap().is_none(), "{source}");
     }
 }
 

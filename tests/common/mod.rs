@@ -152,10 +152,12 @@ pub(crate) fn integers(numbers: &mut Numbers, dims: &[usize], dtype: DType) -> R
 pub(crate) fn weights(cfg: &FfnConfig, numbers: &mut Numbers, dtype: DType) -> Result<HashMap<String, Tensor>> {
     let (h, i) = (cfg.hidden_size, cfg.intermediate_size);
     let mut all = HashMap::new();
-    for (name, out_dim, in_dim) in [("gate_proj", i, h), ("up_proj", i, h), ("down_proj", h, i)] {
+    let biases = [cfg.biases.gate, cfg.biases.up, cfg.biases.down];
+    for ((name, out_dim, in_dim), bias) in [("gate_proj", i, h), ("up_proj", i, h), ("down_proj", h, i)].into_iter().zip(biases)
+    {
         let scale = (3.0 / in_dim as f64).sqrt();
         all.insert(format!("{name}.weight"), numbers.tensor(&[out_dim, in_dim], scale, dtype)?);
-        if cfg.bias {
+        if bias {
             all.insert(format!("{name}.bias"), numbers.tensor(&[out_dim], 0.5, dtype)?);
         }
     }
@@ -220,5 +222,6 @@ pub(crate) fn pack(gate: &Tensor, up: &Tensor, order: PackedOrder) -> candle_cor
         PackedOrder::GateFirst => Tensor::cat(&[gate, up], 0),
         PackedOrder::UpFirst => Tensor::cat(&[up, gate], 0),
         PackedOrder::Interleaved => Tensor::stack(&[gate, up], 1)?.flatten(0, 1),
+        other => candle_core::bail!("no packing for {other:?}"),
     }
 }

@@ -176,7 +176,7 @@ fn x_of_any_layout() -> Result<()> {
         let mut numbers = Numbers::new(2);
         let weights = weights(&cfg, &mut numbers, dtype)?;
         let (ffn, linear) = (build(&cfg, &weights, &device)?, weights["gate_proj.weight"].to_device(&device)?);
-        let linear = Linear::from_tensors(linear, None)?;
+        let linear = Linear::new(linear, None)?;
         for (layout, x) in views(h, dtype, &device)? {
             let copy = x.to_device(&Device::Cpu)?.contiguous()?.to_device(&device)?;
             let (y, of_copy) = (ffn.forward(&x)?, ffn.forward(&copy)?);
@@ -228,7 +228,7 @@ fn one_projection() -> Result<()> {
         let (weight, bias) = (numbers.tensor(&[n, k], 1.0, dtype)?, numbers.tensor(&[n], 1.0, dtype)?);
         for bias in [None, Some(bias)] {
             let moved = bias.as_ref().map(|bias| bias.to_device(&device)).transpose()?;
-            let layer = Linear::from_tensors(weight.to_device(&device)?, moved)?;
+            let layer = Linear::new(weight.to_device(&device)?, moved)?;
             for m in [1, 8, 9, 17, 32, 33, 130] {
                 let x = numbers.tensor(&[m, k], 2.0, dtype)?;
                 let y = run(&layer, &x, &device)?;

@@ -83,7 +83,7 @@ fn capture_and_replay(device: &Device) -> Result<()> {
             let what = format!("{dtype:?} M = {m} {way:?}");
             with_prefill(way, || replays(device, &ffn, &[m, h], h, dtype, &what))?;
         }
-        let linear = Linear::from_tensors(random(&[i, h], 33, dtype, device)?, Some(random(&[i], 34, dtype, device)?))?;
+        let linear = Linear::new(random(&[i, h], 33, dtype, device)?, Some(random(&[i], 34, dtype, device)?))?;
         replays(device, &linear, &[m, h], i, dtype, &format!("{dtype:?} M = {m}, one projection"))?;
         let gate = candle_nn::Func::new(|x: &Tensor| silu_mul(x, x).map_err(Into::into));
         replays(device, &gate, &[m, h], h, dtype, &format!("{dtype:?} M = {m}, the gate"))?;
