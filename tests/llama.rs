@@ -3,7 +3,11 @@
 
 #![allow(missing_docs)]
 
+#[path = "llama/checkpoints.rs"]
+mod checkpoints;
 mod common;
+#[path = "llama/config.rs"]
+mod config;
 #[path = "../examples/llama/model.rs"]
 mod model;
 
@@ -17,7 +21,21 @@ use common::Golden;
 use model::{Cache, Llama, LlamaConfig};
 use tokenizers::Tokenizer;
 
-const MODELS: [&str; 6] = ["bias_f32", "gelu_tanh_f32", "gqa_tied_llama3_bf16", "new_rope_keys", "odd_f16", "old_rope_keys"];
+const MODELS: [&str; 13] = [
+    "bias_f32",
+    "gelu_tanh_f32",
+    "gqa_tied_llama3_bf16",
+    "granite_bf16",
+    "mistral_window_f16",
+    "new_rope_keys",
+    "odd_f16",
+    "old_rope_keys",
+    "phi3_longrope_f16",
+    "phi3_window_f32",
+    "qwen2_window_f32",
+    "qwen3_tied_bf16",
+    "smollm3_f32",
+];
 
 /// The two prompts of each reference: twelve tokens, and one.
 const PROMPTS: [&str; 2] = ["", "single_"];
@@ -28,8 +46,11 @@ fn dir(name: &str) -> PathBuf {
 
 fn load(dir: &Path, dtype: DType) -> Result<Llama> {
     let checkpoint = Checkpoint::open(dir)?;
-    let cfg = LlamaConfig::from_json(checkpoint.config())?;
-    Ok(Llama::load(checkpoint.var_builder(dtype, &Device::Cpu), &cfg)?)
+    let cfg = LlamaConfig::of(&checkpoint)?;
+    let model = Llama::open(&checkpoint, &cfg, dtype, &Device::Cpu)?;
+    ensure!(model.notes().is_empty(), "{:?}", model.notes());
+    model::check_all_read(&checkpoint)?;
+    Ok(model)
 }
 
 fn ids(tensor: &Tensor) -> Result<Vec<u32>> {
@@ -79,12 +100,16 @@ fn f32_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     for name in MODELS {
         let golden = Golden::load(&dir(name).join("reference.safetensors"))?;
         let model = load(&dir(name), DType::F32)?;
-        for prompt in PROMPTS {
+        let with_whole = PROMPTS.into_iter().chain(golden.tensor("whole_prompt").is_ok().then_some("whole_"));
+        for prompt in with_whole {
             let tokens = ids(golden.tensor(&format!("{prompt}prompt"))?)?;
             let logits = model.forward_all(&row(&tokens)?)?;
             let difference = largest_difference(&logits, golden.tensor(&format!("{prompt}logits_f32"))?)?;
             println!("{name} {prompt}: logits within {difference:.1e}");
             assert!(difference < 1e-4, "{name} {prompt}: {difference}");
+        }
+        for prompt in PROMPTS {
+            let tokens = ids(golden.tensor(&format!("{prompt}prompt"))?)?;
             let expected = ids(golden.tensor(&format!("{prompt}greedy_f32"))?)?;
             for use_kv_cache in [true, false] {
                 let found = greedy(&model, &tokens, expected.len(), use_kv_cache, &[])?;
@@ -129,13 +154,15 @@ fn any_of_several_end_tokens_ends_the_text() -> Result<()> {
     Ok(())
 }
 
-/// However the text is cut into calls, the last logits are the same up to the order of sums.
+/// However the text is cut into calls, the last logits are the same up to the order of sums: with a window that some of the
+/// pieces are longer than, and where a longer text turns all positions by other angles.
 #[test]
 fn prefill_in_pieces_gives_the_same_logits() -> Result<()> {
     for name in MODELS {
         let golden = Golden::load(&dir(name).join("reference.safetensors"))?;
         let model = load(&dir(name), DType::F32)?;
-        let tokens = ids(golden.tensor("prompt")?)?;
+        let longest = golden.tensor("whole_prompt").or_else(|_| golden.tensor("prompt"))?;
+        let tokens = ids(longest)?;
         let whole = model.forward(&row(&tokens)?, 0, &mut Cache::new(true, model.config()))?;
         for piece in [1, 2, 5, 7] {
             let mut cache = Cache::new(true, model.config());
