@@ -170,6 +170,37 @@ impl Linear {
         }
     }
 
+    /// y = x·Wᵀ + b in f32: what [`Module::forward`] gives before its rounding to the dtype of W. For the logits of a head.
+    ///
+    /// # Shapes
+    /// x (…, in) -> y (…, out), f32.
+    ///
+    /// # Accuracy
+    /// On the CPU the f32 sums are not rounded. On a GPU they are rounded to the dtype of W first.
+    ///
+    /// # Errors
+    /// As [`Module::forward`]; weights in f64.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// let weight = Tensor::new(&[[1f32, 1.0]], &Device::Cpu)?.to_dtype(DType::BF16)?;
+    /// let head = candle_swiglu::Linear::new(weight, None)?;
+    /// let x = Tensor::new(&[[256f32, 1.0]], &Device::Cpu)?.to_dtype(DType::BF16)?;
+    /// assert_eq!(head.forward_f32(&x)?.to_vec2::<f32>()?, [[257.0]]); // bf16 has no 257
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_f32(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        if self.dtype() == DType::F64 {
+            let (name, location) = ("weight of an f32 output".to_string(), None);
+            return Err(Error::DTypeUnsupported { name, found: "f64".into(), location }.into());
+        }
+        let y = over_rows(x, (self.in_dim, self.out_dim), self.dtype(), &self.device, |rows| match &self.form {
+            Form::Packed(packed) => packed.forward_f32(rows),
+            Form::Plain { weight, bias } => weight.product_f32(rows, bias.as_ref()),
+        })?;
+        y.to_dtype(DType::F32) // an empty x gives an empty y in x's dtype
+    }
+
     pub(crate) fn dtype(&self) -> DType {
         match &self.form {
             Form::Packed(packed) => packed.dtype(),
@@ -228,6 +259,16 @@ impl Weight {
             return x.to_dtype(DType::F32)?.matmul(&weight.t()?)?.to_dtype(DType::F16);
         }
         if is_matrix(&self.0) { x.matmul(&self.0.t()?) } else { x.matmul(&self.0.contiguous()?.t()?) }
+    }
+
+    /// x (M,in) · W (out,in)ᵀ + b (out) -> (M,out) in f32. candle multiplies halves on the CPU in f32 too.
+    fn product_f32(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
+        let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
+        let y = match x.device().is_cpu() {
+            true => Self(wide(&self.0)?).product(&wide(x)?)?,
+            false => wide(&self.product(x)?)?,
+        };
+        bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(&wide(bias)?))
     }
 }
 
