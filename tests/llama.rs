@@ -141,6 +141,18 @@ fn native_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     Ok(())
 }
 
+/// Of halves, too: a logit of 10 in bf16 would be a multiple of 1/16.
+#[test]
+fn logits_are_not_rounded_to_the_weights_dtype() -> Result<()> {
+    for (name, dtype) in [("qwen3_tied_bf16", DType::BF16), ("odd_f16", DType::F16), ("granite_bf16", DType::BF16)] {
+        let logits = load(&dir(name), dtype)?.forward_all(&row(&[5, 6, 7])?)?;
+        assert_eq!(logits.dtype(), DType::F32);
+        let rounded = logits.to_dtype(dtype)?;
+        assert!(largest_difference(&logits, &rounded)? > 0.0, "{name}");
+    }
+    Ok(())
+}
+
 #[test]
 fn any_of_several_end_tokens_ends_the_text() -> Result<()> {
     for name in ["new_rope_keys", "old_rope_keys"] {

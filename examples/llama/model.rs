@@ -7,12 +7,13 @@
 //! logits = lm_head(rms_norm(x))                       (B,T,vocab)
 //! ```
 //!
-//! Mistral and Qwen2 are this with a sliding window and with biases, Qwen3 has norms of each query's and key's head, SmolLM3
-//! layers without rotary embedding, Granite a factor at each `+`, at the embedding, the scores and the logits, and Phi-3
-//! packed projections.
+//! Mistral has this with a sliding window, Qwen2 with biases, Qwen3 with norms of each query's and key's head, SmolLM3 with
+//! layers that have no rotary embedding, Phi-3 with packed projections, and Granite with factors: of the embedding, of the
+//! scores, of what each layer adds to x, and of the logits.
 //!
-//! The places of rounding are those of transformers: norms in f32, rounded before the weight; logits and softmax in f32;
-//! rotary tables in the model's dtype; what is rotated is rounded. On the CPU attention of that is f32 up to its result.
+//! Values are rounded where transformers rounds them: norms are computed in f32 and rounded before the weight, the softmax is in
+//! f32, rotary tables are in the model's dtype, and rotated queries and keys are rounded. On the CPU attention computes in f32
+//! up to its result. The logits are f32 sums that are not rounded to the model's dtype.
 //!
 //! This file is a module of the example, of `tests/llama.rs` and of `examples/train.rs`.
 #![allow(
@@ -180,8 +181,8 @@ impl Llama {
     /// x (..,hidden) -> (..,vocab), in f32 (f64 for a model in f64)
     fn logits(&self, x: &Tensor) -> Result<Tensor> {
         let _span = tracing::trace_span!("lm_head").entered();
-        let logits = self.lm_head.forward(&self.norm.forward(x)?)?;
-        let logits = if logits.dtype() == DType::F64 { logits } else { logits.to_dtype(DType::F32)? };
+        let x = self.norm.forward(x)?;
+        let logits = if self.dtype() == DType::F64 { self.lm_head.forward(&x)? } else { self.lm_head.forward_f32(&x)? };
         scaled(logits, 1.0 / self.cfg.logits_scaling)
     }
 
