@@ -11,11 +11,12 @@ mod config;
 #[path = "../examples/llama/model.rs"]
 mod model;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
-use candle_nn::VarBuilder;
+use candle_nn::{VarBuilder, VarMap};
 use candle_swiglu::Checkpoint;
 use common::Golden;
 use model::{Cache, Llama, LlamaConfig};
@@ -141,6 +142,21 @@ fn native_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     Ok(())
 }
 
+/// The one pass of the CPU against candle's operations with masks, in which f64 is computed as a GPU computes every dtype: blocks of
+/// queries and windows, over a text that is longer than both. The bound is as above.
+#[test]
+fn attention_in_one_pass_is_that_of_the_composition() -> Result<()> {
+    for name in MODELS {
+        let (f32_model, f64_model) = (load(&dir(name), DType::F32)?, load(&dir(name), DType::F64)?);
+        let vocab = f32_model.config().vocab_size as u32;
+        let tokens: Vec<u32> = (0..200).map(|i| (i * i * 7 + i) % vocab).collect();
+        let difference = largest_difference(&f32_model.forward_all(&row(&tokens)?)?, &f64_model.forward_all(&row(&tokens)?)?)?;
+        println!("{name}: f32 within {difference:.1e} of f64");
+        assert!(difference < 1e-4, "{name}: {difference}");
+    }
+    Ok(())
+}
+
 /// Of halves, too: a logit of 10 in bf16 would be a multiple of 1/16.
 #[test]
 fn logits_are_not_rounded_to_the_weights_dtype() -> Result<()> {
@@ -149,6 +165,29 @@ fn logits_are_not_rounded_to_the_weights_dtype() -> Result<()> {
         assert_eq!(logits.dtype(), DType::F32);
         let rounded = logits.to_dtype(dtype)?;
         assert!(largest_difference(&logits, &rounded)? > 0.0, "{name}");
+    }
+    Ok(())
+}
+
+/// As `examples/train.rs` has it: new variables under the names of the checkpoint, each with a gradient.
+#[test]
+fn every_variable_has_a_gradient() -> Result<()> {
+    for name in MODELS {
+        let vars = VarMap::new();
+        let checkpoint = Checkpoint::open(dir(name))?;
+        let cfg = LlamaConfig::of(&checkpoint)?;
+        let model = Llama::load(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu), &cfg)?;
+        // each logit with a weight of its own
+        let logits = model.forward_all(&row(&[5, 6, 7, 8, 9, 10, 11])?)?;
+        let gradients = (&logits * Tensor::randn(0f32, 1.0, logits.shape(), &Device::Cpu)?)?.sum_all()?.backward()?;
+        let vars = vars.data().lock().map_err(|error| anyhow::anyhow!("{error}"))?;
+        let created: BTreeSet<&str> = vars.keys().map(String::as_str).collect();
+        assert_eq!(created, checkpoint.names().collect(), "{name}");
+        for (name_of, var) in vars.iter() {
+            let gradient = gradients.get(var).with_context(|| format!("{name}: {name_of}"))?;
+            let largest = gradient.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            assert!(largest > 0.0 && largest.is_finite(), "{name}: {name_of}: {largest}");
+        }
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 //! [`super::Llama`] is refused by name; fields that only concern training or generation defaults are left alone.
 
 use candle_core::DType;
-use candle_swiglu::{Checkpoint, Error, FfnConfig, Result};
+use candle_swiglu::{Checkpoint, Error, Family, FfnConfig, Result};
 use serde_json::Value;
 
 use super::fields::{Fields, invalid, unsupported};
@@ -113,7 +113,11 @@ impl LlamaConfig {
             eos_token_ids: ids("eos_token_id", defaults.eos_token_id)?,
             eos_is_default: !top.has("eos_token_id"),
             dtype: saved_dtype(top),
-            ffn: FfnConfig::from_json(json)?,
+            ffn: match model_type {
+                // so that a VarMap gets the names of this model type
+                ModelType::Phi3 => FfnConfig::from_json(json)?.with_family(Family::Phi3),
+                _ => FfnConfig::from_json(json)?,
+            },
         })
     }
 
