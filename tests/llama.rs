@@ -142,8 +142,9 @@ fn native_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     Ok(())
 }
 
-/// The one pass of the CPU against candle's operations with masks, in which f64 is computed as a GPU computes every dtype: blocks of
-/// queries and windows, over a text that is longer than both. The bound is as above.
+/// The one pass of the CPU against candle's operations with masks, in which f64 is computed as a
+/// GPU computes every dtype: blocks of queries and windows, over a text that is longer than both.
+/// The bound is as above.
 #[test]
 fn attention_in_one_pass_is_that_of_the_composition() -> Result<()> {
     for name in MODELS {
@@ -169,7 +170,8 @@ fn logits_are_not_rounded_to_the_weights_dtype() -> Result<()> {
     Ok(())
 }
 
-/// As `examples/train.rs` has it: new variables under the names of the checkpoint, each with a gradient.
+/// As `examples/train.rs` has it: new variables under the names of the checkpoint, each with a
+/// gradient.
 #[test]
 fn every_variable_has_a_gradient() -> Result<()> {
     for name in MODELS {
@@ -205,8 +207,9 @@ fn any_of_several_end_tokens_ends_the_text() -> Result<()> {
     Ok(())
 }
 
-/// However the text is cut into calls, the last logits are the same up to the order of sums: with a window that some of the
-/// pieces are longer than, and where a longer text turns all positions by other angles.
+/// However the text is cut into calls, the last logits are the same up to the order of sums: with a
+/// window that some of the pieces are longer than, and where a longer text turns all positions by
+/// other angles.
 #[test]
 fn prefill_in_pieces_gives_the_same_logits() -> Result<()> {
     for name in MODELS {

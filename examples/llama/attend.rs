@@ -16,8 +16,9 @@ const QUERIES: usize = 32;
 /// Keys that one query takes at once.
 const KEYS: usize = 4;
 
-/// q (B,T,H,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H,D), all of one dtype: f32, bf16 or f16, computed in f32. The
-/// queries stand at the last T of S positions and see the keys up to their own, or the last `window` of these.
+/// q (B,T,H,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H,D), all of one dtype: f32, bf16
+/// or f16, computed in f32. The queries stand at the last T of S positions and see the keys up to
+/// their own, or the last `window` of these.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, window: Option<usize>) -> Result<Tensor> {
     let q = q.contiguous()?;
     let scale = scale as f32;
@@ -83,7 +84,7 @@ impl<T: Real> CustomOp3 for Attend<T> {
 struct Block {
     group: usize,
     head_dim: usize,
-    /// from the first that the first query sees to the last that the last one does
+    /// from the first key of the first query to the last key of the last one
     keys: usize,
     window: Option<usize>,
     /// (T*G,D): the queries, then what attention makes of them
@@ -102,7 +103,8 @@ impl Block {
         Self { group, head_dim, keys, window, x, scores, wide }
     }
 
-    /// q and out (T,H,D) of which `row` values are one position, k and v (keys,D) of key head `head`
+    /// q and out (T,H,D) of which `row` values are one position, k and v (keys,D) of key head
+    /// `head`
     fn attend<T: Real>(&mut self, q: &[T], (k, v): (&[T], &[T]), (head, row): (usize, usize), scale: f32, out: &mut [T]) {
         let width = self.group * self.head_dim;
         let q = q.chunks(row).map(|q| &q[head * width..][..width]);

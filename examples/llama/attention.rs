@@ -16,15 +16,15 @@ const QUERY_BLOCK: usize = 128;
 #[derive(Debug, Clone)]
 pub struct Attention {
     qkv: Qkv,
-    /// The norms of each query's and each key's head (Qwen3).
+    /// The norms of the heads of queries and of keys (Qwen3).
     qk_norm: Option<(Norm, Norm)>,
     o_proj: Linear,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
-    /// What scores are multiplied by.
+    /// The factor of the scores.
     scale: f64,
-    /// Queries and keys are turned by their positions.
+    /// Queries and keys have rotary embedding.
     rope: bool,
     window: Option<usize>,
 }
@@ -36,7 +36,7 @@ enum Qkv {
         k_proj: Linear,
         v_proj: Linear,
     },
-    /// One matrix, of which q's rows come first and v's last (Phi-3).
+    /// One matrix with the rows of q, of k and of v, in this order (Phi-3).
     Packed(Linear),
 }
 
@@ -46,7 +46,7 @@ pub struct Step {
     cos: Tensor,
     sin: Tensor,
     mask: Option<Tensor>,
-    /// That of the layers with a sliding window.
+    /// The mask of layers with a sliding window.
     window_mask: Option<Tensor>,
 }
 
@@ -127,8 +127,9 @@ impl Attention {
         x.reshape((batch, len, heads, self.head_dim))
     }
 
-    /// q (B,H,T,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H*D) in `dtype`. The queries stand at the last T of S
-    /// positions; a block of them needs the keys from the first one's window up to the last one's position only.
+    /// q (B,H,T,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H*D) in `dtype`. The queries
+    /// stand at the last T of S positions. A block of them needs the keys from the start of the
+    /// first one's window to the last one's position.
     fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, step: &Step, dtype: DType) -> Result<Tensor> {
         let (batch, heads, len, head_dim) = q.dims4()?;
         let computed_in = step.cos.dtype();

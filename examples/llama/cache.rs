@@ -13,7 +13,7 @@ pub struct Cache {
     max_len: usize,
     frequencies: Frequencies,
     tables: Option<Tables>,
-    /// (B,len): the tokens, kept where a longer text turns all positions by other angles.
+    /// The tokens of the text (B,len), kept if the rotary frequencies depend on its length.
     tokens: Option<Tensor>,
     /// One per layer; none when each forward starts over.
     layers: Vec<KvCache>,
@@ -55,8 +55,9 @@ impl Cache {
         }
     }
 
-    /// What is to be computed of a text that goes on with `tokens` (B,T): these, or where with them the text becomes one of
-    /// those that are turned by other angles, the whole of it (B,len+T), after forgetting it.
+    /// The tokens to compute next in a text that continues with `tokens` (B,T): `tokens`, or the
+    /// whole text (B,len+T) when it becomes long enough for other rotary frequencies. In that case
+    /// the cache is emptied first.
     pub(super) fn continued(&mut self, tokens: &Tensor) -> Result<Tensor> {
         if !self.use_kv_cache || !self.frequencies.depend_on_length() {
             return Ok(tokens.clone());
@@ -65,16 +66,17 @@ impl Cache {
             Some(before) if self.len > 0 => Tensor::cat(&[&before.narrow(1, 0, self.len)?, tokens], 1)?,
             _ => tokens.clone(),
         };
-        let turns_anew = self.frequencies.is_long(text.dim(1)?) && !self.frequencies.is_long(self.len);
+        let starts_over = self.frequencies.is_long(text.dim(1)?) && !self.frequencies.is_long(self.len);
         self.tokens = Some(text.clone());
-        if self.len == 0 || !turns_anew {
+        if self.len == 0 || !starts_over {
             return Ok(tokens.clone());
         }
         self.len = 0;
         Ok(text)
     }
 
-    /// cos and sin of positions `start..start + len`: (len, pairs) each. The tables double when they are too short.
+    /// cos and sin of positions `start..start + len`: (len, pairs) each. The tables double when
+    /// they are too short.
     pub(super) fn tables(
         &mut self,
         (start, len): (usize, usize),
@@ -113,7 +115,7 @@ impl Cache {
 /// cos and sin of the positions from 0 on.
 #[derive(Debug)]
 struct Tables {
-    /// By the frequencies of long texts.
+    /// They have the frequencies of long texts.
     is_long: bool,
     cos: Tensor,
     sin: Tensor,

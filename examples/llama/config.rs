@@ -22,9 +22,10 @@ pub struct LlamaConfig {
     pub head_dim: usize,
     pub rms_norm_eps: f64,
     pub rope: RopeConfig,
-    /// The most positions of a text; the window where a model type without one names a shorter one.
+    /// The largest number of positions of a text. A `sliding_window` that the model type does not
+    /// have shortens it.
     pub max_position_embeddings: usize,
-    /// A query of a sliding layer sees this many positions, its own included.
+    /// The number of positions that a query of a sliding layer sees, its own included.
     pub sliding_window: Option<usize>,
     /// One for each layer.
     pub layers: Vec<LayerConfig>,
@@ -33,16 +34,18 @@ pub struct LlamaConfig {
     pub qkv_bias: bool,
     /// Bias of o.
     pub o_bias: bool,
-    /// What scores are multiplied by.
+    /// The factor of the scores.
     pub attention_scale: f64,
-    /// Granite's multipliers, 1 elsewhere: of the embedding, of what a block adds to x, and the divisor of the logits.
+    /// Granite's factor of the embedding; 1 in other model types.
     pub embedding_multiplier: f64,
+    /// Granite's factor of what attention and MLP add to x.
     pub residual_multiplier: f64,
+    /// Granite's divisor of the logits.
     pub logits_scaling: f64,
     pub bos_token_id: Option<u32>,
     /// Any of these ends a text; empty when there is none.
     pub eos_token_ids: Vec<u32>,
-    /// The config names no `eos_token_id`: the one above is the model type's default.
+    /// The config has no `eos_token_id`, so that the id above is the model type's default.
     eos_is_default: bool,
     /// The dtype the checkpoint was saved in, when the config says so.
     pub dtype: Option<DType>,
@@ -50,12 +53,12 @@ pub struct LlamaConfig {
     pub ffn: FfnConfig,
 }
 
-/// In what the layers of one model differ.
+/// The properties in which layers of one model differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerConfig {
-    /// Queries and keys are turned by their positions.
+    /// Queries and keys have rotary embedding.
     pub rope: bool,
-    /// A query sees `sliding_window` positions, not all.
+    /// A query sees the last `sliding_window` positions only.
     pub sliding: bool,
 }
 
@@ -121,7 +124,8 @@ impl LlamaConfig {
         })
     }
 
-    /// The config of a checkpoint. Where it names no dtype, it is that of the tensors.
+    /// The config of a checkpoint. Without a dtype in `config.json`, the dtype is that of the
+    /// tensors.
     ///
     /// # Errors
     /// As [`LlamaConfig::from_json`].
@@ -132,7 +136,8 @@ impl LlamaConfig {
         Ok(cfg)
     }
 
-    /// Adds the end-of-text ids of a HF `generation_config.json`, which stand in place of the model type's default.
+    /// Adds the end-of-text ids of a HF `generation_config.json`, or replaces the model type's
+    /// default by them.
     ///
     /// # Errors
     /// When `eos_token_id` there is neither a token id, a list of them, nor null.
@@ -151,7 +156,7 @@ impl LlamaConfig {
     }
 }
 
-/// Missing, it is the model type's; null, it is the number of heads.
+/// The model type's default if the field is missing, the number of heads if it is null.
 fn key_value_heads(top: &Fields, model_type: ModelType, heads: usize) -> Result<usize> {
     const FIELD: &str = "num_key_value_heads";
     let default = model_type.defaults().num_key_value_heads.filter(|_| !top.has(FIELD));
@@ -187,7 +192,7 @@ fn head_dim(top: &Fields, model_type: ModelType, hidden_size: usize, heads: usiz
     }
 }
 
-/// The window, if it is shorter than the context, and what each layer does.
+/// The sliding window, if it is shorter than the context, and the properties of each layer.
 fn layers(top: &Fields, model_type: ModelType, count: usize, context: usize) -> Result<(Option<usize>, Vec<LayerConfig>)> {
     use ModelType::*;
     let default = model_type.defaults().sliding_window.filter(|_| !top.has("sliding_window"));
@@ -247,7 +252,8 @@ fn layer_types<'a>(top: &Fields<'a>, count: usize) -> Result<Option<(&'a Value, 
     }
 }
 
-/// SmolLM3's layers that turn queries and keys: those named by a 1, or all but every fourth.
+/// SmolLM3's layers with rotary embedding: those with a 1 in `no_rope_layers`, by default all but
+/// every fourth.
 fn rope_layers(top: &Fields, count: usize) -> Result<Vec<bool>> {
     const EXPECTED: &str = "a list of 0 and 1 with one for each layer";
     let one = |value: &Value| match value {
@@ -269,8 +275,8 @@ fn rope_layers(top: &Fields, count: usize) -> Result<Vec<bool>> {
     }
 }
 
-/// A model type without a window attends to the whole context, whatever `sliding_window` says. Up to the window the two
-/// are one computation, and beyond it nobody knows which one is meant.
+/// transformers' LLaMA and Granite ignore `sliding_window` in their masks but not in their caches.
+/// Texts within the window have one result with and without it, so the window limits the context.
 fn usable_context(top: &Fields, model_type: ModelType, context: usize) -> Result<usize> {
     match model_type {
         ModelType::Llama | ModelType::Granite => {

@@ -43,7 +43,7 @@ impl<'a> Fields<'a> {
         self.size_opt(field)?.ok_or(Error::MissingField { field })
     }
 
-    /// A size of which 0 is one.
+    /// An integer that may be 0.
     pub fn count(&self, field: &str) -> Result<Option<usize>> {
         self.read(field, "an integer of at least 0", |value| usize::try_from(value.as_u64()?).ok())
     }
@@ -83,7 +83,8 @@ impl<'a> Fields<'a> {
         self.read(field, "a list of positive numbers", |value| value.as_array()?.iter().map(factor).collect())
     }
 
-    /// One id, a list of ids, or none. A negative id, which some configs have for "none", is no id.
+    /// One id, a list of ids, or none. Negative ids, with which some configs say "none", are left
+    /// out.
     pub fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
         let id = |value: &Value| match value.as_i64()? {
             ..0 => Some(None),

@@ -7,13 +7,14 @@
 //! logits = lm_head(rms_norm(x))                       (B,T,vocab)
 //! ```
 //!
-//! Mistral has this with a sliding window, Qwen2 with biases, Qwen3 with norms of each query's and key's head, SmolLM3 with
-//! layers that have no rotary embedding, Phi-3 with packed projections, and Granite with factors: of the embedding, of the
-//! scores, of what each layer adds to x, and of the logits.
+//! Mistral has this with a sliding window, Qwen2 with biases, Qwen3 with norms of each query's and
+//! key's head, SmolLM3 with layers without rotary embedding, Phi-3 with packed projections, and
+//! Granite with factors of the embedding, the scores, the residuals and the logits.
 //!
-//! Values are rounded where transformers rounds them: norms are computed in f32 and rounded before the weight, the softmax is in
-//! f32, rotary tables are in the model's dtype, and rotated queries and keys are rounded. On the CPU attention computes in f32
-//! up to its result. The logits are f32 sums that are not rounded to the model's dtype.
+//! Values are rounded where transformers rounds them: norms are computed in f32 and rounded before
+//! the weight, the softmax is in f32, rotary tables are in the model's dtype, and rotated queries
+//! and keys are rounded. On the CPU attention computes in f32 up to its result. The logits are f32
+//! sums that are not rounded to the model's dtype.
 //!
 //! This file is a module of the example, of `tests/llama.rs` and of `examples/train.rs`.
 #![allow(
@@ -77,19 +78,20 @@ pub struct Llama {
 }
 
 impl Llama {
-    /// Loads the model of a checkpoint, wherever its names say it is: under `model.` or without it (as a model without head is
-    /// saved), with a head of its own or the embedding's. [`Llama::notes`] says what the config would not have told.
+    /// Loads the model of a checkpoint. Its names have the prefix `model.`, none (a model saved
+    /// without its head) or a longer one. [`Llama::notes`] says where the checkpoint differs from
+    /// its config.
     ///
     /// # Errors
-    /// A tensor that is missing or has another shape; no head, where the config does not tie it to the embedding. Whether
-    /// tensors are left over is for [`check_all_read`] to say.
+    /// A tensor that is missing or has another shape; no head, although the config does not tie it
+    /// to the embedding. Tensors that were not read are no error here: see [`check_all_read`].
     pub fn open(checkpoint: &Checkpoint, cfg: &LlamaConfig, dtype: DType, device: &Device) -> Result<Self> {
         let names = Names::find(checkpoint, cfg)?;
         Self::with_names(checkpoint.var_builder(dtype, device), cfg, names)
     }
 
-    /// Loads the model from `vb`, which is at the root of the names (`model.embed_tokens`, `lm_head`, ...), with a head as the
-    /// config says.
+    /// Loads the model from `vb`, which is at the root of the names (`model.embed_tokens`,
+    /// `lm_head`, ...). The head is the embedding if the config says so.
     ///
     /// With the `VarBuilder` of a `VarMap` it is created there, and [`Llama::forward_all`] has a gradient: candle's fused
     /// operations, which have none, are used only where no variable is involved.
@@ -143,7 +145,7 @@ impl Llama {
         &self.cfg
     }
 
-    /// Where the checkpoint is another one than its config says, in sentences.
+    /// Where the checkpoint differs from its config, in sentences.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
@@ -156,7 +158,8 @@ impl Llama {
         &self.device
     }
 
-    /// tokens (B,T) -> (B,T,hidden), before the last norm; (B,index_pos+T,hidden) where the cache has the text computed anew.
+    /// tokens (B,T) -> (B,T,hidden), before the last norm; (B,index_pos+T,hidden) if the whole text
+    /// is computed again.
     fn hidden(&self, tokens: &Tensor, index_pos: usize, cache: &mut Cache) -> Result<Tensor> {
         self.check_tokens(tokens)?;
         cache.check(index_pos, tokens.dims2()?.1)?;
@@ -229,7 +232,7 @@ impl Layer {
     }
 }
 
-/// x * factor, rounded once: candle's own product in a half rounds the factor too.
+/// x * factor, rounded once. candle's product of f16 or bf16 would round the factor too.
 fn scaled(x: Tensor, factor: f64) -> Result<Tensor> {
     match x.dtype() {
         _ if factor == 1.0 => Ok(x),

@@ -1,5 +1,5 @@
-//! The model types, what transformers 5.23 takes for the fields that a config leaves out, and the fields that one of them
-//! computes with and another does not.
+//! The model types: their defaults for fields that a config does not have, as in transformers 5.23,
+//! and the fields that each of them does not compute with.
 
 use candle_swiglu::{Error, Result};
 use serde_json::Value;
@@ -20,13 +20,13 @@ pub enum ModelType {
 
 use ModelType::{Granite, Llama, Mistral, Phi3, Qwen2, Qwen3, SmolLm3};
 
-/// What a field that the config does not have is taken for.
+/// The values of fields that the config does not have.
 pub struct Defaults {
     pub max_position_embeddings: usize,
     pub rms_norm_eps: f64,
-    /// As many as `num_attention_heads` where there is no number, and where the field is null.
+    /// `num_attention_heads` if there is none, or if the field is null.
     pub num_key_value_heads: Option<usize>,
-    /// `hidden_size / num_attention_heads` where there is no number.
+    /// `hidden_size / num_attention_heads` if there is none.
     pub head_dim: Option<usize>,
     pub rope_theta: f64,
     pub tie_word_embeddings: bool,
@@ -95,7 +95,8 @@ impl ModelType {
         }
     }
 
-    /// Refuses the fields that change the computation of another model type, unless they have a value that does not.
+    /// Refuses fields that change the computation in another model type, unless their value changes
+    /// nothing.
     ///
     /// # Errors
     /// Names the field.
@@ -122,7 +123,7 @@ impl ModelType {
     }
 }
 
-/// null is filtered out before.
+/// The value, which is not null, changes nothing.
 fn is_off(value: &Value, off: &[f64]) -> bool {
     match value {
         Value::Bool(on) => !on,
@@ -131,11 +132,12 @@ fn is_off(value: &Value, off: &[f64]) -> bool {
     }
 }
 
-/// A field, the numbers at which it changes nothing (false and null are always such), and the model types that read it.
+/// A field, the numbers that change nothing (beside null and false), and the model types that read
+/// it.
 type Foreign = (&'static str, &'static [f64], &'static [ModelType]);
 
 const FOREIGN: &[Foreign] = &[
-    // qwen2 has its biases whatever this says
+    // qwen2 has biases whatever this field says
     ("attention_bias", &[], &[Llama, Qwen2, Qwen3, SmolLm3, Granite]),
     ("mlp_bias", &[], &[Llama, SmolLm3, Granite]),
     ("embedding_multiplier", &[1.0], &[Granite]),

@@ -1,44 +1,48 @@
-//! Where a checkpoint has the model, by the names of its tensors, and which of them nobody read.
+//! The names of a checkpoint's tensors: the prefix of the model, its head, and the tensors that
+//! were not read.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use candle_core::{Result, bail};
 use candle_swiglu::Checkpoint;
 
 use super::config::LlamaConfig;
 
-/// Where the model is.
+/// The names under which a model is loaded.
 pub struct Names {
-    /// Of `embed_tokens`, `layers` and `norm`: `model`, or nothing.
+    /// The prefix of `embed_tokens`, `layers` and `norm`: `model`, or empty.
     pub model: String,
     pub head: Head,
-    /// What the config would not have told, in sentences.
+    /// Where the checkpoint differs from its config, in sentences.
     pub notes: Vec<String>,
 }
 
-/// Whose matrix gives the logits.
+/// The matrix of the logits.
 pub enum Head {
-    /// That of `embed_tokens`.
+    /// The weight of `embed_tokens`.
     Embedding,
-    /// A matrix of this name.
+    /// The weight of the module of this name.
     Own(String),
-    /// The matrix of this name, which is the embedding too.
+    /// The weight of the module of this name, which is the embedding's weight too.
     Both(String),
 }
 
-/// A tensor that every one of the models has in its first layer.
+/// A tensor that the first layer has in every model type.
 const IN_LAYERS: &str = "layers.0.input_layernorm.weight";
 
 impl Names {
-    /// As transformers names them.
+    /// The names that transformers writes.
     pub fn usual(cfg: &LlamaConfig) -> Self {
         let head = if cfg.tie_word_embeddings { Head::Embedding } else { Head::Own("lm_head".into()) };
         Self { model: "model".into(), head, notes: vec![] }
     }
 
-    /// As they are in the checkpoint. Of a head and an embedding that the config ties, transformers keeps both where they are
-    /// different, and takes the one for the other where only one is there; so does this.
+    /// The names in the checkpoint. If the config ties the head to the embedding, then, as in
+    /// transformers, one matrix serves as both when only one is there or when both are equal; two
+    /// different matrices are both used.
+    ///
+    /// # Errors
+    /// No model, or several; no head, although the config does not tie it.
     pub fn find(checkpoint: &Checkpoint, cfg: &LlamaConfig) -> Result<Self> {
         let model = find_model(checkpoint)?;
         let embedding = dotted(&model, "embed_tokens.weight");
@@ -74,7 +78,8 @@ impl Names {
     }
 }
 
-/// What stands before `layers`: `model` as a rule, nothing in a model saved without its head, more in a composite one.
+/// The prefix of `layers`: `model`, empty in a model saved without its head, or longer in a
+/// composite model.
 fn find_model(checkpoint: &Checkpoint) -> Result<String> {
     let prefixes = checkpoint.names().filter_map(|name| match name.strip_suffix(IN_LAYERS) {
         Some("") => Some(String::new()),
@@ -87,7 +92,7 @@ fn find_model(checkpoint: &Checkpoint) -> Result<String> {
         [] => bail!(
             "no {IN_LAYERS} with a norm.weight beside layers in {}, be it under model. or without; in it are {}",
             checkpoint.dir().display(),
-            Listed::new(checkpoint.names())
+            listed(checkpoint.names())
         ),
         several if several.iter().any(|prefix| prefix == "model") => Ok("model".into()),
         several => bail!("{} has several models, under {}", checkpoint.dir().display(), several.join(", ")),
@@ -98,55 +103,47 @@ fn dotted(prefix: &str, name: &str) -> String {
     if prefix.is_empty() { name.to_string() } else { format!("{prefix}.{name}") }
 }
 
-/// Tensors of a checkpoint that the model did not read: what they are for is not computed.
+/// Tensors of a checkpoint that the model did not read, and without which it may compute something
+/// else than intended.
 #[derive(Debug, thiserror::Error)]
-#[error("{} of the checkpoint's tensors are not part of the computation: {}", names.len(), Listed::new(names.iter().map(String::as_str)))]
+#[error("the model does not read {} of the checkpoint's tensors: {}", names.len(), listed(names))]
 pub struct Unread {
     pub names: Vec<String>,
 }
 
-/// Every tensor of the checkpoint has been read. Not counted is what can be computed from the config (`rotary_emb.inv_freq`, which
-/// old checkpoints carry).
+/// Checks that every tensor of the checkpoint has been read, except `rotary_emb.inv_freq`, which
+/// follows from the config.
 ///
 /// # Errors
-/// Names the tensors that have not.
+/// Names the tensors that have not been read.
 pub fn check_all_read(checkpoint: &Checkpoint) -> std::result::Result<(), Unread> {
     let mut names = checkpoint.unread();
     names.retain(|name| !name.ends_with("rotary_emb.inv_freq"));
     if names.is_empty() { Ok(()) } else { Err(Unread { names }) }
 }
 
-/// Names as one line: those that differ by numbers alone as one, and at most [`Listed::MOST`] of these.
-struct Listed(Vec<String>);
-
-impl Listed {
+/// Names in one line. Names that differ only by numbers count as one, and at most twelve are
+/// listed.
+fn listed<S: AsRef<str>>(names: impl IntoIterator<Item = S>) -> String {
     const MOST: usize = 12;
-
-    fn new<'a>(names: impl Iterator<Item = &'a str>) -> Self {
-        let mut alike: BTreeMap<String, (&str, usize)> = BTreeMap::new();
-        for name in names {
-            let is_number = |part: &&str| part.bytes().all(|byte| byte.is_ascii_digit());
-            let parts: Vec<&str> = name.split('.').map(|part| if is_number(&part) { "*" } else { part }).collect();
-            alike.entry(parts.join(".")).or_insert((name, 0)).1 += 1;
-        }
-        let mut lines: Vec<String> = alike
-            .into_values()
-            .map(|(first, count)| match count {
-                1 => first.to_string(),
-                count => format!("{first} (and {} like it)", count - 1),
-            })
-            .collect();
-        if lines.len() > Self::MOST {
-            let more = lines.len() - Self::MOST;
-            lines.truncate(Self::MOST);
-            lines.push(format!("{more} more"));
-        }
-        Self(lines)
+    let is_number = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
+    let mut alike: BTreeMap<String, (String, usize)> = BTreeMap::new();
+    for name in names {
+        let name = name.as_ref();
+        let parts: Vec<&str> = name.split('.').map(|part| if is_number(part) { "*" } else { part }).collect();
+        alike.entry(parts.join(".")).or_insert((name.to_string(), 0)).1 += 1;
     }
-}
-
-impl fmt::Display for Listed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0.is_empty() { f.write_str("no tensors") } else { f.write_str(&self.0.join(", ")) }
+    let mut lines: Vec<String> = alike
+        .into_values()
+        .map(|(first, count)| match count {
+            1 => first,
+            count => format!("{first} (and {} like it)", count - 1),
+        })
+        .collect();
+    if lines.len() > MOST {
+        let more = lines.len() - MOST;
+        lines.truncate(MOST);
+        lines.push(format!("{more} more"));
     }
+    if lines.is_empty() { "no tensors".to_string() } else { lines.join(", ") }
 }

@@ -10,13 +10,14 @@ use half::{bf16, f16};
 use super::config::{RopeConfig, RopeScaling};
 use super::rows::{Real, for_each_row, slice, vectorized};
 
-/// How fast each pair of a head turns from one position to the next: `1 / theta^(2i / dim)`, stretched as the config says.
+/// The rotary frequencies, one for each pair of a head: `1 / theta^(2i / dim)`, scaled as the
+/// config says.
 #[derive(Debug)]
 pub struct Frequencies {
     inv_freq: Vec<f32>,
-    /// Those of texts of more positions than this, if they are others.
+    /// The frequencies of texts with more positions than this number, if there are others.
     long: Option<(usize, Vec<f32>)>,
-    /// What cos and sin are multiplied by.
+    /// The factor of cos and sin.
     scale: f32,
 }
 
@@ -43,18 +44,18 @@ impl Frequencies {
         Self { inv_freq, long, scale }
     }
 
-    /// A text of `len` positions is turned by the frequencies of long ones.
+    /// A text of `len` positions has the frequencies of long texts.
     pub fn is_long(&self, len: usize) -> bool {
         self.long.as_ref().is_some_and(|(original, _)| len > *original)
     }
 
-    /// Some texts are turned by other frequencies than others.
+    /// Long texts have other frequencies than short ones.
     pub fn depend_on_length(&self) -> bool {
         self.long.is_some()
     }
 
-    /// cos and sin of every position below `len`: (len, pairs) each, rounded to `model_dtype` (as transformers does) and
-    /// handed out in `dtype`, the one that attention computes in.
+    /// cos and sin of every position below `len`: (len, pairs) each, rounded to `model_dtype` (as
+    /// transformers does) and handed out in `dtype`, the one that attention computes in.
     pub fn tables(
         &self,
         is_long: bool,
@@ -90,9 +91,9 @@ fn llama3(freq: f32, factor: f32, low: f64, high: f64, context: f64) -> f32 {
     }
 }
 
-/// x (B,T,H,D) -> (B,H,T,D): the two halves of a head's first R values turned against each other by the angles of its
-/// position, of which cos and sin are (T, R/2); the other values as they are. On the CPU, where no gradient is asked for, in
-/// the dtype of x; else in that of cos and sin.
+/// x (B,T,H,D) -> (B,H,T,D): rotates the two halves of the first R values of each head by the
+/// angles of the position. cos and sin are (T, R/2). The other values stay. The result has the
+/// dtype of x on the CPU without gradient, else that of cos and sin.
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let dtype = cos.dtype();
     if x.device().is_cpu() && dtype == DType::F32 && !x.track_op() {
@@ -106,7 +107,7 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     turn_all(x, cos, sin)
 }
 
-/// [`rotate`] where R = D, by candle's operations.
+/// [`rotate`] for R = D, with candle's operations.
 fn turn_all(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let x = x.to_dtype(cos.dtype())?;
     match x.track_op() {

@@ -6,17 +6,17 @@ use serde_json::{Map, Value};
 use super::fields::{Fields, invalid, unsupported};
 use super::model_type::ModelType;
 
-/// Rotary position embedding: the base, how much of a head is turned, and how the frequencies are stretched beyond the
-/// pretraining context.
+/// Rotary position embedding: the base, the rotated part of a head, and the scaling of the
+/// frequencies beyond the pretraining context.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeConfig {
     pub theta: f64,
-    /// The leading values of a head that are turned; the others stay as they are.
+    /// The number of leading values of a head that are rotated; the others stay.
     pub dim: usize,
     pub scaling: RopeScaling,
 }
 
-/// How the rotary frequencies are stretched.
+/// How the rotary frequencies are scaled.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// Not at all.
@@ -25,8 +25,9 @@ pub enum RopeScaling {
     Linear { factor: f64 },
     /// LLaMA 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
     Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position_embeddings: usize },
-    /// Phi-3: each frequency divided by a factor of its own, `short` in texts of up to `original_max_position_embeddings`
-    /// positions, `long` in longer ones; cos and sin multiplied by `attention_factor`.
+    /// Phi-3: each frequency divided by its own factor, from `short` in texts of up to
+    /// `original_max_position_embeddings` positions and from `long` in longer ones; cos and sin
+    /// multiplied by `attention_factor`.
     LongRope { short: Vec<f64>, long: Vec<f64>, original_max_position_embeddings: usize, attention_factor: f64 },
 }
 
@@ -110,7 +111,7 @@ fn rotary_dim(top: &Fields, rope: &Fields, model_type: ModelType, head_dim: usiz
     }
 }
 
-/// The context of the pretraining. transformers prefers the field beside the section.
+/// The pretraining context. In transformers the field beside the section has precedence.
 fn original_context(top: &Fields, rope: &Fields, context: usize) -> Result<usize> {
     const FIELD: &str = "original_max_position_embeddings";
     match top.size_opt(FIELD)? {
@@ -136,7 +137,8 @@ fn llama3(top: &Fields, rope: &Fields, context: usize) -> Result<RopeScaling> {
     })
 }
 
-/// Phi-3's own default of the pretraining context is 4096, and it stands above what the section says.
+/// Phi-3's config class has the pretraining context as a field with default 4096, which overrides
+/// the section.
 fn longrope(top: &Fields, rope: &Fields, dim: usize, context: usize) -> Result<RopeScaling> {
     let original = top.size_opt("original_max_position_embeddings")?.unwrap_or(4096);
     let factors = |field: &'static str| match rope.factors(field)? {

@@ -1,4 +1,5 @@
-//! The softmax of attention, causal: a query sees the keys up to its own position, or of these those in a sliding window.
+//! The softmax of attention, causal: a query sees the keys up to its own position, or the last of
+//! them in a sliding window.
 //!
 //! On the CPU this is one pass over the visible part of each row, forward and backward. Elsewhere it is candle's softmax
 //! after adding a mask of 0 and -inf.
@@ -18,8 +19,8 @@ fn is_fused(dtype: DType, device: &Device) -> bool {
     device.is_cpu() && dtype == DType::F32
 }
 
-/// The keys that query `i` of `queries` sees, the last of which stands at the last of `keys` positions. A sliding window counts
-/// the query's own position.
+/// The keys that query `i` sees. The last of `queries` queries is at the last of `keys` positions,
+/// and a window includes the query's own position.
 pub(super) fn visible(i: usize, queries: usize, keys: usize, window: Option<usize>) -> Range<usize> {
     let end = keys + 1 + i - queries;
     let start = window.map_or(0, |window| end.saturating_sub(window));
@@ -131,7 +132,7 @@ impl CustomOp2 for SoftmaxBackward {
     }
 }
 
-/// [`softmax_row`] of the visible scores, 0 in place of the others
+/// [`softmax_row`] of the visible scores; the others become 0.
 pub(super) fn softmax_of(row: &mut [f32], visible: Range<usize>, scale: f32) {
     row[..visible.start].fill(0.0);
     row[visible.end..].fill(0.0);

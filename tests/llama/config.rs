@@ -256,7 +256,8 @@ fn negative_token_ids_are_none() -> Result<()> {
         let message = error("llama", json!({"eos_token_id": wrong}))?;
         ensure!(message.contains("eos_token_id"), "{message}");
     }
-    // what generation_config.json says stands in place of a default, and beside what config.json says
+    // what generation_config.json says stands in place of a default, and beside what config.json
+    // says
     for (fields, expected) in
         [(json!({}), vec![7]), (json!({"eos_token_id": 2}), vec![2, 7]), (json!({"eos_token_id": null}), vec![7])]
     {
