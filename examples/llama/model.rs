@@ -55,7 +55,7 @@ use candle_swiglu::{Checkpoint, Linear, SwiGluFfn, linear_b};
 
 pub use self::cache::Cache;
 pub use self::config::LlamaConfig;
-pub use self::names::{Unread, check_all_read};
+pub use self::names::{Unread, check_all_read, ignore_unread};
 
 use self::attention::{Attention, Step, attention_dtype};
 use self::cache::KvSlot;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use candle_core::{Result, bail};
 use candle_swiglu::Checkpoint;
 
-use super::config::LlamaConfig;
+use super::config::{LlamaConfig, ModelType};
 
 /// The names under which a model is loaded.
 pub struct Names {
@@ -29,6 +29,9 @@ pub enum Head {
 
 /// A tensor that the first layer has in every model type.
 const IN_LAYERS: &str = "layers.0.input_layernorm.weight";
+
+/// The end of the name of a tensor that follows from the config.
+const INV_FREQ: &str = "rotary_emb.inv_freq";
 
 impl Names {
     /// The names that transformers writes.
@@ -76,6 +79,50 @@ impl Names {
         };
         Ok(Self { model, head, notes })
     }
+
+    /// The model reads a tensor of this name.
+    fn reads(&self, cfg: &LlamaConfig, name: &str) -> bool {
+        let head = |module: &str| name.strip_suffix(".weight") == Some(module);
+        let (reads_embedding, is_head) = match &self.head {
+            Head::Embedding => (true, false),
+            Head::Own(module) => (true, head(module)),
+            Head::Both(module) => (false, head(module)),
+        };
+        let in_model = if self.model.is_empty() {
+            Some(name)
+        } else {
+            name.strip_prefix(&self.model).and_then(|name| name.strip_prefix('.'))
+        };
+        let in_layer = || {
+            let (index, name) = in_model?.strip_prefix("layers.")?.split_once('.')?;
+            (index.parse::<usize>().ok()? < cfg.num_hidden_layers).then_some(name)
+        };
+        is_head
+            || in_model == Some("norm.weight")
+            || (reads_embedding && in_model == Some("embed_tokens.weight"))
+            || in_layer().is_some_and(|name| layer_reads(cfg, name))
+    }
+}
+
+/// A layer reads a tensor of this name.
+fn layer_reads(cfg: &LlamaConfig, name: &str) -> bool {
+    let (module, is_bias) = match name.rsplit_once('.') {
+        Some((module, "weight")) => (module, false),
+        Some((module, "bias")) => (module, true),
+        _ => return false,
+    };
+    let biases = cfg.ffn.biases;
+    let may_have_bias = match module {
+        "input_layernorm" | "post_attention_layernorm" => false,
+        "self_attn.q_norm" | "self_attn.k_norm" if cfg.model_type == ModelType::Qwen3 => false,
+        "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" if cfg.model_type != ModelType::Phi3 => cfg.qkv_bias,
+        "self_attn.qkv_proj" if cfg.model_type == ModelType::Phi3 => cfg.qkv_bias,
+        "self_attn.o_proj" => cfg.o_bias,
+        "mlp.gate_proj" | "mlp.up_proj" | "mlp.gate_up_proj" => biases.gate || biases.up,
+        "mlp.down_proj" => biases.down,
+        _ => return false,
+    };
+    may_have_bias || !is_bias
 }
 
 /// The prefix of `layers`: `model`, empty in a model saved without its head, or longer in a
@@ -118,8 +165,21 @@ pub struct Unread {
 /// Names the tensors that have not been read.
 pub fn check_all_read(checkpoint: &Checkpoint) -> std::result::Result<(), Unread> {
     let mut names = checkpoint.unread();
-    names.retain(|name| !name.ends_with("rotary_emb.inv_freq"));
+    names.retain(|name| !name.ends_with(INV_FREQ));
     if names.is_empty() { Ok(()) } else { Err(Unread { names }) }
+}
+
+/// Marks the tensors that the model will not read as read, so that it loads in spite of them, and
+/// returns them for a warning.
+///
+/// # Errors
+/// As [`Names::find`].
+pub fn ignore_unread(checkpoint: &Checkpoint, cfg: &LlamaConfig) -> Result<Option<Unread>> {
+    let model = Names::find(checkpoint, cfg)?;
+    let mut names = checkpoint.unread();
+    names.retain(|name| !name.ends_with(INV_FREQ) && !model.reads(cfg, name));
+    names.iter().for_each(|name| checkpoint.mark_read(name));
+    Ok((!names.is_empty()).then_some(Unread { names }))
 }
 
 /// Names in one line. Names that differ only by numbers count as one, and at most twelve are
