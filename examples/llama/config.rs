@@ -74,7 +74,7 @@ impl LlamaConfig {
         let defaults = model_type.defaults();
 
         let context = top.size_opt("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
-        let num_hidden_layers = top.size("num_hidden_layers")?;
+        let num_hidden_layers = layer_count(top)?;
         let (window, layers) = layers(top, model_type, num_hidden_layers, context)?;
         let hidden_size = top.size("hidden_size")?;
         let num_attention_heads = top.size("num_attention_heads")?;
@@ -102,7 +102,10 @@ impl LlamaConfig {
             max_position_embeddings: usable_context(top, model_type, context)?,
             sliding_window: window,
             layers,
-            tie_word_embeddings: top.flag_opt("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
+            tie_word_embeddings: match top.has("tie_word_embeddings") {
+                true => top.flag("tie_word_embeddings")?,
+                false => defaults.tie_word_embeddings,
+            },
             qkv_bias,
             o_bias,
             attention_scale: match model_type {
@@ -156,6 +159,14 @@ impl LlamaConfig {
     }
 }
 
+fn layer_count(top: &Fields) -> Result<usize> {
+    const MOST: usize = 100_000;
+    match top.size("num_hidden_layers")? {
+        count if count <= MOST => Ok(count),
+        count => Err(invalid("num_hidden_layers", "at most 100000", &Value::from(count))),
+    }
+}
+
 /// The model type's default if the field is missing, the number of heads if it is null.
 fn key_value_heads(top: &Fields, model_type: ModelType, heads: usize) -> Result<usize> {
     const FIELD: &str = "num_key_value_heads";
@@ -186,9 +197,10 @@ fn head_dim(top: &Fields, model_type: ModelType, hidden_size: usize, heads: usiz
             });
         }
     };
-    match heads.checked_mul(head_dim) {
+    // as many rows as q, k and v have together
+    match heads.checked_mul(head_dim).and_then(|rows| rows.checked_mul(3)) {
         Some(_) => Ok(head_dim),
-        None => Err(invalid("head_dim", "num_attention_heads * head_dim below 2^64", &Value::from(head_dim))),
+        None => Err(invalid("head_dim", "3 * num_attention_heads * head_dim below 2^64", &Value::from(head_dim))),
     }
 }
 

@@ -64,13 +64,9 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub fn flag_opt(&self, field: &str) -> Result<Option<bool>> {
-        self.read(field, "true or false", Value::as_bool)
-    }
-
     /// False when absent, as most such fields are in transformers.
     pub fn flag(&self, field: &str) -> Result<bool> {
-        Ok(self.flag_opt(field)?.unwrap_or(false))
+        Ok(self.read(field, "true or false", Value::as_bool)?.unwrap_or(false))
     }
 
     pub fn string(&self, field: &str) -> Result<Option<&'a str>> {

@@ -55,6 +55,7 @@ fn missing_fields_have_the_defaults_of_the_model_type() -> Result<()> {
     assert_eq!(read("mistral", json!({"num_key_value_heads": 2}))?.num_key_value_heads, 2);
     let message = error("smollm3", json!({"num_attention_heads": 6, "hidden_size": 66}))?;
     ensure!(message.contains("num_key_value_heads") && message.contains("means 4"), "{message}");
+    assert!(!read("smollm3", json!({"tie_word_embeddings": null}))?.tie_word_embeddings);
     for field in ["hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads"] {
         let message = error("llama", json!({ field: null }))?;
         ensure!(message.contains(&format!("missing field {field}")), "{message}");
@@ -243,6 +244,22 @@ fn phi3_rotates_parts_and_stretches() -> Result<()> {
     }
     let message = error("llama", json!({"head_dim": 7}))?;
     ensure!(message.contains("head_dim"), "{message}");
+    Ok(())
+}
+
+/// An error, and no attempt to allocate.
+#[test]
+fn sizes_without_measure() -> Result<()> {
+    for field in ["num_hidden_layers", "head_dim", "num_attention_heads"] {
+        for size in [u64::MAX, 1 << 62] {
+            let message = error("smollm3", json!({field: size, "num_key_value_heads": null}))?;
+            ensure!(message.contains(field), "{field}: {message}");
+        }
+    }
+    for (field, wrong) in [("num_hidden_layers", json!(0)), ("head_dim", json!(0)), ("hidden_size", json!(-1))] {
+        let message = error("llama", json!({field: wrong}))?;
+        ensure!(message.contains(field), "{message}");
+    }
     Ok(())
 }
 
