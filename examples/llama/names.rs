@@ -132,12 +132,14 @@ fn find_model(checkpoint: &Checkpoint) -> Result<String> {
         Some("") => Some(String::new()),
         prefix => prefix?.strip_suffix('.').map(str::to_string),
     });
-    let complete = |prefix: &String| checkpoint.contains(&dotted(prefix, "norm.weight"));
-    let found: Vec<String> = prefixes.filter(complete).collect();
+    let mut found: Vec<String> = prefixes.collect();
+    if found.len() > 1 {
+        found.retain(|prefix| checkpoint.contains(&dotted(prefix, "norm.weight")));
+    }
     match &found[..] {
         [prefix] => Ok(prefix.clone()),
         [] => bail!(
-            "no {IN_LAYERS} with a norm.weight beside layers in {}, be it under model. or without; in it are {}",
+            "no {IN_LAYERS} in {}, with or without the prefix model.; there are {}",
             checkpoint.dir().display(),
             listed(checkpoint.names())
         ),
