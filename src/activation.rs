@@ -99,6 +99,29 @@ impl Glu {
         Self { up_offset, ..self }
     }
 
+    /// Checks the numbers, as every operation does that uses them.
+    ///
+    /// # Errors
+    /// A limit that is not above 0, a multiplier, an offset or a β that is not finite; the error names the field.
+    pub fn validate(&self) -> Result<()> {
+        let beta = match self.activation {
+            GluActivation::Swish { beta } => beta,
+            _ => 1.0,
+        };
+        let fields = [
+            ("limit", self.limit.unwrap_or(1.0), "a number above 0", self.limit.is_none_or(|limit| limit > 0.0)),
+            ("gate_multiplier", self.gate_multiplier, "a finite number", self.gate_multiplier.is_finite()),
+            ("up_offset", self.up_offset, "a finite number", self.up_offset.is_finite()),
+            ("beta", beta, "a finite number", beta.is_finite()),
+        ];
+        match fields.into_iter().find(|(.., valid)| !valid) {
+            None => Ok(()),
+            Some((field, found, expected, _)) => {
+                Err(Error::InvalidField { field: field.to_string(), expected, found: found.to_string() })
+            }
+        }
+    }
+
     /// No modifier is set.
     pub(crate) fn is_plain(&self) -> bool {
         self.gate_multiplier == 1.0 && self.limit.is_none() && self.up_offset == 0.0

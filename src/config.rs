@@ -171,6 +171,32 @@ impl FfnConfig {
         with_model_formula(cfg, json, model_type)
     }
 
+    /// Checks the sizes and numbers, as every constructor of a block does.
+    ///
+    /// # Errors
+    /// A size of zero or one that memory cannot address, a limit that is not a positive number, a multiplier or an offset that is
+    /// not finite; the error names the field.
+    pub fn validate(&self) -> Result<()> {
+        for (name, size) in [("hidden_size", self.hidden_size), ("intermediate_size", self.intermediate_size)] {
+            if size == 0 {
+                return Err(Error::ZeroSize { name });
+            }
+        }
+        let (rows, columns) = (self.intermediate_size, self.hidden_size);
+        if rows.checked_mul(2).is_none() {
+            return Err(Error::TooLarge { name: "gate_up_proj", rows, columns });
+        }
+        self.glu().validate()?;
+        match self.down_multiplier.is_finite() {
+            true => Ok(()),
+            false => Err(Error::InvalidField {
+                field: "down_multiplier".into(),
+                expected: "a finite number",
+                found: self.down_multiplier.to_string(),
+            }),
+        }
+    }
+
     /// The pair operation between the projections.
     pub(crate) fn glu(&self) -> Glu {
         let glu = Glu::new(self.activation).with_gate_multiplier(self.gate_multiplier).with_up_offset(self.up_offset);

@@ -57,6 +57,7 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 impl Glu {
     /// Applies the operation; shapes, errors, accuracy and gradient as [`glu_mul`].
     pub fn mul(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        self.validate()?;
         check_pair(gate, up)?;
         if has_glu(gate.device(), gate.dtype()) { Ok(gate.apply_op2(up, *self)?) } else { Ok(self.compose(gate, up)?) }
     }

@@ -207,7 +207,7 @@ impl Packed {
         }
     }
 
-    /// The rows `ids` (n) u32 of a linear layer's weight, (n, k).
+    /// The rows `ids` (n), u32 on the CPU, of a linear layer's weight, (n, k).
     pub(crate) fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         let rows = self.rows_of(Part::Whole);
         let Store::Cpu(_) = &self.0.store else {
@@ -215,7 +215,7 @@ impl Packed {
         };
         let ids = ids.to_vec1::<u32>()?;
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= rows) {
-            return Err(Error::RowOutOfRange { row: id as usize, rows });
+            return Err(Error::RowOutOfRange { row: i64::from(id), rows });
         }
         Ok(self.select(Part::Whole, &mut ids.into_iter().map(|id| id as usize))?)
     }
