@@ -245,7 +245,7 @@ fn what_is_missing_is_named() -> Result<()> {
         ("qwen3_tied_bf16", "model.layers.1.self_attn.q_norm.weight", "q_norm.weight"),
         ("phi3_window_f32", "model.layers.0.self_attn.qkv_proj.weight", "qkv_proj.weight"),
         ("phi3_window_f32", "model.layers.1.mlp.gate_up_proj.weight", "gate_up_proj.weight"),
-        ("granite_bf16", "model.layers.1.self_attn.o_proj.bias", "self_attn.o_proj"),
+        ("granite_bf16", "model.layers.1.self_attn.o_proj.bias", "o_proj"),
         ("bias_f32", "model.embed_tokens.weight", "embed_tokens"),
         ("bias_f32", "model.norm.weight", "norm.weight"),
         ("bias_f32", "model.layers.0.input_layernorm.weight", "layers.0.input_layernorm.weight"),
