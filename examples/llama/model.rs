@@ -49,7 +49,7 @@ mod rows;
 #[path = "softmax.rs"]
 mod softmax;
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use candle_nn::{Init, Module, VarBuilder};
 use candle_swiglu::{Checkpoint, Linear, SwiGluFfn, linear_b};
 
@@ -84,10 +84,15 @@ impl Llama {
     ///
     /// # Errors
     /// A tensor that is missing or has another shape; no head, although the config does not tie it
-    /// to the embedding. Tensors that were not read are no error here: see [`check_all_read`].
+    /// to the embedding; a tensor that the model does not read, unless [`ignore_unread`] has marked
+    /// it.
     pub fn open(checkpoint: &Checkpoint, cfg: &LlamaConfig, dtype: DType, device: &Device) -> Result<Self> {
         let names = Names::find(checkpoint, cfg)?;
-        Self::with_names(checkpoint.var_builder(dtype, device), cfg, names)
+        // before the first byte is read
+        names.unknown(checkpoint, cfg).map_or(Ok(()), |unread| Err(Error::wrap(unread)))?;
+        let model = Self::with_names(checkpoint.var_builder(dtype, device), cfg, names)?;
+        check_all_read(checkpoint).map_err(Error::wrap)?;
+        Ok(model)
     }
 
     /// Loads the model from `vb`, which is at the root of the names (`model.embed_tokens`,

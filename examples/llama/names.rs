@@ -80,6 +80,11 @@ impl Names {
         Ok(Self { model, head, notes })
     }
 
+    /// The unread tensors that the model will not read either.
+    pub fn unknown(&self, checkpoint: &Checkpoint, cfg: &LlamaConfig) -> Option<Unread> {
+        unread(checkpoint, |name| !self.reads(cfg, name))
+    }
+
     /// The model reads a tensor of this name.
     fn reads(&self, cfg: &LlamaConfig, name: &str) -> bool {
         let head = |module: &str| name.strip_suffix(".weight") == Some(module);
@@ -166,9 +171,7 @@ pub struct Unread {
 /// # Errors
 /// Names the tensors that have not been read.
 pub fn check_all_read(checkpoint: &Checkpoint) -> std::result::Result<(), Unread> {
-    let mut names = checkpoint.unread();
-    names.retain(|name| !name.ends_with(INV_FREQ));
-    if names.is_empty() { Ok(()) } else { Err(Unread { names }) }
+    unread(checkpoint, |_| true).map_or(Ok(()), Err)
 }
 
 /// Marks the tensors that the model will not read as read, so that it loads in spite of them, and
@@ -177,11 +180,16 @@ pub fn check_all_read(checkpoint: &Checkpoint) -> std::result::Result<(), Unread
 /// # Errors
 /// As [`Names::find`].
 pub fn ignore_unread(checkpoint: &Checkpoint, cfg: &LlamaConfig) -> Result<Option<Unread>> {
-    let model = Names::find(checkpoint, cfg)?;
+    let unknown = Names::find(checkpoint, cfg)?.unknown(checkpoint, cfg);
+    unknown.iter().flat_map(|unknown| &unknown.names).for_each(|name| checkpoint.mark_read(name));
+    Ok(unknown)
+}
+
+/// The unread tensors of these names.
+fn unread(checkpoint: &Checkpoint, of: impl Fn(&str) -> bool) -> Option<Unread> {
     let mut names = checkpoint.unread();
-    names.retain(|name| !name.ends_with(INV_FREQ) && !model.reads(cfg, name));
-    names.iter().for_each(|name| checkpoint.mark_read(name));
-    Ok((!names.is_empty()).then_some(Unread { names }))
+    names.retain(|name| !name.ends_with(INV_FREQ) && of(name));
+    (!names.is_empty()).then_some(Unread { names })
 }
 
 /// Names in one line. Names that differ only by numbers count as one, and at most twelve are
