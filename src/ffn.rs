@@ -149,8 +149,9 @@ impl SwiGluFfn {
         builder.finish()
     }
 
-    /// The name of the kernel that will run: on the CPU an instruction set (one of [`crate::cpu_kernels`]; the environment
-    /// variable `CANDLE_SWIGLU_KERNEL` forces one), with `plain-` before it where only the gate is ours; on a GPU that has
+    /// The name of the kernel that will run: on the CPU the instruction set that is used for the dtype of the weights (one of
+    /// [`crate::cpu_kernels`]; the environment variable `CANDLE_SWIGLU_KERNEL` forces one, and `avx512bf16` and `neonbf16` use
+    /// `avx512` and `neon` for all dtypes but bf16), with `plain-` before it where only the gate is ours; on a GPU that has
     /// kernels of ours their name (`metal`, say), else `plain`.
     pub fn kernel(&self) -> &str {
         &self.kernel
@@ -346,7 +347,7 @@ impl<'a> Builder<'a> {
         };
         let kernel = match (&form, self.device.is_cpu()) {
             (Form::Packed(packed), _) => packed.kernel()?.to_string(),
-            (_, true) => format!("plain-{}", cpu::selected()?.name),
+            (_, true) => format!("plain-{}", cpu::selected()?.name_of(DType::F32)),
             (_, false) => "plain".to_string(),
         };
         let (dtype, device) = (self.dtype, self.device);

@@ -172,7 +172,7 @@ impl Packed {
     /// The name of the kernel that will run.
     pub(crate) fn kernel(&self) -> Result<&'static str> {
         match self.0.device {
-            Device::Cpu => Ok(cpu::selected()?.name),
+            Device::Cpu => Ok(cpu::selected()?.name_of(self.0.dtype)),
             _ => Ok(backend::kernel_name(&self.0.device)),
         }
     }

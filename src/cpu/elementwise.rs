@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, Layout};
 
-use super::threads::SendPtr;
+use super::threads::{self, SendPtr};
 use super::{Functions, Kernel, pages};
 use crate::activation::Glu;
 use crate::error::{Error, Result};
@@ -117,7 +117,7 @@ fn parallel(n: usize, f: impl Fn(Range<usize>) + Sync) {
     if n <= PARALLEL_FROM {
         return f(0..n);
     }
-    candle_core::utils::barrier_pool().execute_chunked(n.div_ceil(BLOCK), |blocks| {
+    threads::run_chunked(n.div_ceil(BLOCK), |blocks| {
         f(blocks.start * BLOCK..n.min(blocks.end * BLOCK));
     });
 }

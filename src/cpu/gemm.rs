@@ -58,8 +58,9 @@ pub(super) struct Gemm<T> {
     pub(super) micro_beside: Vec<(usize, Micro)>,
     /// The same for matrices of so many bytes at most.
     pub(super) beside_bytes: usize,
-    /// Where T is not what is multiplied: with many rows (more than MR, and `widen_from` at least) each block of k is widened
-    /// once, for these microkernels.
+    /// For many rows (more than MR, and `widen_from` at least): a function that rewrites one k-block, and the microkernels that read
+    /// the result. Where the kernel multiplies f32 it widens T; on ARM it reorders bf16 for `bfmmla` in the same buffer, whose
+    /// type then says f32 for bytes that are bf16.
     pub(super) widen: Option<(WidenSteps<T>, Vec<Micro>)>,
     pub(super) widen_from: usize,
     /// x (n) -> A (n), both contiguous.

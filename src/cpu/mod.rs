@@ -36,6 +36,7 @@ mod threads;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
+use candle_core::DType;
 use half::{bf16, f16};
 
 pub(crate) use elementwise::{backward, forward};
@@ -59,8 +60,10 @@ struct Functions<T: 'static> {
 
 /// One instruction set's functions.
 pub(crate) struct Kernel {
-    /// The instruction set's name.
+    /// The name by which the environment variable and [`cpu_kernels`] know it.
     pub(crate) name: &'static str,
+    /// The instruction set that everything but products in bf16 uses.
+    base_name: &'static str,
     f32: Functions<f32>,
     bf16: Functions<bf16>,
     f16: Functions<f16>,
@@ -69,6 +72,13 @@ pub(crate) struct Kernel {
     gemm_f16: Gemm<f16>,
     /// The sum of words mod 2³², as fast as this instruction set reads.
     sum_words: pack::SumWords,
+}
+
+impl Kernel {
+    /// The instruction set that products in this dtype use.
+    pub(crate) fn name_of(&self, dtype: DType) -> &'static str {
+        if dtype == DType::BF16 { self.name } else { self.base_name }
+    }
 }
 
 impl GemmElement for f32 {
@@ -273,6 +283,7 @@ macro_rules! instantiate {
                 let detected: bool = $detected;
                 detected.then(|| Kernel {
                     name: $name,
+                    base_name: $name,
                     f32: functions(),
                     bf16: functions(),
                     f16: functions(),

@@ -206,7 +206,7 @@ impl<T: Packable> Packed<T> {
     }
 
     pub(super) fn panel(&self, panel: usize) -> *const T {
-        debug_assert!(panel < self.panels);
+        assert!(panel < self.panels);
         // SAFETY: the buffer holds `panels` panels of this length.
         unsafe { self.buffer.as_ptr::<T>().add(panel * self.panel_len()) }
     }

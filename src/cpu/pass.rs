@@ -74,6 +74,7 @@ impl<T: GemmElement> Projection<T> {
     }
 
     fn tile(&self, panel: usize, rows: usize, sums: *const f32) -> Tile {
+        assert!(panel < self.weight.panels);
         let bias = match &self.bias {
             // SAFETY: the bias is as wide as all panels.
             Some(buffer) => unsafe { buffer.as_ptr::<f32>().add(panel * self.weight.nr()) },

@@ -1,7 +1,8 @@
 //! The small vector type that the CPU kernels are written over, and how each dtype enters and leaves it.
 //!
 //! Every operation is a correctly rounded IEEE one, so an algorithm gives the same bits on every instruction set; the tests
-//! assert it. A value of a type that implements [`Simd`] is the proof that the CPU has the instructions: it can be made only
+//! assert it. The exception is `mul_add`, the step of long sums, which rounds the product too where an instruction set has no
+//! fused multiply-add (scalar, simd128). A value of a type that implements [`Simd`] is the proof that the CPU has the instructions: it can be made only
 //! inside this folder's instruction-set files, after detection.
 
 use half::{bf16, f16};
@@ -37,8 +38,8 @@ pub(super) trait Simd: Copy {
     fn mul_add_lane<const LANE: usize>(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         self.mul_add(a, b, c)
     }
-    /// The same vector. With few registers the compiler computes it here, and loads nothing earlier that is wanted later: the
-    /// registers that it would wait in are those of sums.
+    /// Returns `a` unchanged. Acts as a scheduling fence: without it the compiler hoists loads, runs out of registers and spills
+    /// accumulators.
     #[inline(always)]
     fn in_turn(self, a: Self::F) -> Self::F {
         a

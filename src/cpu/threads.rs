@@ -1,6 +1,7 @@
 //! Work on candle's own threads: claimed in units, so that a slow thread does not hold up the others.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -16,16 +17,20 @@ pub(super) fn count() -> usize {
 ///
 /// From within candle's threads all calls run here. So they do when a panic elsewhere has left candle's pool unusable.
 pub(super) fn run(f: impl Fn(usize) + Sync) {
+    run_chunked(count(), |calls| calls.for_each(&f));
+}
+
+/// Calls `f` with ranges that partition 0..n, about one for each thread. This is the only use of candle's pool.
+pub(super) fn run_chunked(n: usize, f: impl Fn(Range<usize>) + Sync) {
     static UNUSABLE: AtomicBool = AtomicBool::new(false);
-    let all = || (0..count()).for_each(&f);
     if count() == 1 || UNUSABLE.load(Ordering::Relaxed) {
-        return all();
+        return f(0..n);
     }
     let started = AtomicBool::new(false);
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        barrier_pool().execute_chunked(count(), |calls| {
+        barrier_pool().execute_chunked(n, |range| {
             started.store(true, Ordering::Relaxed);
-            calls.for_each(&f);
+            f(range);
         });
     }));
     match outcome {
@@ -33,7 +38,7 @@ pub(super) fn run(f: impl Fn(usize) + Sync) {
         Err(payload) if started.load(Ordering::Relaxed) => resume_unwind(payload),
         Err(_) => {
             UNUSABLE.store(true, Ordering::Relaxed);
-            all()
+            f(0..n)
         }
     }
 }

@@ -15,7 +15,7 @@
 #pragma once
 #include "device.cuh"
 
-enum Activation { SILU = 0, SWISH = 1, SIGMOID = 2, RELU = 3, GELU = 4, GELU_TANH = 5, IDENTITY = 6 };
+enum Activation : int { SILU = 0, SWISH = 1, SIGMOID = 2, RELU = 3, GELU = 4, GELU_TANH = 5, IDENTITY = 6 };
 
 // By value to every kernel; 20 bytes. No limit: +∞.
 struct GluOp {
@@ -171,15 +171,23 @@ template <typename R, typename A, typename F> DEVICE void with_modifiers(const G
   else f(Modified<R, A>{act, R(op.gate_multiplier), R(op.limit), R(op.up_offset)});
 }
 
+// For a number that is no activation: NaN, not the result of another one.
+template <typename R> struct Unknown {
+  DEVICE R value(R, R) const { return R(NAN); }
+  DEVICE void gradients(R, R, R, R& dgate, R& dup) const { dgate = dup = R(NAN); }
+};
+
 // f(formula), where formula has the gate's `value` and `gradients` with everything but its parameters known at compile time.
 template <typename R, typename F> DEVICE void with_formula(const GluOp& op, F f) {
-  switch (op.activation) {
+  // Without a default the compiler names an activation that has no case (-Wswitch, an error in the emulators' builds).
+  switch (Activation(op.activation)) {
     case SILU: return with_modifiers<R>(op, Swish<R>{R(1)}, f);
     case SWISH: return with_modifiers<R>(op, Swish<R>{R(op.beta)}, f);
     case SIGMOID: return with_modifiers<R>(op, Logistic<R>{}, f);
     case RELU: return with_modifiers<R>(op, Relu<R>{}, f);
     case GELU: return with_modifiers<R>(op, Gelu<R>{}, f);
     case GELU_TANH: return with_modifiers<R>(op, GeluTanh<R>{}, f);
-    default: return with_modifiers<R>(op, Identity<R>{}, f);
+    case IDENTITY: return with_modifiers<R>(op, Identity<R>{}, f);
   }
+  f(Unknown<R>{});
 }

@@ -198,7 +198,10 @@ pub(super) unsafe fn launch(
         numAttrs: u32::from(early && kernel.waits),
     };
     // SAFETY: the configuration and its attribute outlive the call, the context is current; the rest is the caller's promise.
-    unsafe { sys::cuLaunchKernelEx(&config, kernel.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()) }.result().w()
+    unsafe { sys::cuLaunchKernelEx(&config, kernel.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()) }
+        .result()
+        .w()
+        .map_err(|error| error.context(format!("cannot launch the CUDA kernel {}", kernel.name)))
 }
 
 /// The stream records a CUDA graph. (An error says that another stream does, which the next launch will report.)

@@ -226,7 +226,7 @@ struct Projection<'a> {
 }
 
 impl Projection<'_> {
-    /// At most [`DECODE_ROWS`] rows of x (M,K) into y (M,N).
+    /// At most [`plan::decode_rows`] rows of x (M,K) into y (M,N).
     fn decode<T: Element>(&self, call: &Call<'_>, (x, y): (&Pointer<'_>, u64), m: usize, early: bool) -> Result<()> {
         let (n, k) = self.sizes;
         let aligned = k.is_multiple_of(8) && x.is_aligned() && self.weight.is_aligned();

@@ -98,6 +98,7 @@ pub(super) fn major(device: &CudaDevice) -> Option<i32> {
 
 /// A function of a module.
 pub(super) struct Kernel {
+    pub(super) name: Name,
     function: CudaFunction,
     /// Bytes of dynamic shared memory of a block.
     pub(super) shared: u32,
@@ -176,7 +177,7 @@ impl Kernels {
                 let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 function.set_attribute(attribute, shared as i32).w()?;
             }
-            self.kernels.insert(name, Kernel { function, shared, waits });
+            self.kernels.insert(name, Kernel { name, function, shared, waits });
         }
         Ok(())
     }

@@ -153,7 +153,8 @@ inline Slope activation(constant Glu& op, float g) {
         case RELU: return Slope{g <= 0.0f ? 0.0f : g, g <= 0.0f ? 0.0f : 1.0f};
         case GELU: return gelu(g);
         case GELU_TANH: return gelu_tanh(g);
-        default: return Slope{g, 1.0f};
+        case IDENTITY: return Slope{g, 1.0f};
+        default: return Slope{NAN, NAN}; // no activation has this number
     }
 }
 

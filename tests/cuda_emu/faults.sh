@@ -74,6 +74,8 @@ fault "activation: sigma of the wrong sign" glu activation.cuh 's/value = z <= R
 fault "activation: GELU coefficient off by 1e-5" glu activation.cuh 's/0.38713697f/0.38714697f/'
 fault "activation: tanh cubic off by 2e-6" glu activation.cuh 's/CUBIC = R\(0.044715\)/CUBIC = R(0.044717)/'
 fault "activation: square of a not corrected" glu activation.cuh 's/exp = fmaf\(e, -0.5f \* rest, e\);/exp = e;/'
+fault "activation: a case forgotten" glu activation.cuh 's/    case GELU_TANH: [^\n]*\n//'
+fault "activation: the last case forgotten" decode activation.cuh 's/    case IDENTITY: [^\n]*\n//'
 fault "prefill: out written before it is read (no wait)" prefill prefill_sm90.cu 's/    if \(leader\) tma_store_wait_read\(\);\n//'
 fault "prefill: out written before it is read (no barrier)" prefill prefill_sm90.cu 's/(tma_store_wait_read\(\);\n)    sync_threads\(1 \+ consumer, 128\);\n/$1/'
 fault "prefill: no proxy fence" prefill prefill_sm90.cu 's/    async_proxy_fence\(\);\n//'
