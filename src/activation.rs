@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// | `Sigmoid` | σ(g) | GLU | `sigmoid`, `glu` |
 /// | `Relu` | max(g, 0) | ReGLU | `relu`, `reglu` |
 /// | `Gelu` | g·Φ(g), exact through erf | GEGLU | `gelu`, `gelu_python`, `geglu` |
-/// | `GeluTanh` | g·σ(√(8/π)·(g + 0.044715·g³)) | GEGLU, tanh form | `gelu_pytorch_tanh`, `gelu_new`, `gelu_fast`, `gelu_tanh` |
+/// | `GeluTanh` | g·σ(√(8/π)·(g + 0.044715·g³)) | GEGLU, tanh form | `gelu_pytorch_tanh`, `gelu_python_tanh`, `gelu_new`, `gelu_fast`, `gelu_accurate`, `gelu_tanh` |
 /// | `Identity` | g | bilinear | `linear`, `identity`, `bilinear` |
 ///
 /// Source: N. Shazeer, "GLU Variants Improve Transformer", 2020, <https://arxiv.org/abs/2002.05202>.
@@ -28,6 +28,7 @@ use crate::error::{Error, Result};
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(try_from = "String", into = "String")]
+#[non_exhaustive]
 pub enum GluActivation {
     /// g·σ(g): SwiGLU.
     #[default]
@@ -99,14 +100,40 @@ impl Glu {
         Self { up_offset, ..self }
     }
 
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// A limit that is not a finite number above 0; another number that is not finite.
+    pub fn validate(&self) -> Result<()> {
+        if let Some(limit) = self.limit.filter(|limit| !(limit.is_finite() && *limit > 0.0)) {
+            return Err(Error::InvalidField {
+                field: "limit".into(),
+                expected: "a finite number above 0",
+                found: limit.to_string(),
+            });
+        }
+        if let GluActivation::Swish { beta } = self.activation {
+            finite("beta", beta)?;
+        }
+        finite("gate_multiplier", self.gate_multiplier)?;
+        finite("up_offset", self.up_offset)
+    }
+
     /// No modifier is set.
     pub(crate) fn is_plain(&self) -> bool {
         self.gate_multiplier == 1.0 && self.limit.is_none() && self.up_offset == 0.0
     }
 }
 
-const KNOWN: &str = "silu, swish, swish(β), quick_gelu, sigmoid, relu, gelu, gelu_python, gelu_new, gelu_fast, gelu_pytorch_tanh, \
-                     gelu_tanh, linear, identity, swiglu, glu, reglu, geglu, bilinear";
+pub(crate) fn finite(field: &str, number: f32) -> Result<()> {
+    match number.is_finite() {
+        true => Ok(()),
+        false => Err(Error::InvalidField { field: field.into(), expected: "a finite number", found: number.to_string() }),
+    }
+}
+
+const KNOWN: &str = "silu, swish, swish(β), quick_gelu, sigmoid, relu, gelu, gelu_python, gelu_new, gelu_fast, gelu_accurate, gelu_pytorch_tanh, \
+                     gelu_python_tanh, gelu_tanh, linear, identity, swiglu, glu, reglu, geglu, bilinear";
 
 impl FromStr for GluActivation {
     type Err = Error;
@@ -118,7 +145,9 @@ impl FromStr for GluActivation {
             "sigmoid" | "glu" => Self::Sigmoid,
             "relu" | "reglu" => Self::Relu,
             "gelu" | "gelu_python" | "geglu" => Self::Gelu,
-            "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_tanh" => Self::GeluTanh,
+            "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" | "gelu_tanh" => {
+                Self::GeluTanh
+            }
             "linear" | "identity" | "bilinear" => Self::Identity,
             other => match swish_beta(other) {
                 Some(beta) => Self::Swish { beta },
@@ -145,6 +174,30 @@ impl fmt::Display for GluActivation {
             Self::GeluTanh => f.write_str("gelu_pytorch_tanh"),
             Self::Identity => f.write_str("linear"),
         }
+    }
+}
+
+/// The same function. Candle's `Gelu` is the exact one, its `NewGelu` and `GeluPytorchTanh` are the tanh form.
+///
+/// # Errors
+/// An activation that no variant computes.
+impl TryFrom<candle_nn::Activation> for GluActivation {
+    type Error = Error;
+
+    fn try_from(activation: candle_nn::Activation) -> Result<Self> {
+        use candle_nn::Activation as A;
+        let reason = match activation {
+            A::Silu | A::Swish => return Ok(Self::Silu),
+            A::Sigmoid => return Ok(Self::Sigmoid),
+            A::Relu => return Ok(Self::Relu),
+            A::Gelu => return Ok(Self::Gelu),
+            A::NewGelu | A::GeluPytorchTanh => return Ok(Self::GeluTanh),
+            A::Swiglu => "candle_nn's Swiglu halves its input; the gate of SwiGLU is Silu",
+            A::Relu2 | A::Relu6 | A::HardSigmoid | A::Mish | A::HardSwish | A::Elu(_) | A::LeakyRelu(_) => {
+                "no GluActivation computes it"
+            }
+        };
+        Err(Error::Unsupported { field: "activation".into(), value: format!("{activation:?}"), reason })
     }
 }
 

@@ -55,8 +55,9 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 }
 
 impl Glu {
-    /// Applies the operation; shapes, errors, accuracy and gradient as [`glu_mul`].
+    /// Applies the operation; shapes, errors, accuracy and gradient as [`glu_mul`], and the errors of [`Self::validate`].
     pub fn mul(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        self.validate()?;
         check_pair(gate, up)?;
         if has_glu(gate.device(), gate.dtype()) { Ok(gate.apply_op2(up, *self)?) } else { Ok(self.compose(gate, up)?) }
     }
