@@ -100,35 +100,32 @@ impl Glu {
         Self { up_offset, ..self }
     }
 
-    /// Checks the numbers.
+    /// Checks the numbers, as every operation does that uses them.
     ///
     /// # Errors
-    /// A limit that is not a finite number above 0; another number that is not finite.
+    /// A limit that is not above 0, a multiplier, an offset or a β that is not finite; the error names the field.
     pub fn validate(&self) -> Result<()> {
-        if let Some(limit) = self.limit.filter(|limit| !(limit.is_finite() && *limit > 0.0)) {
-            return Err(Error::InvalidField {
-                field: "limit".into(),
-                expected: "a finite number above 0",
-                found: limit.to_string(),
-            });
+        let beta = match self.activation {
+            GluActivation::Swish { beta } => beta,
+            _ => 1.0,
+        };
+        let fields = [
+            ("limit", self.limit.unwrap_or(1.0), "a number above 0", self.limit.is_none_or(|limit| limit > 0.0)),
+            ("gate_multiplier", self.gate_multiplier, "a finite number", self.gate_multiplier.is_finite()),
+            ("up_offset", self.up_offset, "a finite number", self.up_offset.is_finite()),
+            ("beta", beta, "a finite number", beta.is_finite()),
+        ];
+        match fields.into_iter().find(|(.., valid)| !valid) {
+            None => Ok(()),
+            Some((field, found, expected, _)) => {
+                Err(Error::InvalidField { field: field.to_string(), expected, found: found.to_string() })
+            }
         }
-        if let GluActivation::Swish { beta } = self.activation {
-            finite("beta", beta)?;
-        }
-        finite("gate_multiplier", self.gate_multiplier)?;
-        finite("up_offset", self.up_offset)
     }
 
     /// No modifier is set.
     pub(crate) fn is_plain(&self) -> bool {
         self.gate_multiplier == 1.0 && self.limit.is_none() && self.up_offset == 0.0
-    }
-}
-
-pub(crate) fn finite(field: &str, number: f32) -> Result<()> {
-    match number.is_finite() {
-        true => Ok(()),
-        false => Err(Error::InvalidField { field: field.into(), expected: "a finite number", found: number.to_string() }),
     }
 }
 

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 
 use serde_json::Value;
 
-use crate::activation::{Glu, GluActivation, finite};
+use crate::activation::{Glu, GluActivation};
 use crate::error::{Error, Result};
 use crate::family::{Family, Names, PackedOrder};
 
@@ -193,13 +193,30 @@ impl FfnConfig {
         huggingface::read(json, Some(layer))
     }
 
-    /// Checks the numbers of the formula.
+    /// Checks the sizes and numbers, as every constructor of a block does.
     ///
     /// # Errors
-    /// A limit that is not a finite number above 0; another number that is not finite.
+    /// A size of zero or one that memory cannot address, a limit that is not a positive number, a multiplier or an offset that is
+    /// not finite; the error names the field.
     pub fn validate(&self) -> Result<()> {
+        for (name, size) in [("hidden_size", self.hidden_size), ("intermediate_size", self.intermediate_size)] {
+            if size == 0 {
+                return Err(Error::ZeroSize { name });
+            }
+        }
+        let (rows, columns) = (self.intermediate_size, self.hidden_size);
+        if rows.checked_mul(2).is_none() {
+            return Err(Error::TooLarge { name: "gate_up_proj", rows, columns });
+        }
         self.glu().validate()?;
-        finite("down_multiplier", self.down_multiplier)
+        match self.down_multiplier.is_finite() {
+            true => Ok(()),
+            false => Err(Error::InvalidField {
+                field: "down_multiplier".into(),
+                expected: "a finite number",
+                found: self.down_multiplier.to_string(),
+            }),
+        }
     }
 
     /// The pair operation between the projections.

@@ -265,9 +265,15 @@ pub enum Error {
     #[error("row {row}: expected one of the weight's {rows} rows")]
     RowOutOfRange {
         /// The row.
-        row: usize,
+        row: i64,
         /// How many there are.
         rows: usize,
+    },
+    /// Ids that choose rows have a dtype that candle does not index with.
+    #[error("ids: expected dtype u8, u32 or i64, found {}", found.as_str())]
+    IdsDType {
+        /// The dtype found.
+        found: DType,
     },
     /// The environment asks for a kernel that this machine does not have.
     #[error("{variable}: expected one of {}, found {found}", available.join(", "))]

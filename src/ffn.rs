@@ -8,7 +8,7 @@ use crate::config::FfnConfig;
 use crate::cpu::{self, Part};
 use crate::error::{Error, Result};
 use crate::family::PackedOrder;
-use crate::glu::{check_float, check_same};
+use crate::glu::{check_float, check_like, check_same};
 use crate::linear::{Linear, over_rows};
 use crate::packed::{Packed, Packer, Sizes, can_pack, has_kernels};
 use crate::weights::{GateUp, Piece, Weights, packed_bias};
@@ -17,6 +17,11 @@ use crate::weights::{GateUp, Piece, Weights, packed_bias};
 ///
 /// # Shapes
 /// x (…,H) of any rank ≥ 1 and any layout -> y (…,H) in x's dtype. gate_proj, up_proj (I,H), down_proj (H,I).
+///
+/// # dtypes
+/// The block computes in the dtype of its weights. x in a narrower float dtype is widened, and y rounded back. For x in a wider
+/// dtype (f32 on bf16 weights, as candle's T5 has it) the weights are converted in each call: exact, but slow; convert them once
+/// with [`SwiGluFfn::to_dtype`].
 ///
 /// # Kernels
 /// On the CPU, weights in f32, bf16 or f16 through which no gradient is tracked are packed once, each before the next is read,
@@ -55,8 +60,7 @@ use crate::weights::{GateUp, Piece, Weights, packed_bias};
 /// ```
 #[derive(Clone, Debug)]
 pub struct SwiGluFfn {
-    hidden_size: usize,
-    intermediate_size: usize,
+    cfg: FfnConfig,
     dtype: DType,
     device: Device,
     form: Form,
@@ -96,10 +100,13 @@ impl SwiGluFfn {
     /// # Errors
     /// A size of zero, a missing tensor, another shape, names that fit several families, a bias that the config does not ask for.
     pub fn new(cfg: &FfnConfig, vb: VarBuilder) -> Result<Self> {
-        check_sizes(cfg)?;
-        let mut builder = Builder::new(cfg, vb.dtype(), vb.device().clone());
-        Weights::load_each(cfg, &vb, |piece| builder.take(piece))?;
-        builder.finish()
+        cfg.validate()?;
+        let mut builder = None;
+        Weights::load_each(cfg, &vb, |piece| {
+            // The tensors decide about the dtype: those of a `VarMap` may have another one than the builder.
+            builder.get_or_insert_with(|| Builder::new(cfg, piece.weight())).take(piece)
+        })?;
+        builder.ok_or_else(|| message("a block needs gate, up and down weights, found none"))?.finish()
     }
 
     /// SwiGLU without biases from gate_proj (I,H), up_proj (I,H), down_proj (H,I).
@@ -121,8 +128,8 @@ impl SwiGluFfn {
         let Ok((intermediate_size, hidden_size)) = gate.dims2() else {
             return Err(Error::Rank { name: "gate_proj", expected: "rank 2 (I, H)", found: gate.dims().to_vec() });
         };
-        let gate_up = GateUp::Separate { gate_proj: gate, up_proj: up, gate_bias: None, up_bias: None };
-        let weights = Weights { gate_up, down_proj: down, down_bias: None };
+        let gate_up = GateUp::separate(gate, up, None, None);
+        let weights = Weights::new(gate_up, down, None);
         Self::from_weights(&FfnConfig::new(hidden_size, intermediate_size), weights)
     }
 
@@ -133,10 +140,9 @@ impl SwiGluFfn {
     /// # Errors
     /// As [`SwiGluFfn::from_tensors`], and biases where the config has none or none where it has them.
     pub fn from_weights(cfg: &FfnConfig, weights: Weights) -> Result<Self> {
-        check_sizes(cfg)?;
+        cfg.validate()?;
         check_weights(cfg, &weights)?;
-        let (dtype, device) = (weights.down_proj.dtype(), weights.down_proj.device().clone());
-        let mut builder = Builder::new(cfg, dtype, device);
+        let mut builder = Builder::new(cfg, &weights.down_proj);
         let pieces = weights.into_pieces();
         builder.may_pack &= pieces.iter().flat_map(Piece::tensors).all(can_pack);
         pieces.into_iter().try_for_each(|piece| builder.take(piece))?;
@@ -163,12 +169,86 @@ impl SwiGluFfn {
 
     /// H
     pub fn hidden_size(&self) -> usize {
-        self.hidden_size
+        self.cfg.hidden_size
     }
 
     /// I
     pub fn intermediate_size(&self) -> usize {
-        self.intermediate_size
+        self.cfg.intermediate_size
+    }
+
+    /// The sizes and the formula that the block was built with.
+    pub fn config(&self) -> &FfnConfig {
+        &self.cfg
+    }
+
+    /// The dtype of the weights.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The weights, as [`SwiGluFfn::from_weights`] takes them. A packed block unpacks them into new tensors, bit for bit as they
+    /// were loaded, gate and up apart; any other block gives the tensors that it uses (those of a `VarMap`, say).
+    ///
+    /// # Errors
+    /// None but candle's.
+    pub fn weights(&self) -> Result<Weights> {
+        let (gate_up, down) = match &self.form {
+            Form::Packed(packed) => return self.unpacked(packed),
+            Form::Plain { gate_up, down, .. } => (gate_up, down),
+        };
+        let gate_up = match &**gate_up {
+            Projections::Separate { gate, up } => GateUp::separate(gate.weight()?, up.weight()?, gate.bias()?, up.bias()?),
+            Projections::Packed { gate_up, order } => GateUp::packed(gate_up.weight()?, gate_up.bias()?, *order),
+        };
+        Ok(Weights::new(gate_up, down.weight()?, down.bias()?))
+    }
+
+    fn unpacked(&self, packed: &Packed) -> Result<Weights> {
+        let biases = self.cfg.biases;
+        // gate and up share one buffer of biases: where only one of them has a bias, the other's zeros are not given back.
+        let bias = |part, exists: bool| if exists { packed.bias(part) } else { Ok(None) };
+        let gate_up = GateUp::separate(
+            packed.weight(Part::Gate)?,
+            packed.weight(Part::Up)?,
+            bias(Part::Gate, biases.gate)?,
+            bias(Part::Up, biases.up)?,
+        );
+        Ok(Weights::new(gate_up, packed.weight(Part::Down)?, bias(Part::Down, biases.down)?))
+    }
+
+    /// The block with its weights as constants: one that was trained in a `VarMap` gets this device's kernels, and its weights no
+    /// gradient any more. Later steps of an optimizer do not change it. A packed block is cloned, which copies nothing.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_nn::{VarBuilder, VarMap};
+    /// use candle_swiglu::{FfnConfig, swiglu_ffn};
+    /// let vars = VarMap::new();
+    /// let trained = swiglu_ffn(&FfnConfig::new(8, 24), VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+    /// assert!(trained.kernel().starts_with("plain"));
+    /// assert!(!trained.freeze()?.kernel().starts_with("plain"));
+    /// # Ok::<(), candle_swiglu::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// None but candle's.
+    pub fn freeze(&self) -> Result<Self> {
+        match &self.form {
+            Form::Packed(_) => Ok(self.clone()),
+            Form::Plain { .. } => Self::from_weights(&self.cfg, self.weights()?.map(|tensor| Ok(tensor.detach()))?),
+        }
+    }
+
+    /// The block with its weights in another float dtype.
+    ///
+    /// # Errors
+    /// A dtype that is not a float.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        if dtype == self.dtype {
+            return Ok(self.clone());
+        }
+        Self::from_weights(&self.cfg, self.weights()?.map(|tensor| tensor.to_dtype(dtype))?)
     }
 
     /// x (M,H) -> y (M,H)
@@ -188,8 +268,9 @@ impl SwiGluFfn {
 impl Module for SwiGluFfn {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let _enter = self.span.enter();
-        let sizes = (self.hidden_size, self.hidden_size);
-        over_rows(x, sizes, self.dtype, &self.device, |rows| self.forward_rows(rows))
+        let sizes = (self.cfg.hidden_size, self.cfg.hidden_size);
+        let wide = |dtype| Ok(self.to_dtype(dtype)?);
+        over_rows(self, x, sizes, (self.dtype, &self.device), wide, Self::forward_rows)
     }
 }
 
@@ -198,21 +279,26 @@ struct Builder<'a> {
     cfg: &'a FfnConfig,
     dtype: DType,
     device: Device,
-    /// Nothing is packed otherwise.
+    /// Whether this device and dtype have kernels for packed weights.
     may_pack: bool,
-    /// Takes what can be packed; there from the first such piece on, whose shape has been found to be what the config says.
+    /// Collects weights that can be packed. Created with the first one, after its shape has been checked.
     packer: Option<Packer>,
     packed: Vec<Part>,
-    /// What cannot.
+    /// Weights that stay unpacked.
     pieces: Vec<Piece>,
 }
 
 impl<'a> Builder<'a> {
-    fn new(cfg: &'a FfnConfig, dtype: DType, device: Device) -> Self {
+    /// A block in the dtype and on the device of this weight, its first.
+    fn new(cfg: &'a FfnConfig, first: &Tensor) -> Self {
+        let (dtype, device) = (first.dtype(), first.device().clone());
         Self { cfg, dtype, may_pack: has_kernels(&device, dtype), device, packer: None, packed: vec![], pieces: vec![] }
     }
 
     fn take(&mut self, piece: Piece) -> Result<()> {
+        for (name, tensor) in piece.named() {
+            check_like(name, tensor, "the block's first weight", self.dtype, &self.device)?;
+        }
         let can_pack = self.may_pack && piece.tensors().all(can_pack);
         if can_pack && self.packer.is_none() {
             self.packer = Packer::new(self.sizes(), self.dtype, &self.device)?;
@@ -243,7 +329,6 @@ impl<'a> Builder<'a> {
 
     fn finish(mut self) -> Result<SwiGluFfn> {
         let cfg = self.cfg;
-        let (hidden_size, intermediate_size) = (cfg.hidden_size, cfg.intermediate_size);
         let packer = self.packer.take();
         let form = match packer {
             Some(packer) if self.pieces.is_empty() => Form::Packed(packer.finish()?),
@@ -266,7 +351,7 @@ impl<'a> Builder<'a> {
         };
         let (dtype, device) = (self.dtype, self.device);
         let span = tracing::span!(tracing::Level::TRACE, "swiglu-ffn");
-        Ok(SwiGluFfn { hidden_size, intermediate_size, dtype, device, form, kernel, span })
+        Ok(SwiGluFfn { cfg: cfg.clone(), dtype, device, form, kernel, span })
     }
 }
 
@@ -287,7 +372,7 @@ fn plain(pieces: Vec<Piece>) -> Result<(Projections, Linear)> {
         _ => None,
     };
     let all = projections.zip(down);
-    all.ok_or_else(|| Error::Candle(candle_core::Error::Msg("a block has gate, up and down".into())))
+    all.ok_or_else(|| message("a block needs gate, up and down weights, found others"))
 }
 
 impl Projections {
@@ -310,17 +395,8 @@ impl Projections {
     }
 }
 
-fn check_sizes(cfg: &FfnConfig) -> Result<()> {
-    for (name, size) in [("hidden_size", cfg.hidden_size), ("intermediate_size", cfg.intermediate_size)] {
-        if size == 0 {
-            return Err(Error::ZeroSize { name });
-        }
-    }
-    let (rows, columns) = (cfg.intermediate_size, cfg.hidden_size);
-    if rows.checked_mul(2).is_none() {
-        return Err(Error::TooLarge { name: "gate_up_proj", rows, columns });
-    }
-    Ok(())
+fn message(text: &str) -> Error {
+    Error::Candle(candle_core::Error::Msg(text.into()))
 }
 
 fn check_weights(cfg: &FfnConfig, weights: &Weights) -> Result<()> {

@@ -10,6 +10,7 @@ mod cpu;
 #[allow(unsafe_code)]
 mod cuda;
 mod device;
+mod embedding;
 mod error;
 mod family;
 mod ffn;
@@ -30,6 +31,7 @@ pub use cpu::cpu_kernels;
 #[cfg(feature = "cuda")]
 #[doc(hidden)]
 pub use cuda::{Prefill as CudaPrefill, force_prefill as force_cuda_prefill};
+pub use embedding::{Embedding, embedding};
 pub use error::{Error, Result};
 pub use family::{Family, Names, PackedOrder};
 pub use ffn::{SwiGluFfn, swiglu_ffn};

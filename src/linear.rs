@@ -12,7 +12,8 @@ use crate::weights::load_projection;
 /// A linear layer `y = x·Wᵀ + b` with W (out, in) and an optional b (out).
 ///
 /// # Shapes
-/// x (…, in) of any rank ≥ 1 and any layout -> y (…, out) in x's dtype.
+/// x (…, in) of any rank ≥ 1 and any layout -> y (…, out) in x's dtype. x in another float dtype than the weights is handled as in
+/// [`crate::SwiGluFfn`].
 ///
 /// # Weights
 /// On the CPU a weight in f32, bf16 or f16 through which no gradient is tracked is packed for the kernels of this crate: then
@@ -37,6 +38,7 @@ pub struct Linear {
     in_dim: usize,
     device: Device,
     form: Form,
+    span: tracing::Span,
 }
 
 /// A [`Linear`] whose `weight` (out_dim, in_dim) and `bias` (out_dim) are under `vb`'s prefix.
@@ -94,14 +96,15 @@ impl Linear {
             return Self::plain(weight, bias);
         };
         packer.set(Part::Whole, &weight, bias.as_ref())?;
-        Ok(Self { out_dim, in_dim, device, form: Form::Packed(packer.finish()?) })
+        Ok(Self { out_dim, in_dim, device, form: Form::Packed(packer.finish()?), span: span() })
     }
 
     /// Never packed.
     pub(crate) fn plain(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let (out_dim, in_dim) = check_tensors(&weight, bias.as_ref())?;
         let device = weight.device().clone();
-        Ok(Self { out_dim, in_dim, device, form: Form::Plain { weight: Weight::new(weight)?, bias } })
+        let form = Form::Plain { weight: Weight::new(weight)?, bias };
+        Ok(Self { out_dim, in_dim, device, form, span: span() })
     }
 
     /// W (out, in); unpacked into a new tensor if it is packed.
@@ -126,8 +129,32 @@ impl Linear {
         }
     }
 
-    /// Rows of W: ids (…) u32 -> (…, in). With the weight that a model ties to its embedding, this is the embedding, and the
-    /// model keeps one copy of it.
+    /// The layer with its weights as constants: one that was trained in a `VarMap` gets this device's kernels, and its weights no
+    /// gradient any more. A packed layer is cloned, which copies nothing.
+    ///
+    /// # Errors
+    /// None but candle's.
+    pub fn freeze(&self) -> Result<Self> {
+        match &self.form {
+            Form::Packed(_) => Ok(self.clone()),
+            Form::Plain { weight, bias } => Self::new(weight.0.detach(), bias.as_ref().map(Tensor::detach)),
+        }
+    }
+
+    /// The layer with its weights in another float dtype.
+    ///
+    /// # Errors
+    /// A dtype that is not a float.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        if dtype == self.dtype() {
+            return Ok(self.clone());
+        }
+        let bias = self.bias()?.map(|bias| bias.to_dtype(dtype)).transpose()?;
+        Self::new(self.weight()?.to_dtype(dtype)?, bias)
+    }
+
+    /// Rows of W: ids (…) in u8, u32 or i64 -> (…, in). With the weight that a model ties to its embedding, this is the
+    /// embedding, and the model keeps one copy of it ([`crate::Embedding`]).
     ///
     /// ```
     /// use candle_core::{Device, Tensor};
@@ -139,11 +166,11 @@ impl Linear {
     /// ```
     ///
     /// # Errors
-    /// An id that is not a row of W; ids that are not u32.
+    /// An id that is not a row of W; ids of another dtype.
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         let mut dims = ids.dims().to_vec();
         dims.push(self.in_dim);
-        let flat = ids.flatten_all()?;
+        let flat = check_ids(&ids.flatten_all()?, self.out_dim)?;
         let rows = match &self.form {
             Form::Plain { weight, .. } => weight.0.index_select(&flat, 0)?,
             Form::Packed(packed) => packed.embed(&flat)?,
@@ -170,6 +197,39 @@ impl Linear {
         }
     }
 
+    /// y = x·Wᵀ + b in f32: what [`Module::forward`] gives before its rounding to the dtype of W. For the logits of a head.
+    ///
+    /// # Shapes
+    /// x (…, in) -> y (…, out), f32.
+    ///
+    /// # Accuracy
+    /// On the CPU the f32 sums are not rounded. On a GPU they are rounded to the dtype of W first.
+    ///
+    /// # Errors
+    /// As [`Module::forward`]; weights in f64.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// let weight = Tensor::new(&[[1f32, 1.0]], &Device::Cpu)?.to_dtype(DType::BF16)?;
+    /// let head = candle_swiglu::Linear::new(weight, None)?;
+    /// let x = Tensor::new(&[[256f32, 1.0]], &Device::Cpu)?.to_dtype(DType::BF16)?;
+    /// assert_eq!(head.forward_f32(&x)?.to_vec2::<f32>()?, [[257.0]]); // bf16 has no 257
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_f32(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        if self.dtype() == DType::F64 {
+            let (name, location) = ("weight of an f32 output".to_string(), None);
+            return Err(Error::DTypeUnsupported { name, found: "f64".into(), location }.into());
+        }
+        let _enter = self.span.enter();
+        let x = x.to_dtype(self.dtype())?;
+        let y = rows(&x, (self.in_dim, self.out_dim), self.dtype(), &self.device, |rows| match &self.form {
+            Form::Packed(packed) => packed.forward_f32(rows),
+            Form::Plain { weight, bias } => weight.product_f32(rows, bias.as_ref()),
+        })?;
+        y.to_dtype(DType::F32) // an empty x gives an empty y in x's dtype
+    }
+
     pub(crate) fn dtype(&self) -> DType {
         match &self.form {
             Form::Packed(packed) => packed.dtype(),
@@ -180,9 +240,31 @@ impl Linear {
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let _enter = self.span.enter();
         let sizes = (self.in_dim, self.out_dim);
-        over_rows(x, sizes, self.dtype(), &self.device, |rows| self.project(rows))
+        over_rows(self, x, sizes, (self.dtype(), &self.device), |dtype| Ok(self.to_dtype(dtype)?), Self::project)
     }
+}
+
+fn span() -> tracing::Span {
+    tracing::span!(tracing::Level::TRACE, "linear")
+}
+
+/// ids (n) as they are on a GPU; on the CPU as u32, each of them one of `rows` rows.
+fn check_ids(ids: &Tensor, rows: usize) -> Result<Tensor> {
+    if !matches!(ids.dtype(), DType::U8 | DType::U32 | DType::I64) {
+        return Err(Error::IdsDType { found: ids.dtype() });
+    }
+    if !ids.device().is_cpu() {
+        return Ok(ids.clone());
+    }
+    let wide = ids.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+    let narrow = |row: i64| match u32::try_from(row) {
+        Ok(id) if (id as usize) < rows => Ok(id),
+        _ => Err(Error::RowOutOfRange { row, rows }),
+    };
+    let ids = wide.into_iter().map(narrow).collect::<Result<Vec<u32>>>()?;
+    Ok(Tensor::new(ids, &Device::Cpu)?)
 }
 
 /// (out, in), if the tensors fit.
@@ -229,6 +311,16 @@ impl Weight {
         }
         if is_matrix(&self.0) { x.matmul(&self.0.t()?) } else { x.matmul(&self.0.contiguous()?.t()?) }
     }
+
+    /// x (M,in) · W (out,in)ᵀ + b (out) -> (M,out) in f32. candle multiplies halves on the CPU in f32 too.
+    fn product_f32(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
+        let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
+        let y = match x.device().is_cpu() {
+            true => Self(wide(&self.0)?).product(&wide(x)?)?,
+            false => wide(&self.product(x)?)?,
+        };
+        bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(&wide(bias)?))
+    }
 }
 
 /// Row-major, possibly with a gap between the rows, or the transpose of that: what a GEMM takes.
@@ -237,8 +329,40 @@ fn is_matrix(weight: &Tensor) -> bool {
         if (columns == 1 && rows >= n) || (rows == 1 && columns >= m))
 }
 
+/// Applies a layer to x (…,in) of any float dtype -> y (…,out) in x's dtype, computed in the wider dtype of x and the weights.
+///
+/// `forward` takes rows (M,in) in the dtype of the layer; `convert` makes the layer in a wider dtype.
+pub(crate) fn over_rows<L>(
+    layer: &L,
+    x: &Tensor,
+    sizes: (usize, usize),
+    (dtype, device): (DType, &Device),
+    convert: impl FnOnce(DType) -> candle_core::Result<L>,
+    forward: impl FnOnce(&L, &Tensor) -> candle_core::Result<Tensor>,
+) -> candle_core::Result<Tensor> {
+    check_float("x", x)?;
+    let wide = wider(x.dtype(), dtype);
+    if x.dtype() == dtype {
+        rows(x, sizes, dtype, device, |x| forward(layer, x))
+    } else if wide == dtype {
+        rows(&x.to_dtype(wide)?, sizes, dtype, device, |x| forward(layer, x))?.to_dtype(x.dtype())
+    } else {
+        let layer = convert(wide)?;
+        rows(&x.to_dtype(wide)?, sizes, wide, device, |x| forward(&layer, x))?.to_dtype(x.dtype())
+    }
+}
+
+/// The dtype that holds every value of both: f32 for f16 and bf16.
+fn wider(a: DType, b: DType) -> DType {
+    match (a, b) {
+        _ if a == b => a,
+        (DType::F64, _) | (_, DType::F64) => DType::F64,
+        _ => DType::F32,
+    }
+}
+
 /// Flattens x (…,in) to (M,in), applies `f` -> (M,out), and gives it x's leading dimensions back.
-pub(crate) fn over_rows(
+fn rows(
     x: &Tensor,
     (in_dim, out_dim): (usize, usize),
     dtype: DType,

@@ -183,6 +183,15 @@ impl Packed {
         if x.track_op() { contiguous.apply_op1(self.clone()) } else { contiguous.apply_op1_no_bwd(self) }
     }
 
+    /// x (M, k) -> y (M, columns) in f32. On the CPU the sums are not rounded to the layer's dtype.
+    pub(crate) fn forward_f32(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        match (x.device().is_cpu(), x.track_op()) {
+            (true, true) => x.apply_op1(OutputF32(self.clone())),
+            (true, false) => x.apply_op1_no_bwd(&OutputF32(self.clone())),
+            (false, _) => self.forward(x)?.to_dtype(DType::F32),
+        }
+    }
+
     pub(crate) fn read(&self, streams: usize) -> u32 {
         match &self.0.store {
             Store::Cpu(layer) => layer.read(streams),
@@ -198,7 +207,7 @@ impl Packed {
         }
     }
 
-    /// The rows `ids` (n) u32 of a linear layer's weight, (n, k).
+    /// The rows `ids` (n), u32 on the CPU, of a linear layer's weight, (n, k).
     pub(crate) fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         let rows = self.rows_of(Part::Whole);
         let Store::Cpu(_) = &self.0.store else {
@@ -206,7 +215,7 @@ impl Packed {
         };
         let ids = ids.to_vec1::<u32>()?;
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= rows) {
-            return Err(Error::RowOutOfRange { row: id as usize, rows });
+            return Err(Error::RowOutOfRange { row: i64::from(id), rows });
         }
         Ok(self.select(Part::Whole, &mut ids.into_iter().map(|id| id as usize))?)
     }
@@ -324,5 +333,32 @@ impl CustomOp1 for Packed {
             }
         };
         Ok(Some(dx))
+    }
+}
+
+/// A linear layer on the CPU whose y is in f32.
+struct OutputF32(Packed);
+
+impl CustomOp1 for OutputF32 {
+    fn name(&self) -> &'static str {
+        "packed linear, f32 output"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let shape = (layout.dims()[0], self.0.rows_of(Part::Whole));
+        check_addressable("y", shape.0, shape.1)?;
+        let y = match &self.0.0.store {
+            Store::Cpu(layer) => layer.forward_f32(storage, layout)?,
+            Store::Linear(_) | Store::Block(_) => None,
+        };
+        match y {
+            Some(y) => Ok((y, Shape::from(shape))),
+            None => candle_core::bail!("only a linear layer on the CPU has an f32 output"),
+        }
+    }
+
+    /// dx = dy·W, with dy rounded to the dtype of W
+    fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.0.bwd(x, y, &dy.to_dtype(x.dtype())?)
     }
 }

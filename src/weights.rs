@@ -6,6 +6,7 @@ use candle_nn::{Init, VarBuilder, init};
 use crate::config::{Biases, FfnConfig};
 use crate::error::{Error, Result};
 use crate::family::{Family, Names, PackedOrder};
+use crate::glu::check_float;
 
 /// The family whose names stand under `vb`'s prefix; `Llama` where a `VarMap` is still to be filled.
 fn detect(vb: &VarBuilder) -> Result<Family> {
@@ -45,10 +46,12 @@ fn ambiguous(vb: &VarBuilder, families: &[Family]) -> Error {
     Error::AmbiguousNames { prefix: vb.prefix(), names, families }
 }
 
-/// The gate and up projections as they lie in memory, weights (out, in).
+/// The gate and up projections as they are stored, weights (out, in).
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum GateUp {
     /// Two tensors.
+    #[non_exhaustive]
     Separate {
         /// (I,H)
         gate_proj: Tensor,
@@ -60,6 +63,7 @@ pub enum GateUp {
         up_bias: Option<Tensor>,
     },
     /// One tensor with both, computed by one product; gate and up are views of it.
+    #[non_exhaustive]
     Packed {
         /// (2I,H)
         gate_up_proj: Tensor,
@@ -70,8 +74,21 @@ pub enum GateUp {
     },
 }
 
+impl GateUp {
+    /// gate_proj (I,H), up_proj (I,H), and their biases (I).
+    pub fn separate(gate_proj: Tensor, up_proj: Tensor, gate_bias: Option<Tensor>, up_bias: Option<Tensor>) -> Self {
+        Self::Separate { gate_proj, up_proj, gate_bias, up_bias }
+    }
+
+    /// gate_up_proj (2I,H) and its bias (2I), with rows in this order.
+    pub fn packed(gate_up_proj: Tensor, bias: Option<Tensor>, order: PackedOrder) -> Self {
+        Self::Packed { gate_up_proj, bias, order }
+    }
+}
+
 /// The weights of one block, for [`crate::SwiGluFfn::from_weights`].
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Weights {
     /// The gate and up projections.
     pub gate_up: GateUp,
@@ -79,6 +96,30 @@ pub struct Weights {
     pub down_proj: Tensor,
     /// (H)
     pub down_bias: Option<Tensor>,
+}
+
+impl Weights {
+    /// The gate and up projections, down_proj (H,I) and its bias (H).
+    pub fn new(gate_up: GateUp, down_proj: Tensor, down_bias: Option<Tensor>) -> Self {
+        Self { gate_up, down_proj, down_bias }
+    }
+
+    /// Every tensor through `f`.
+    pub(crate) fn map(&self, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Self> {
+        let optional = |bias: &Option<Tensor>| bias.as_ref().map(&f).transpose();
+        let gate_up = match &self.gate_up {
+            GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => GateUp::Separate {
+                gate_proj: f(gate_proj)?,
+                up_proj: f(up_proj)?,
+                gate_bias: optional(gate_bias)?,
+                up_bias: optional(up_bias)?,
+            },
+            GateUp::Packed { gate_up_proj, bias, order } => {
+                GateUp::Packed { gate_up_proj: f(gate_up_proj)?, bias: optional(bias)?, order: *order }
+            }
+        };
+        Ok(Self { gate_up, down_proj: f(&self.down_proj)?, down_bias: optional(&self.down_bias)? })
+    }
 }
 
 /// One projection's tensors, or both of gate and up.
@@ -90,11 +131,26 @@ pub(crate) enum Piece {
 }
 
 impl Piece {
-    /// The tensors.
+    /// The weight, and the bias if there is one.
     pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        let (Self::Gate(weight, bias) | Self::Up(weight, bias) | Self::GateUp(weight, bias, _) | Self::Down(weight, bias)) =
-            self;
-        std::iter::once(weight).chain(bias)
+        self.named().map(|(_, tensor)| tensor)
+    }
+
+    /// The same with their names.
+    pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let (names, weight, bias) = match self {
+            Self::Gate(weight, bias) => (["gate_proj", "gate_proj bias"], weight, bias),
+            Self::Up(weight, bias) => (["up_proj", "up_proj bias"], weight, bias),
+            Self::GateUp(weight, bias, _) => (["gate_up_proj", "gate_up_proj bias"], weight, bias),
+            Self::Down(weight, bias) => (["down_proj", "down_proj bias"], weight, bias),
+        };
+        names.into_iter().zip(std::iter::once(weight).chain(bias))
+    }
+
+    /// The weight.
+    pub(crate) fn weight(&self) -> &Tensor {
+        let (Self::Gate(weight, _) | Self::Up(weight, _) | Self::GateUp(weight, ..) | Self::Down(weight, _)) = self;
+        weight
     }
 }
 
@@ -245,21 +301,26 @@ pub(crate) fn load_projection(
     Ok((weight, bias))
 }
 
-/// One tensor, with candle's errors turned into this crate's.
-fn get(vb: &VarBuilder, shape: &[usize], name: &str, hint: Init) -> Result<Tensor> {
+/// One tensor of this shape, with candle's errors turned into this crate's.
+pub(crate) fn get(vb: &VarBuilder, shape: &[usize], name: &str, hint: Init) -> Result<Tensor> {
     use candle_core::Error as E;
-    vb.get_with_hints(shape, name, hint).map_err(|error| {
-        let full = format!("{}.{name}", vb.prefix());
-        match strip_backtrace(error) {
-            E::CannotFindTensor { .. } | E::SafeTensor(safetensors::SafeTensorError::TensorNotFound(_)) => {
-                Error::MissingTensor { prefix: vb.prefix(), tried: vec![name.to_string()], present: vec![], location: None }
-            }
-            E::UnexpectedShape { expected, got, .. } => {
-                Error::Shape { name: full, expected: expected.into_dims(), found: got.into_dims(), location: None }
-            }
-            other => Error::from(other),
+    let full = || format!("{}.{name}", vb.prefix()).trim_start_matches('.').to_string();
+    let tensor = vb.get_with_hints(shape, name, hint).map_err(|error| match strip_backtrace(error) {
+        E::CannotFindTensor { .. } | E::SafeTensor(safetensors::SafeTensorError::TensorNotFound(_)) => {
+            Error::MissingTensor { prefix: vb.prefix(), tried: vec![name.to_string()], present: vec![], location: None }
         }
-    })
+        E::UnexpectedShape { expected, got, .. } => {
+            Error::Shape { name: full(), expected: expected.into_dims(), found: got.into_dims(), location: None }
+        }
+        other => Error::from(other),
+    })?;
+    // Not every backend of a VarBuilder compares the shape with the one asked for.
+    if tensor.dims() != shape {
+        let (expected, found) = (shape.to_vec(), tensor.dims().to_vec());
+        return Err(Error::Shape { name: full(), expected, found, location: None });
+    }
+    check_float(&full(), &tensor)?;
+    Ok(tensor)
 }
 
 fn strip_backtrace(error: candle_core::Error) -> candle_core::Error {

@@ -264,20 +264,15 @@ fn packed_weights_get_the_same_gradients() -> Result<()> {
     let [gate_bias, up_bias, down_bias] = [var(&[9])?, var(&[9])?, var(&[6])?];
     let (x, dy) = (var(&[5, 6])?, var(&[5, 6])?.as_detached_tensor());
     let run = |gate_up: GateUp| -> Result<GradStore> {
-        let weights = Weights { gate_up, down_proj: down.as_tensor().clone(), down_bias: Some(down_bias.as_tensor().clone()) };
+        let weights = Weights::new(gate_up, down.as_tensor().clone(), Some(down_bias.as_tensor().clone()));
         Ok((SwiGluFfn::from_weights(&cfg, weights)?.forward(&x)? * &dy)?.sum_all()?.backward()?)
     };
     let own = |var: &Var| var.as_tensor().clone();
-    let separate = run(GateUp::Separate {
-        gate_proj: own(&gate),
-        up_proj: own(&up),
-        gate_bias: Some(own(&gate_bias)),
-        up_bias: Some(own(&up_bias)),
-    })?;
+    let separate = run(GateUp::separate(own(&gate), own(&up), Some(own(&gate_bias)), Some(own(&up_bias))))?;
     for order in [PackedOrder::GateFirst, PackedOrder::UpFirst, PackedOrder::Interleaved] {
         let pack = |gate: &Tensor, up: &Tensor| pack(gate, up, order);
         let packed = [Var::from_tensor(&pack(&gate, &up)?.detach())?, Var::from_tensor(&pack(&gate_bias, &up_bias)?.detach())?];
-        let store = run(GateUp::Packed { gate_up_proj: own(&packed[0]), bias: Some(own(&packed[1])), order })?;
+        let store = run(GateUp::packed(own(&packed[0]), Some(own(&packed[1])), order))?;
         for (var, [gate, up]) in packed.iter().zip([[&gate, &up], [&gate_bias, &up_bias]]) {
             let expected = pack(gradient(&separate, gate)?, gradient(&separate, up)?)?;
             assert_eq!(bits(gradient(&store, var)?)?, bits(&expected)?, "{order:?}");

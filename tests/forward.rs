@@ -127,8 +127,8 @@ fn twice(errors: Vec<f64>) -> Vec<f64> {
 
 fn integer_weights(numbers: &mut Numbers, dtype: DType) -> Result<Weights> {
     let mut t = |dims: &[usize]| integers(numbers, dims, dtype);
-    let gate_up = GateUp::Separate { gate_proj: t(&[I, H])?, up_proj: t(&[I, H])?, gate_bias: None, up_bias: None };
-    Ok(Weights { gate_up, down_proj: t(&[H, I])?, down_bias: None })
+    let gate_up = GateUp::separate(t(&[I, H])?, t(&[I, H])?, None, None);
+    Ok(Weights::new(gate_up, t(&[H, I])?, None))
 }
 
 /// Views (rows, columns) of a larger or differently arranged storage, the storage a variable or not.
@@ -164,8 +164,8 @@ fn weights_may_be_views() -> Result<()> {
             let cfg = FfnConfig::new(H, I).with_activation(GluActivation::Relu);
             let [of_views, of_copies] = [views, copies].map(|[gate_proj, up_proj, down_proj]| {
                 let linear = Linear::new(down_proj.clone(), None)?;
-                let gate_up = GateUp::Separate { gate_proj, up_proj, gate_bias: None, up_bias: None };
-                let weights = Weights { gate_up, down_proj, down_bias: None };
+                let gate_up = GateUp::separate(gate_proj, up_proj, None, None);
+                let weights = Weights::new(gate_up, down_proj, None);
                 anyhow::Ok((SwiGluFfn::from_weights(&cfg, weights)?, linear))
             });
             let ((ffn, linear), (ffn_of_copies, linear_of_copies)) = (of_views?, of_copies?);
@@ -191,17 +191,12 @@ fn packed_and_separate_projections_agree() -> Result<()> {
         let mut t = |dims: &[usize]| integers(&mut numbers, dims, dtype);
         let [gate, up, down] = [t(&[I, H])?, t(&[I, H])?, t(&[H, I])?];
         let [gate_bias, up_bias, down_bias] = [t(&[I])?, t(&[I])?, t(&[H])?];
-        let weights = |gate_up| Weights { gate_up, down_proj: down.clone(), down_bias: Some(down_bias.clone()) };
-        let separate = GateUp::Separate {
-            gate_proj: gate.clone(),
-            up_proj: up.clone(),
-            gate_bias: Some(gate_bias.clone()),
-            up_bias: Some(up_bias.clone()),
-        };
+        let weights = |gate_up| Weights::new(gate_up, down.clone(), Some(down_bias.clone()));
+        let separate = GateUp::separate(gate.clone(), up.clone(), Some(gate_bias.clone()), Some(up_bias.clone()));
         let separate = SwiGluFfn::from_weights(&cfg, weights(separate))?;
         for order in [PackedOrder::GateFirst, PackedOrder::UpFirst, PackedOrder::Interleaved] {
             let (gate_up_proj, bias) = (pack(&gate, &up, order)?, Some(pack(&gate_bias, &up_bias, order)?));
-            let packed = SwiGluFfn::from_weights(&cfg, weights(GateUp::Packed { gate_up_proj, bias, order }))?;
+            let packed = SwiGluFfn::from_weights(&cfg, weights(GateUp::packed(gate_up_proj, bias, order)))?;
             for m in [1, 2, 9] {
                 let x = t(&[m, H])?;
                 assert_eq!(bits(&packed.forward(&x)?)?, bits(&separate.forward(&x)?)?, "{dtype:?} {order:?} M = {m}");

@@ -118,8 +118,8 @@ fn vars<const N: usize>(golden: &Golden, names: [&str; N]) -> Result<[Var; N]> {
 }
 
 fn interleaved(gate_up_proj: Tensor, bias: Tensor, down_proj: Tensor, down_bias: Tensor) -> Weights {
-    let gate_up = GateUp::Packed { gate_up_proj, bias: Some(bias), order: PackedOrder::Interleaved };
-    Weights { gate_up, down_proj, down_bias: Some(down_bias) }
+    let gate_up = GateUp::packed(gate_up_proj, Some(bias), PackedOrder::Interleaved);
+    Weights::new(gate_up, down_proj, Some(down_bias))
 }
 
 /// A builder over a file that has `weights` under `prefix`, already at the prefix.

@@ -114,19 +114,14 @@ fn build(cfg: &FfnConfig, all: &std::collections::HashMap<String, Tensor>, input
     let weight = |name: &str| laid(&all[&format!("{name}.weight")], input.weights);
     let bias = |name: &str| all.get(&format!("{name}.bias")).cloned();
     let gate_up = match input.order {
-        None => GateUp::Separate {
-            gate_proj: weight("gate_proj")?,
-            up_proj: weight("up_proj")?,
-            gate_bias: bias("gate_proj"),
-            up_bias: bias("up_proj"),
-        },
+        None => GateUp::separate(weight("gate_proj")?, weight("up_proj")?, bias("gate_proj"), bias("up_proj")),
         Some(order) => {
             let both = pack(&all["gate_proj.weight"], &all["up_proj.weight"], order)?;
             let bias = bias("gate_proj").zip(bias("up_proj")).map(|(gate, up)| pack(&gate, &up, order)).transpose()?;
-            GateUp::Packed { gate_up_proj: laid(&both, input.weights)?, bias, order }
+            GateUp::packed(laid(&both, input.weights)?, bias, order)
         }
     };
-    Ok(SwiGluFfn::from_weights(cfg, Weights { gate_up, down_proj: weight("down_proj")?, down_bias: bias("down_proj") })?)
+    Ok(SwiGluFfn::from_weights(cfg, Weights::new(gate_up, weight("down_proj")?, bias("down_proj")))?)
 }
 
 proptest! {

@@ -41,8 +41,8 @@ impl Weights {
         let random = |rows: usize, k: usize| Tensor::randn(0f32, (k as f32).powf(-0.5), (rows, k), device)?.to_dtype(dtype);
         let set = |_| -> Result<Set> {
             let (gate_up, down) = (random(2 * i, h)?, random(h, i)?);
-            let packed = GateUp::Packed { gate_up_proj: gate_up.clone(), bias: None, order: PackedOrder::GateFirst };
-            let weights = BlockWeights { gate_up: packed, down_proj: down.clone(), down_bias: None };
+            let packed = GateUp::packed(gate_up.clone(), None, PackedOrder::GateFirst);
+            let weights = BlockWeights::new(packed, down.clone(), None);
             let ffn = SwiGluFfn::from_weights(&FfnConfig::new(h, i), weights)?;
             let linear = Linear::new(down.clone(), None)?;
             Ok(Set { gate_up, down, ffn, linear })

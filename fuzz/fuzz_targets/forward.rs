@@ -390,7 +390,7 @@ fn run(case: &Case) -> Result<()> {
         None => {
             let (gate, up) = (numbers.matrix((i, h), case.gate, dtype)?, numbers.matrix((i, h), case.up, dtype)?);
             let [gate_bias, up_bias, _] = biases.clone();
-            let gate_up = GateUp::Separate { gate_proj: gate.clone(), up_proj: up.clone(), gate_bias, up_bias };
+            let gate_up = GateUp::separate(gate.clone(), up.clone(), gate_bias, up_bias);
             (gate, up, biases, gate_up)
         }
         Some(order) => {
@@ -399,11 +399,11 @@ fn run(case: &Case) -> Result<()> {
             let (gate, up) = halves(&gate_up_proj, order)?;
             let halves = bias.as_ref().map(|bias| halves(bias, order)).transpose()?;
             let (gate_bias, up_bias) = halves.unzip();
-            (gate, up, [gate_bias, up_bias, biases[2].clone()], GateUp::Packed { gate_up_proj, bias, order })
+            (gate, up, [gate_bias, up_bias, biases[2].clone()], GateUp::packed(gate_up_proj, bias, order))
         }
     };
 
-    let weights = Weights { gate_up, down_proj: down.clone(), down_bias: down_bias.clone() };
+    let weights = Weights::new(gate_up, down.clone(), down_bias.clone());
     let ffn = SwiGluFfn::from_weights(&cfg, weights)?;
     let y = ffn.forward(&shaped)?;
     assert_eq!((y.dims(), y.dtype()), (shaped.dims(), dtype));

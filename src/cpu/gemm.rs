@@ -67,8 +67,13 @@ pub(super) struct Gemm<T> {
     /// Sums of a gate-up panel -> h: operation, sums, first element of h, stride of h.
     pub(super) glu_tile: unsafe fn(&Glu, Tile, *mut u8, usize),
     /// Sums of a panel times a factor -> y: sums, factor, first element of y, stride of y, columns.
-    pub(super) out_tile: unsafe fn(Tile, f32, *mut T, usize, usize),
+    pub(super) out_tile: OutTile<T>,
+    /// The same with y in f32.
+    pub(super) out_tile_f32: OutTile<f32>,
 }
+
+/// Writes y from the sums of a panel, see [`Gemm::out_tile`].
+pub(super) type OutTile<Y> = unsafe fn(Tile, f32, *mut Y, usize, usize);
 
 impl<T> Gemm<T> {
     /// How many panels of a matrix of so many bytes so many rows take at once.

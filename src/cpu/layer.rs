@@ -37,6 +37,10 @@ pub(crate) trait Layer: Send + Sync {
     fn read(&self, streams: usize) -> u32;
     /// x (M, k) of any layout -> y (M, columns)
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage>;
+    /// The same with y in f32, not rounded to the dtype of the weights; none if this layer has no such output.
+    fn forward_f32(&self, _: &CpuStorage, _: &Layout) -> Result<Option<CpuStorage>> {
+        Ok(None)
+    }
 }
 
 /// y = x·Wᵀ + b with W (columns, k); none if the kernels do not take `dtype`.
@@ -130,6 +134,10 @@ impl<T: GemmElement + WithDType> Layer for LinearLayer<T> {
 
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
         Ok(T::to_cpu_storage_owned(self.projection.forward(self.kernel, matrix(storage, layout)?)))
+    }
+
+    fn forward_f32(&self, storage: &CpuStorage, layout: &Layout) -> Result<Option<CpuStorage>> {
+        Ok(Some(CpuStorage::F32(self.projection.forward_f32(self.kernel, matrix(storage, layout)?))))
     }
 }
 

@@ -173,6 +173,7 @@ macro_rules! gemm_widen {
             convert: convert::<$t>,
             glu_tile: glu_tile::<$t, f32, $nv>,
             out_tile: out_tile::<$t, $nv>,
+            out_tile_f32: out_tile::<f32, $nv>,
         )
     };
 }
@@ -316,6 +317,7 @@ macro_rules! instantiate_bf16 {
                     convert: gemm::copy_bf16,
                     glu_tile: glu_tile::<bf16, bf16, $nv>,
                     out_tile: out_tile::<bf16, $nv>,
+                    out_tile_f32: out_tile::<f32, $nv>,
                 );
                 Some(Kernel { name: $name, gemm_bf16, ..base })
             }

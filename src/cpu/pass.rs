@@ -9,7 +9,7 @@
 
 use super::buffer::{Buffer, Scratch};
 use super::cut::Cut;
-use super::gemm::{BLOCK, Gemm, GemmElement, Rows, product, sweep_beside};
+use super::gemm::{BLOCK, Gemm, GemmElement, OutTile, Rows, product, sweep_beside};
 use super::glu::Tile;
 use super::pack::{Matrix, Packed, Place};
 use super::threads::{self, Phase, SendPtr};
@@ -84,8 +84,18 @@ impl<T: GemmElement> Projection<T> {
 
     /// x (M, k) -> y (M, columns)
     pub(super) fn forward(&self, kernel: &'static Kernel, x: Matrix<T>) -> Vec<T> {
-        let stage = Stage { projection: self, glu: None, factor: 1.0 };
-        forward(T::gemm(kernel), &[stage], x, self.columns)
+        let gemm = T::gemm(kernel);
+        forward(gemm, gemm.out_tile, &[self.stage()], x, self.columns)
+    }
+
+    /// x (M, k) -> y (M, columns) in f32: the sums, without a rounding to T.
+    pub(super) fn forward_f32(&self, kernel: &'static Kernel, x: Matrix<T>) -> Vec<f32> {
+        let gemm = T::gemm(kernel);
+        forward(gemm, gemm.out_tile_f32, &[self.stage()], x, self.columns)
+    }
+
+    fn stage(&self) -> Stage<'_, T> {
+        Stage { projection: self, glu: None, factor: 1.0 }
     }
 }
 
@@ -105,7 +115,8 @@ impl<T: GemmElement> Block<T> {
             Stage { projection: &self.gate_up, glu: Some(&self.glu), factor: 1.0 },
             Stage { projection: &self.down, glu: None, factor: self.down_multiplier },
         ];
-        forward(T::gemm(self.kernel), &stages, x, self.down.columns)
+        let gemm = T::gemm(self.kernel);
+        forward(gemm, gemm.out_tile, &stages, x, self.down.columns)
     }
 }
 
@@ -118,10 +129,16 @@ struct Stage<'a, T> {
     factor: f32,
 }
 
-/// x (M, k) through one or two stages -> y (M, columns)
-fn forward<T: GemmElement>(gemm: &Gemm<T>, stages: &[Stage<T>], x: Matrix<T>, columns: usize) -> Vec<T> {
+/// x (M, k) through one or two stages -> y (M, columns), written by `out_tile`
+fn forward<T: GemmElement, Y: Send>(
+    gemm: &Gemm<T>,
+    out_tile: OutTile<Y>,
+    stages: &[Stage<T>],
+    x: Matrix<T>,
+    columns: usize,
+) -> Vec<Y> {
     x.check();
-    let mut y: Vec<T> = Vec::with_capacity(x.rows * columns);
+    let mut y: Vec<Y> = Vec::with_capacity(x.rows * columns);
     pages::advise_huge(y.as_mut_ptr(), y.capacity());
     let out = SendPtr(y.as_mut_ptr());
     let mut start = 0;
@@ -130,7 +147,7 @@ fn forward<T: GemmElement>(gemm: &Gemm<T>, stages: &[Stage<T>], x: Matrix<T>, co
         let part = Matrix { data: &x.data[start * x.strides.0..], rows, ..x };
         // SAFETY: y has room for all rows, and the chunks of rows are disjoint.
         let out = SendPtr(unsafe { out.at(start * columns) });
-        Pass::new(gemm, stages, part, out, columns).run();
+        Pass::new(gemm, stages, part, Out { tile: out_tile, y: out, stride: columns }).run();
         start += rows;
     }
     // SAFETY: every chunk has written all its rows.
@@ -138,13 +155,19 @@ fn forward<T: GemmElement>(gemm: &Gemm<T>, stages: &[Stage<T>], x: Matrix<T>, co
     y
 }
 
+/// Where y goes, and what writes it.
+struct Out<Y> {
+    tile: OutTile<Y>,
+    y: SendPtr<Y>,
+    stride: usize,
+}
+
 /// One chunk of rows on its way through the stages.
-struct Pass<'a, T> {
+struct Pass<'a, T, Y> {
     gemm: &'a Gemm<T>,
     stages: &'a [Stage<'a, T>],
     x: Matrix<'a, T>,
-    y: SendPtr<T>,
-    y_stride: usize,
+    out: Out<Y>,
     threads: usize,
     /// The units of each stage.
     cuts: [Cut; 2],
@@ -155,8 +178,8 @@ struct Pass<'a, T> {
     thread_bytes: usize,
 }
 
-impl<'a, T: GemmElement> Pass<'a, T> {
-    fn new(gemm: &'a Gemm<T>, stages: &'a [Stage<'a, T>], x: Matrix<'a, T>, y: SendPtr<T>, y_stride: usize) -> Self {
+impl<'a, T: GemmElement, Y: Send> Pass<'a, T, Y> {
+    fn new(gemm: &'a Gemm<T>, stages: &'a [Stage<'a, T>], x: Matrix<'a, T>, out: Out<Y>) -> Self {
         let multiply_adds: usize = stages.iter().map(|s| s.projection.weight.len()).sum::<usize>() * x.rows;
         let threads = if multiply_adds < SERIAL { 1 } else { threads::count() };
         let a_bytes = if gemm.a_is_f32 { size_of::<f32>() } else { size_of::<T>() };
@@ -172,7 +195,7 @@ impl<'a, T: GemmElement> Pass<'a, T> {
         let widened = if gemm.widen.is_some() && x.rows >= gemm.widen_from { BLOCK } else { 0 };
         let thread_bytes = (sums + widened).next_multiple_of(64);
         let scratch = Scratch::borrow(offsets[2] + threads * thread_bytes);
-        Self { gemm, stages, x, y, y_stride, threads, cuts, scratch, offsets, a_strides, thread_bytes }
+        Self { gemm, stages, x, out, threads, cuts, scratch, offsets, a_strides, thread_bytes }
     }
 
     fn run(mut self) {
@@ -271,8 +294,8 @@ impl<'a, T: GemmElement> Pass<'a, T> {
                 }
                 None => {
                     let columns = self.gemm.nr.min(projection.columns - panel * self.gemm.nr);
-                    let y = self.y.at(start * self.y_stride + panel * self.gemm.nr);
-                    (self.gemm.out_tile)(tile, factor, y, self.y_stride, columns);
+                    let Out { tile: out_tile, ref y, stride } = self.out;
+                    out_tile(tile, factor, y.at(start * stride + panel * self.gemm.nr), stride, columns);
                 }
             }
         }

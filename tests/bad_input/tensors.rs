@@ -123,7 +123,7 @@ fn a_dtype_that_is_not_a_float() {
     assert_error!(Linear::new(int(&[I, H]), None), Error::DTypeUnsupported { .. }, ["weight", "U32"]);
     assert_error!(silu_mul(&int(&[3]), &int(&[3])), Error::DTypeUnsupported { .. }, ["gate", "U32"]);
     let x = load_file(&block()).unwrap().forward(&zeros(&[1, H], DType::U32));
-    assert_error!(x, Error::DTypeMismatch { .. }, ["x: expected dtype F32 as the weights, found U32"]);
+    assert_error!(x, Error::DTypeUnsupported { .. }, ["x: expected one of f16, bf16, f32, f64, found U32"]);
 }
 
 #[test]
@@ -140,8 +140,6 @@ fn mixed_dtypes() {
     assert_error!(linear, Error::DTypeMismatch { .. }, ["bias: expected dtype F32 as weight, found BF16"]);
     let pair = glu_mul(candle_swiglu::GluActivation::Relu, &zeros(&[3], f), &zeros(&[3], b));
     assert_error!(pair, Error::DTypeMismatch { .. }, ["up: expected dtype F32 as gate, found BF16"]);
-    let x = of([f; 3]).unwrap().forward(&zeros(&[2, H], b));
-    assert_error!(x, Error::DTypeMismatch { .. }, ["x: expected dtype F32 as the weights, found BF16"]);
 }
 
 #[test]
@@ -181,13 +179,13 @@ fn biases_against_the_config() {
     assert_error!(linear, Error::MissingTensor { .. }, ["up_proj", "bias"]);
 
     let given = |bias: Option<usize>| {
-        let gate_up = GateUp::Separate {
-            gate_proj: zeros(&[I, H], DType::F32),
-            up_proj: zeros(&[I, H], DType::F32),
-            gate_bias: None,
-            up_bias: bias.map(|n| zeros(&[n], DType::F32)),
-        };
-        Weights { gate_up, down_proj: zeros(&[H, I], DType::F32), down_bias: None }
+        let gate_up = GateUp::separate(
+            zeros(&[I, H], DType::F32),
+            zeros(&[I, H], DType::F32),
+            None,
+            bias.map(|n| zeros(&[n], DType::F32)),
+        );
+        Weights::new(gate_up, zeros(&[H, I], DType::F32), None)
     };
     assert_error!(SwiGluFfn::from_weights(&cfg, given(Some(I))), Error::UnexpectedBias { .. }, ["up_proj.bias"]);
     assert_error!(SwiGluFfn::from_weights(&biased, given(Some(I))), Error::MissingTensor { .. }, ["gate_proj.bias"]);

@@ -83,8 +83,8 @@ fn biases_of_every_family() {
     let cfg = FfnConfig::new(H, I).with_bias(true);
     let [gate, up, down] = [(I, 5), (I, 6), (H, 7)].map(|(n, seed)| integers(&[n], seed));
     let (gate_proj, up_proj, down_proj, without) = block();
-    let gate_up = GateUp::Separate { gate_proj, up_proj, gate_bias: Some(gate.clone()), up_bias: Some(up.clone()) };
-    let weights = Weights { gate_up, down_proj, down_bias: Some(down.clone()) };
+    let gate_up = GateUp::separate(gate_proj, up_proj, Some(gate.clone()), Some(up.clone()));
+    let weights = Weights::new(gate_up, down_proj, Some(down.clone()));
     let expected = output(&SwiGluFfn::from_weights(&cfg, weights).unwrap());
     assert_ne!(expected, output(&without));
     let biases = families("bias", [&gate, &up, &down]);

@@ -134,9 +134,9 @@ fn tiles_of_every_width() -> Result<()> {
         let mut numbers = Numbers::new(15);
         let mut t = |dims: &[usize]| anyhow::Ok(integers(&mut numbers, dims, dtype)?.to_device(&device)?);
         let (gate_proj, up_proj, down_proj, x) = (t(&[i, h])?, t(&[i, h])?, t(&[h, i])?, t(&[256, h])?);
-        let gate_up = GateUp::Separate { gate_proj, up_proj, gate_bias: None, up_bias: None };
+        let gate_up = GateUp::separate(gate_proj, up_proj, None, None);
         let cfg = FfnConfig::new(h, i).with_activation(GluActivation::Relu);
-        let ffn = SwiGluFfn::from_weights(&cfg, Weights { gate_up, down_proj, down_bias: None })?;
+        let ffn = SwiGluFfn::from_weights(&cfg, Weights::new(gate_up, down_proj, None))?;
         for m in [40, 128, 200, 256] {
             let x = x.narrow(0, 0, m)?;
             let [fused, cublas] =
@@ -203,8 +203,8 @@ fn weights_of_any_layout() -> Result<()> {
         let xs = [1, 9, 33].map(|m| t(&[m, h]));
         let cfg = FfnConfig::new(h, i).with_activation(GluActivation::Relu);
         let ffn = |[gate_proj, up_proj, down_proj]: [Tensor; 3]| {
-            let gate_up = GateUp::Separate { gate_proj, up_proj, gate_bias: None, up_bias: None };
-            SwiGluFfn::from_weights(&cfg, Weights { gate_up, down_proj, down_bias: None })
+            let gate_up = GateUp::separate(gate_proj, up_proj, None, None);
+            SwiGluFfn::from_weights(&cfg, Weights::new(gate_up, down_proj, None))
         };
         let to_cpu = |t: &Tensor| t.to_device(&Device::Cpu);
         let of_cpu = ffn([to_cpu(&gate)?, to_cpu(&up)?, to_cpu(&down)?])?;
@@ -282,10 +282,10 @@ fn chunks_of_rows_make_one_result() -> Result<()> {
     let mut numbers = Numbers::new(13);
     let mut t = |dims: &[usize]| anyhow::Ok(integers(&mut numbers, dims, DType::F32)?.to_device(&device)?);
     let (gate_proj, up_proj, down_proj, x) = (t(&[i, h])?, t(&[i, h])?, t(&[h, i])?, t(&[m, h])?);
-    let gate_up = GateUp::Separate { gate_proj, up_proj, gate_bias: None, up_bias: None };
+    let gate_up = GateUp::separate(gate_proj, up_proj, None, None);
     let cfg = FfnConfig::new(h, i).with_activation(GluActivation::Relu);
     // |gate|, |up| <= 32 and |y| <= 65,536·1,024·2 = 2^27, but of sums that cancel: exact in f32 as long as partial sums stay below 2^24.
-    let ffn = SwiGluFfn::from_weights(&cfg, Weights { gate_up, down_proj, down_bias: None })?;
+    let ffn = SwiGluFfn::from_weights(&cfg, Weights::new(gate_up, down_proj, None))?;
     let y = ffn.forward(&x)?;
     for start in [0, 500, 1000, 1090] {
         let rows = 10;
