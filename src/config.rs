@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::activation::{Glu, GluActivation};
 use crate::error::{Error, Result};
 use crate::family::{Family, Names, PackedOrder};
+use huggingface::Part;
 
 /// The sizes and the formula of one block:
 ///
@@ -165,8 +166,8 @@ impl FfnConfig {
     /// | limit, c | `swiglu_limit` and `swiglu_alpha` of the model types that have them |
     /// | names | the model type, where the names alone do not tell the layout |
     ///
-    /// Where a model type has several gated blocks, this is its dense one; the experts of HunYuan-V4 (`hy_v4`) also have the
-    /// limit. Other fields do not concern the block and are left alone.
+    /// Where a model type has several gated blocks, this is its dense one; [`Self::from_json_expert`] reads an expert. Other
+    /// fields do not concern the block and are left alone.
     ///
     /// # Errors
     /// A missing size; a field of the wrong type; an unknown activation; two fields that name different activations; a list
@@ -174,7 +175,7 @@ impl FfnConfig {
     /// the formula in a way this crate does not compute (quantized weights, activation sparsity, a limit behind the
     /// activation, a norm between the projections, no gate at all).
     pub fn from_json(json: &Value) -> Result<Self> {
-        huggingface::read(json, None)
+        huggingface::read(json, None, Part::Dense)
     }
 
     /// The block of layer `layer`, counted from 0: [`Self::from_json`] for configs with one value per layer.
@@ -190,7 +191,26 @@ impl FfnConfig {
     /// # Errors
     /// As [`Self::from_json`]; a list without an entry for the layer.
     pub fn from_json_layer(json: &Value, layer: usize) -> Result<Self> {
-        huggingface::read(json, Some(layer))
+        huggingface::read(json, Some(layer), Part::Dense)
+    }
+
+    /// One expert of a mixture: [`Self::from_json`] with I from `moe_intermediate_size` or `expert_ffn_hidden_size` where there
+    /// is one, and the limit of model types that limit their experts alone (HunYuan-V4). A shared expert may have another
+    /// width: set `intermediate_size` where the model does.
+    ///
+    /// ```
+    /// use candle_swiglu::FfnConfig;
+    /// let json = serde_json::json!({"model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 176,
+    ///     "moe_intermediate_size": 32});
+    /// assert_eq!(FfnConfig::from_json_expert(&json)?, FfnConfig::new(64, 32));
+    /// assert_eq!(FfnConfig::from_json(&json)?, FfnConfig::new(64, 176));
+    /// # Ok::<(), candle_swiglu::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Self::from_json`].
+    pub fn from_json_expert(json: &Value) -> Result<Self> {
+        huggingface::read(json, None, Part::Expert)
     }
 
     /// Checks the sizes and numbers, as every constructor of a block does.

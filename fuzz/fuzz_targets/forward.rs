@@ -278,6 +278,7 @@ fn act(activation: GluActivation, g: f64) -> (f64, f64) {
             (times_sigmoid((8.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g * g * g)), units)
         }
         GluActivation::Identity => (g, 1.0),
+        other => unimplemented!("no bound is known for {other}"),
     }
 }
 

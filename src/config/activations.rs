@@ -119,7 +119,9 @@ pub(super) fn read(json: &Value, model: &str) -> Result<GluActivation> {
 /// Every other field that holds an activation names the same one.
 fn agree(json: &Value, model: &str, read: &str, activation: GluActivation) -> Result<()> {
     let reason = "it names another activation than the field that this model type reads";
-    for name in FIELDS.into_iter().filter(|name| *name != read) {
+    // The convolutions in front of Voxtral's audio layers have an activation of their own.
+    let elsewhere = |name| model == "voxtral_realtime_encoder" && name == "activation_function";
+    for name in FIELDS.into_iter().filter(|&name| name != read && !elsewhere(name)) {
         if let Some(value) = text(json, name)?.map(Value::from)
             && named(json, name, model).ok().flatten() != Some(activation)
         {

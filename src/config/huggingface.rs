@@ -14,18 +14,26 @@ pub(super) const DINOV2: [&str; 8] =
 
 const INTERMEDIATE: [&str; 5] = ["intermediate_size", "d_ff", "ffn_hidden_size", "hidden_dim", "n_inner"];
 
+/// Which of a model's gated blocks is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    Dense,
+    Expert,
+}
+
 /// The model's own part of a config.
 struct Config<'a> {
     json: &'a Value,
     /// The model type without `_text`.
     model: &'a str,
     layer: Option<usize>,
+    part: Part,
 }
 
-pub(super) fn read(whole: &Value, layer: Option<usize>) -> Result<FfnConfig> {
+pub(super) fn read(whole: &Value, layer: Option<usize>, part: Part) -> Result<FfnConfig> {
     let json = nested(whole).unwrap_or(whole);
     let outer = text(whole, "model_type")?.unwrap_or_default();
-    let config = Config { json, model: stem(text(json, "model_type")?.unwrap_or(outer)), layer };
+    let config = Config { json, model: stem(text(json, "model_type")?.unwrap_or(outer)), layer, part };
     refuse_quantized(whole)?;
     config.refuse()?;
     let hidden_size = required(json, &["hidden_size", "d_model", "dim", "n_embd", "model_dim"], "hidden_size")?;
@@ -99,7 +107,7 @@ impl Config<'_> {
     fn refuse_model(&self) -> Result<()> {
         let reason = match self.model {
             "bitnet" => "ffn_sub_norm normalises the product before down_proj",
-            "inkling" => "a learned global_scale multiplies the output",
+            "inkling" if self.part == Part::Dense => "a learned global_scale multiplies the output",
             "zamba2" => "low-rank adapters add to gate_proj and up_proj",
             "phi4_multimodal_audio" => "the block has a LayerNorm inside",
             _ => return Ok(()),
@@ -154,7 +162,12 @@ impl Config<'_> {
     fn intermediate_size(&self, hidden_size: usize) -> Result<usize> {
         let json = self.json;
         let one = |name: &'static str| size_at(json, &[name], self.layer)?.ok_or(Error::MissingField { field: name });
+        let expert = ["moe_intermediate_size", "expert_ffn_hidden_size"];
+        if let (Part::Expert, Some(size)) = (self.part, size_at(json, &expert, self.layer)?) {
+            return Ok(size);
+        }
         match self.model {
+            "llama4" | "minimax_m3_vl" if self.part == Part::Expert => one("intermediate_size"),
             "deepseek_v4" if field(json, "moe_intermediate_size").is_some() => one("moe_intermediate_size"),
             "granitemoeshared" | "granitemoehybrid" | "granitemoe_swa" => one("shared_intermediate_size"),
             "minimax_m3_vl" => one("dense_intermediate_size"),
@@ -273,7 +286,8 @@ impl Config<'_> {
             "deepseek_v4" | "glm5_next" | "glm5_next_vision" => {
                 cfg.with_limit(positive_number(self.json, "swiglu_limit", 10.0)?)
             }
-            _ => cfg, // HunYuan-V4 limits its experts alone
+            "hy_v4" if self.part == Part::Expert => cfg.with_limit(positive_number(self.json, "swiglu_limit", 10.0)?),
+            _ => cfg,
         };
         if let Some(value) = field(self.json, "mlp_multipliers") {
             cfg = match value.as_array().map(Vec::as_slice) {
@@ -289,7 +303,7 @@ impl Config<'_> {
         match self.model {
             "gpt_oss" => cfg.with_family(Family::Interleaved),
             "qwen" => cfg.with_family(Family::Qwen1),
-            "lfm2" | "lfm2_moe" | "lfm3" | "lfm3_vl_vision" => cfg.with_family(Family::Meta),
+            "lfm2" | "lfm2_moe" | "lfm3" | "lfm3_vl_vision" if self.part == Part::Dense => cfg.with_family(Family::Meta),
             "moonshine" | "moonshine_streaming" => cfg.with_family(Family::FlashAttn),
             "moshi" | "moshi_depth" | "kyutai_speech_to" => cfg.with_packed_names("fc1", "fc2", PackedOrder::GateFirst),
             _ => cfg,
