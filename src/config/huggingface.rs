@@ -95,17 +95,19 @@ impl Config<'_> {
             self.refuse_layers(name, "a list of numbers", after)?;
         }
         self.refuse_sparsity()?;
-        match field(self.json, "use_clipped_linears") {
-            Some(value) if *value != Value::Bool(false) => {
-                Err(unsupported("use_clipped_linears", value, "the projections would be clipped"))
+        for (name, value) in self.json.as_object().into_iter().flatten() {
+            let off = value.is_null() || *value == Value::Bool(false) || value.as_f64() == Some(0.0);
+            if is_modifier(name) && !off {
+                return Err(unsupported(name, value, "it seems to change the formula, and this crate does not know how"));
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     /// Blocks with a part between or beside the projections that the formula has not.
     fn refuse_model(&self) -> Result<()> {
         let reason = match self.model {
+            "inkling2" => "the gate and up are softly capped",
             "bitnet" => "ffn_sub_norm normalises the product before down_proj",
             "inkling" if self.part == Part::Dense => "a learned global_scale multiplies the output",
             "zamba2" => "low-rank adapters add to gate_proj and up_proj",
@@ -309,6 +311,23 @@ impl Config<'_> {
             _ => cfg,
         }
     }
+}
+
+/// Names of fields that bound, scale or normalise something inside a feed-forward block, but for those read above.
+fn is_modifier(name: &str) -> bool {
+    const READ: [&str; 7] = [
+        "swiglu_limit",
+        "swiglu_alpha",
+        "swiglu_limits",
+        "swiglu_limits_shared",
+        "mlp_multipliers",
+        "ffn_multipliers",
+        "ffn_dim_multiplier",
+    ];
+    const INSIDE: [&str; 9] = ["softcap", "clip", "clamp", "limit", "scale", "multiplier", "sub_norm", "layernorm", "sparsity"];
+    let block = ["mlp_", "ffn_", "glu_"].iter().any(|prefix| name.starts_with(prefix));
+    let modifies = name.starts_with("swiglu_") || (block && INSIDE.iter().any(|part| name.contains(part)));
+    (modifies || name == "use_clipped_linears") && !READ.contains(&name)
 }
 
 fn half(name: &'static str, json: &Value, both: usize) -> Result<usize> {
