@@ -3,6 +3,7 @@
 mod activations;
 mod huggingface;
 mod json;
+mod sizes;
 
 use std::borrow::Cow;
 

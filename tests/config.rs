@@ -184,6 +184,17 @@ fn deserialize_reads_what_from_json_reads() {
         serde_json::from_value(json!({"vocab_size": 256, "hidden_size": 8, "intermediate_size": 24, "hidden_act": "relu"}))
             .unwrap();
     assert_eq!((model.vocab_size, model.ffn), (256, FfnConfig::new(8, 24).with_activation(GluActivation::Relu)));
+    // What the struct takes for itself, serde does not hand on: read the block from the same value.
+    #[derive(Debug, Deserialize)]
+    struct Taken {
+        hidden_size: usize,
+        #[serde(flatten)]
+        _ffn: FfnConfig,
+    }
+    let json = json!({"hidden_size": 8, "intermediate_size": 24});
+    let error = Taken::deserialize(&json).map(|model| model.hidden_size).unwrap_err();
+    assert_eq!(error.to_string(), "config: missing field hidden_size");
+    assert_eq!(FfnConfig::from_json(&json).unwrap(), FfnConfig::new(8, 24));
     let error = serde_json::from_value::<FfnConfig>(json!({"hidden_size": 8})).unwrap_err();
     assert_eq!(error.to_string(), "config: missing field intermediate_size");
 }

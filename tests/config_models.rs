@@ -238,6 +238,26 @@ fn sizes_that_a_model_type_computes() {
 }
 
 #[test]
+fn openelm_and_nemotron_nas() {
+    // OpenELM 270M: 0.5·1280 = 640 rounds half up to 768, 0.73·1280 = 934.4 to 1024; without 0.9 of it, one step more
+    let openelm = json!({"model_type": "openelm", "model_dim": 1280, "ffn_multipliers": [0.5, 0.73, 4.0, 0.22],
+                         "ffn_dim_divisor": 256, "ffn_with_glu": true, "activation_fn_name": "swish"});
+    let cfg = |layer| FfnConfig::from_json_layer(&openelm, layer).unwrap();
+    assert_eq!(cfg(0), FfnConfig::new(1280, 768).with_family(Family::OpenElm));
+    assert_eq!([1, 2, 3].map(|layer| cfg(layer).intermediate_size), [1024, 5120, 256]);
+    assert_eq!(refused(FfnConfig::from_json(&openelm)), "ffn_multipliers");
+
+    let nas = json!({"model_type": "nemotron-nas", "hidden_size": 8192, "hidden_act": "silu", "intermediate_size": null,
+                     "block_configs": [{"ffn": {"ffn_mult": 5.25, "no_op": false}}, {"ffn": {"ffn_mult": 1.3125}},
+                                       {"ffn": {"ffn_mult": null, "no_op": true}}]});
+    let cfg = |layer| FfnConfig::from_json_layer(&nas, layer);
+    assert_eq!(cfg(0).unwrap(), FfnConfig::new(8192, 28672));
+    assert_eq!(cfg(1).unwrap(), FfnConfig::new(8192, 7168));
+    assert_eq!(refused(cfg(2)), "block_configs");
+    assert_eq!(refused(FfnConfig::from_json(&nas)), "block_configs");
+}
+
+#[test]
 fn an_expert() {
     let expert = |fields| FfnConfig::from_json_expert(&config(fields)).unwrap();
     let small = FfnConfig::new(32, 16);

@@ -2,17 +2,16 @@
 
 use serde_json::Value;
 
-use super::json::{entry, field, flag, invalid, number, positive_number, required, size, size_at, text, unsupported};
+use super::json::{entry, field, flag, invalid, number, positive_number, required, size, text, unsupported};
+use super::sizes::INTERMEDIATE;
 use super::{Biases, FfnConfig, activations};
 use crate::activation::GluActivation;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::family::{Family, PackedOrder};
 
 /// DINOv2 and what is built on it: I follows from `mlp_ratio`, and `use_swiglu_ffn` decides whether there is a gate.
 pub(super) const DINOV2: [&str; 8] =
     ["dinov2", "dinov2_with_registers", "eomt", "radio", "rf_detr_dinov2", "tipsv2", "tipsv2_vision_model", "videomt"];
-
-const INTERMEDIATE: [&str; 5] = ["intermediate_size", "d_ff", "ffn_hidden_size", "hidden_dim", "n_inner"];
 
 /// Which of a model's gated blocks is read.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -22,12 +21,12 @@ pub(super) enum Part {
 }
 
 /// The model's own part of a config.
-struct Config<'a> {
-    json: &'a Value,
+pub(super) struct Config<'a> {
+    pub(super) json: &'a Value,
     /// The model type without `_text`.
-    model: &'a str,
-    layer: Option<usize>,
-    part: Part,
+    pub(super) model: &'a str,
+    pub(super) layer: Option<usize>,
+    pub(super) part: Part,
 }
 
 pub(super) fn read(whole: &Value, layer: Option<usize>, part: Part) -> Result<FfnConfig> {
@@ -161,71 +160,6 @@ impl Config<'_> {
         if off { Ok(()) } else { Err(unsupported(name, value, reason)) }
     }
 
-    fn intermediate_size(&self, hidden_size: usize) -> Result<usize> {
-        let json = self.json;
-        let one = |name: &'static str| size_at(json, &[name], self.layer)?.ok_or(Error::MissingField { field: name });
-        let expert = ["moe_intermediate_size", "expert_ffn_hidden_size"];
-        if let (Part::Expert, Some(size)) = (self.part, size_at(json, &expert, self.layer)?) {
-            return Ok(size);
-        }
-        match self.model {
-            "llama4" | "minimax_m3_vl" if self.part == Part::Expert => one("intermediate_size"),
-            "deepseek_v4" if field(json, "moe_intermediate_size").is_some() => one("moe_intermediate_size"),
-            "granitemoeshared" | "granitemoehybrid" | "granitemoe_swa" => one("shared_intermediate_size"),
-            "minimax_m3_vl" => one("dense_intermediate_size"),
-            "glm4v_vision" | "glm4v_moe_vision" => one("out_hidden_size"),
-            "llama4" if field(json, "intermediate_size_mlp").is_some() && self.is_dense_llama4()? => {
-                one("intermediate_size_mlp")
-            }
-            "moshi" | "moshi_depth" | "kyutai_speech_to" => half("ffn_dim", json, one("ffn_dim")?),
-            "recurrent_gemma" => Ok(one("intermediate_size")? / 2),
-            "deimv2" => Ok(one("decoder_ffn_dim")? / 2),
-            "lfm2" => lfm2(json),
-            "gemma4" | "gemma4_unified" => Ok(one("intermediate_size")? * self.gemma4_width()?),
-            model if DINOV2.contains(&model) => dinov2(json, hidden_size),
-            _ => self.usual_intermediate_size(),
-        }
-    }
-
-    fn usual_intermediate_size(&self) -> Result<usize> {
-        const FIELD: &str = "intermediate_size";
-        if let Some(size) = size_at(self.json, &INTERMEDIATE, self.layer)? {
-            // Qwen-1's intermediate_size counts both halves.
-            return if self.model == "qwen" { half(FIELD, self.json, size) } else { Ok(size) };
-        }
-        match (size(self.json, &["dim"])?, size(self.json, &["multiple_of"])?) {
-            (Some(dim), Some(multiple_of)) => meta(self.json, dim, multiple_of),
-            _ => Err(Error::MissingField { field: FIELD }),
-        }
-    }
-
-    /// Llama 4 has dense layers of `intermediate_size_mlp` among those with experts of `intermediate_size`.
-    fn is_dense_llama4(&self) -> Result<bool> {
-        let step = size(self.json, &["interleave_moe_layer_step"])?.unwrap_or(1);
-        let listed = field(self.json, "moe_layers").and_then(Value::as_array);
-        Ok(match (self.layer, listed) {
-            (Some(layer), Some(moe)) => !moe.iter().any(|entry| entry.as_u64() == Some(layer as u64)),
-            (Some(layer), None) => !(layer + 1).is_multiple_of(step),
-            (None, Some(moe)) => moe.len() < size(self.json, &["num_hidden_layers"])?.unwrap_or(48),
-            (None, None) => step > 1,
-        })
-    }
-
-    /// The layers of Gemma 4 that reuse keys and values may be twice as wide.
-    fn gemma4_width(&self) -> Result<usize> {
-        const NAME: &str = "use_double_wide_mlp";
-        if !flag(self.json, NAME)?.unwrap_or(false) {
-            return Ok(1);
-        }
-        let shared = field(self.json, "num_kv_shared_layers").and_then(Value::as_u64).unwrap_or(0);
-        let layers = size(self.json, &["num_hidden_layers"])?;
-        match (self.layer, layers) {
-            _ if shared == 0 => Ok(1),
-            (Some(layer), Some(layers)) => Ok(if layer as u64 + shared >= layers as u64 { 2 } else { 1 }),
-            _ => Err(unsupported(NAME, &Value::Bool(true), "the width differs by layer (FfnConfig::from_json_layer)")),
-        }
-    }
-
     fn biases(&self) -> Result<Biases> {
         let all = |bias: bool| if bias { Biases::ALL } else { Biases::NONE };
         let json = self.json;
@@ -307,6 +241,7 @@ impl Config<'_> {
             "qwen" => cfg.with_family(Family::Qwen1),
             "lfm2" | "lfm2_moe" | "lfm3" | "lfm3_vl_vision" if self.part == Part::Dense => cfg.with_family(Family::Meta),
             "moonshine" | "moonshine_streaming" => cfg.with_family(Family::FlashAttn),
+            "openelm" => cfg.with_family(Family::OpenElm),
             "moshi" | "moshi_depth" | "kyutai_speech_to" => cfg.with_packed_names("fc1", "fc2", PackedOrder::GateFirst),
             _ => cfg,
         }
@@ -328,51 +263,4 @@ fn is_modifier(name: &str) -> bool {
     let block = ["mlp_", "ffn_", "glu_"].iter().any(|prefix| name.starts_with(prefix));
     let modifies = name.starts_with("swiglu_") || (block && INSIDE.iter().any(|part| name.contains(part)));
     (modifies || name == "use_clipped_linears") && !READ.contains(&name)
-}
-
-fn half(name: &'static str, json: &Value, both: usize) -> Result<usize> {
-    let odd = || invalid(name, "an even number", field(json, name).unwrap_or(&Value::Null));
-    if both.is_multiple_of(2) { Ok(both / 2) } else { Err(odd()) }
-}
-
-/// A positive number that scales a size.
-fn factor(json: &Value, name: &str) -> Result<Option<f64>> {
-    field(json, name)
-        .map(|value| match value.as_f64() {
-            Some(factor) if factor > 0.0 && factor.is_finite() => Ok(factor),
-            _ => Err(invalid(name, "a positive number", value)),
-        })
-        .transpose()
-}
-
-/// `size` rounded up to `multiple_of`.
-fn round_up(size: usize, multiple_of: usize, name: &str) -> Result<usize> {
-    let overflow = || invalid(name, "a size whose block fits memory", &Value::from(size));
-    size.div_ceil(multiple_of).checked_mul(multiple_of).ok_or_else(overflow)
-}
-
-/// Meta's rule: two thirds of 4·dim, times `ffn_dim_multiplier`, each cut to an integer, rounded up to `multiple_of`.
-fn meta(json: &Value, dim: usize, multiple_of: usize) -> Result<usize> {
-    let overflow = || invalid("dim", "a size whose block fits memory", &Value::from(dim));
-    let two_thirds = dim.checked_mul(8).ok_or_else(overflow)? / 3;
-    let scaled = factor(json, "ffn_dim_multiplier")?.map_or(two_thirds, |factor| (factor * two_thirds as f64) as usize);
-    scaled.div_ceil(multiple_of).checked_mul(multiple_of).ok_or_else(overflow)
-}
-
-/// LFM2: `block_ff_dim` (or `intermediate_size`), by Meta's rule unless `block_auto_adjust_ff_dim` is false.
-fn lfm2(json: &Value) -> Result<usize> {
-    let full = required(json, &["block_ff_dim", "intermediate_size"], "intermediate_size")?;
-    if !flag(json, "block_auto_adjust_ff_dim")?.unwrap_or(true) {
-        return Ok(full);
-    }
-    let two_thirds = full.checked_mul(2).map_or(full / 3 * 2, |twice| twice / 3);
-    let scaled = factor(json, "block_ffn_dim_multiplier")?.unwrap_or(1.0) * two_thirds as f64;
-    let multiple_of = size(json, &["block_multiple_of"])?.unwrap_or(256);
-    round_up(scaled as usize, multiple_of, "block_ff_dim")
-}
-
-/// DINOv2: two thirds of H·`mlp_ratio`, rounded up to a multiple of 8.
-fn dinov2(json: &Value, hidden_size: usize) -> Result<usize> {
-    let full = (hidden_size as f64 * factor(json, "mlp_ratio")?.unwrap_or(4.0)) as usize;
-    round_up((full as f64 * 2.0 / 3.0) as usize, 8, "mlp_ratio")
 }

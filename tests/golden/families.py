@@ -105,6 +105,7 @@ def small(config):
         config.activation_sparsity_pattern = [0.0] * len(config.activation_sparsity_pattern)
     if getattr(config, "feed_forward_proj", None) == "relu":
         config.feed_forward_proj = "gated-gelu"
+        config.is_gated_act, config.dense_act_fn = True, "gelu_new"
     for switch in ["use_swiglu_ffn", "use_gated_mlp"]:
         if getattr(config, switch, None) is False:
             setattr(config, switch, True)
