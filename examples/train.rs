@@ -205,7 +205,7 @@ fn save(vars: &VarMap, dir: &Path) -> Result<()> {
 /// Evaluates the written checkpoint, in f32 from its bf16 weights, on the held-out stream.
 fn report(args: &Args, tokenizer: &Tokenizer) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.out)?;
-    let model = Llama::load(checkpoint.var_builder(DType::F32, &Device::Cpu), &LlamaConfig::from_json(checkpoint.config())?)?;
+    let model = Llama::open(&checkpoint, &LlamaConfig::of(&checkpoint)?, DType::F32, &Device::Cpu)?;
     let (mut nats, mut bits, mut tokens) = (0.0, 0.0, 0);
     for first in (0..args.held_out).step_by(16) {
         let indices = first..(first + 16).min(args.held_out);

@@ -6,28 +6,29 @@
 //! 3. Data is read straight into the final buffer in the dtype asked for, converted on the way in chunks of 1 MiB. Nothing
 //!    is mapped: loading needs the memory of the weights themselves and one chunk more (and, for a GPU, one tensor more).
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::path::{Component, Path, PathBuf};
+mod contents;
+mod elements;
+mod header;
+mod json;
+
+use std::path::Path;
 use std::sync::Arc;
 
-use bytemuck::Pod;
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use half::{bf16, f16};
-use safetensors::{Dtype, tensor::Metadata};
+use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-
-pub(crate) const SINGLE: &str = "model.safetensors";
-pub(crate) const INDEX: &str = "model.safetensors.index.json";
-
-/// `consolidated*.safetensors`, Meta's name.
-pub(crate) fn is_consolidated(name: &str) -> bool {
-    name.starts_with("consolidated") && name.ends_with(".safetensors")
-}
+use contents::{Contents, Entry};
+#[cfg(feature = "hub")]
+pub(crate) use contents::{INDEX, SINGLE, is_consolidated};
+use elements::{Element, convert};
+#[cfg(feature = "hub")]
+pub(crate) use json::read_index;
+pub use json::read_json;
 
 /// An opened checkpoint. Cloning is cheap.
 ///
@@ -46,22 +47,6 @@ pub struct Checkpoint {
     progress: Option<Arc<dyn Fn(u64) + Send + Sync>>,
 }
 
-struct Contents {
-    dir: PathBuf,
-    config: Value,
-    files: Vec<(PathBuf, File)>,
-    tensors: BTreeMap<String, Entry>,
-}
-
-/// Where a tensor lies.
-struct Entry {
-    file: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    start: u64,
-    bytes: u64,
-}
-
 impl Checkpoint {
     /// Opens a directory with `config.json` (or Meta's `params.json`) and `model.safetensors`, or the shards that
     /// `model.safetensors.index.json` names, or `consolidated*.safetensors`.
@@ -70,16 +55,7 @@ impl Checkpoint {
     /// Not a directory; no config or no weights in it; a file that cannot be read or is not valid JSON; a header that is
     /// broken or does not fit its file; a shard that is missing, or lacks a tensor of the index; a tensor in two files.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
-        let dir = dir.as_ref();
-        let metadata = std::fs::metadata(dir).map_err(Error::io(dir))?;
-        if !metadata.is_dir() {
-            return Err(Error::NotADirectory { path: dir.to_path_buf(), found: "a file" });
-        }
-        let config = ["config.json", "params.json"].map(|name| dir.join(name)).into_iter().find(|path| path.exists());
-        let config = read_json(&config.ok_or_else(|| Error::NoConfig { dir: dir.to_path_buf() })?)?;
-        let mut contents = Contents { dir: dir.to_path_buf(), config, files: vec![], tensors: BTreeMap::new() };
-        contents.add_weights()?;
-        Ok(Self { contents: Arc::new(contents), progress: None })
+        Ok(Self { contents: Arc::new(Contents::open(dir.as_ref())?), progress: None })
     }
 
     /// The directory.
@@ -100,6 +76,70 @@ impl Checkpoint {
     /// There is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.contents.tensors.contains_key(name)
+    }
+
+    /// The shape of a tensor in the files.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.contents.tensors.get(name).map(|entry| entry.shape.as_slice())
+    }
+
+    /// The float dtype (f16, bf16, f32 or f64) that holds most of the bytes in the files; `None` if there is no such tensor.
+    pub fn dtype(&self) -> Option<DType> {
+        let floats = [(DType::BF16, Dtype::BF16), (DType::F16, Dtype::F16), (DType::F32, Dtype::F32), (DType::F64, Dtype::F64)];
+        let bytes_of = |dtype| {
+            let of_dtype = self.contents.tensors.values().filter(|entry| entry.dtype == dtype);
+            of_dtype.map(|entry| entry.bytes).sum::<u64>()
+        };
+        let sizes = floats.map(|(dtype, in_file)| (bytes_of(in_file), dtype));
+        sizes.into_iter().filter(|(bytes, _)| *bytes > 0).max_by_key(|(bytes, _)| *bytes).map(|(_, dtype)| dtype)
+    }
+
+    /// The names of the tensors whose data nobody has read through this checkpoint, a clone of it or a `VarBuilder` over one of
+    /// them, sorted.
+    ///
+    /// Left out are constants that a model computes itself: names that end in `rotary_emb.inv_freq`, `position_ids` or
+    /// `masked_bias`, and causal masks (names that end in `.attn.bias` or `.attention.bias`, of shape (1, 1, n, n)).
+    pub fn unread(&self) -> Vec<String> {
+        let unread = self.contents.tensors.iter().filter(|(name, entry)| entry.is_unread(name));
+        unread.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Counts a tensor as read ([`Checkpoint::unread`]): for one that the caller knows to be equal to another, or does not need.
+    /// A name that is not there changes nothing.
+    pub fn mark_read(&self, name: &str) {
+        if let Some(entry) = self.contents.tensors.get(name) {
+            entry.mark_read();
+        }
+    }
+
+    /// Two tensors have the same dtype, the same shape and the same bytes, as a head and the embedding that it is tied to.
+    /// They are compared in chunks of 1 MiB. Neither counts as read.
+    ///
+    /// # Errors
+    /// No such tensor; a file that cannot be read.
+    pub fn same_data(&self, a: &str, b: &str) -> Result<bool> {
+        const CHUNK: u64 = 1 << 20;
+        let (a, b) = (self.contents.entry(a)?, self.contents.entry(b)?);
+        if a.dtype != b.dtype || a.shape != b.shape || a.bytes != b.bytes {
+            return Ok(false);
+        }
+        if (a.file, a.start) == (b.file, b.start) {
+            return Ok(true);
+        }
+        let (mut left, mut right) = (vec![], vec![]);
+        let mut at = 0;
+        while at < a.bytes {
+            let n = CHUNK.min(a.bytes - at);
+            left.resize(n as usize, 0);
+            right.resize(n as usize, 0);
+            self.contents.read(a, at, &mut left)?;
+            self.contents.read(b, at, &mut right)?;
+            if left != right {
+                return Ok(false);
+            }
+            at += n;
+        }
+        Ok(true)
     }
 
     /// Bytes of all tensors in the files.
@@ -123,7 +163,7 @@ impl Checkpoint {
     /// No such tensor; a dtype that is not a float, in the file or asked for; a file that cannot be read.
     pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let entry = self.contents.entry(name)?;
-        match dtype {
+        let tensor = match dtype {
             DType::F16 => self.load::<f16>(name, entry, device),
             DType::BF16 => self.load::<bf16>(name, entry, device),
             DType::F32 => self.load::<f32>(name, entry, device),
@@ -131,7 +171,9 @@ impl Checkpoint {
             other => {
                 Err(Error::DTypeUnsupported { name: format!("{name} in memory"), found: format!("{other:?}"), location: None })
             }
-        }
+        }?;
+        entry.mark_read();
+        Ok(tensor)
     }
 
     fn load<T: Element + candle_core::WithDType>(&self, name: &str, entry: &Entry, device: &Device) -> Result<Tensor> {
@@ -178,8 +220,7 @@ impl Checkpoint {
     }
 
     fn read(&self, entry: &Entry, at: u64, buffer: &mut [u8]) -> Result<()> {
-        let (path, file) = &self.contents.files[entry.file];
-        read_exact_at(file, buffer, entry.start + at).map_err(Error::io(path))?;
+        self.contents.read(entry, at, buffer)?;
         if let Some(progress) = &self.progress {
             progress(buffer.len() as u64);
         }
@@ -212,289 +253,5 @@ impl SimpleBackend for Checkpoint {
 
     fn contains_tensor(&self, name: &str) -> bool {
         self.contains(name)
-    }
-}
-
-impl Contents {
-    /// Adds the weights' files: a single one wins over an index, as in transformers.
-    fn add_weights(&mut self) -> Result<()> {
-        let single = self.dir.join(SINGLE);
-        let index = self.dir.join(INDEX);
-        if single.exists() {
-            return self.add_file(single, |_| true);
-        }
-        if index.exists() {
-            return self.add_indexed(&index);
-        }
-        let consolidated = self.consolidated()?;
-        if consolidated.is_empty() {
-            return Err(Error::NoWeights { dir: self.dir.clone() });
-        }
-        consolidated.into_iter().try_for_each(|path| self.add_file(path, |_| true))
-    }
-
-    fn consolidated(&self) -> Result<Vec<PathBuf>> {
-        let mut paths = vec![];
-        for entry in std::fs::read_dir(&self.dir).map_err(Error::io(&self.dir))? {
-            let path = entry.map_err(Error::io(&self.dir))?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if is_consolidated(name) {
-                paths.push(path);
-            }
-        }
-        paths.sort();
-        Ok(paths)
-    }
-
-    fn add_indexed(&mut self, index: &Path) -> Result<()> {
-        let homes = read_index(index)?;
-        let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for (tensor, shard) in &homes {
-            shards.entry(shard).or_default().push(tensor);
-        }
-        for (shard, tensors) in shards {
-            let path = self.dir.join(shard);
-            if !path.exists() {
-                let (shard, tensor) = (shard.to_string(), tensors[0].to_string());
-                return Err(Error::MissingShard { index: index.to_path_buf(), shard, tensor });
-            }
-            // A tensor that the index places in another shard is not taken from this one.
-            self.add_file(path, |name| homes.get(name).is_none_or(|home| home == shard))?;
-            if let Some(tensor) = tensors.iter().find(|tensor| !self.tensors.contains_key(**tensor)) {
-                let (shard, tensor) = (shard.to_string(), tensor.to_string());
-                return Err(Error::NotInShard { index: index.to_path_buf(), shard, tensor });
-            }
-        }
-        Ok(())
-    }
-
-    /// Reads and checks one file's header and adds the tensors that `take` accepts.
-    fn add_file(&mut self, path: PathBuf, take: impl Fn(&str) -> bool) -> Result<()> {
-        check_file(&path)?;
-        let file = File::open(&path).map_err(Error::io(&path))?;
-        let (data_start, metadata) = read_header(&path, &file)?;
-        for (name, info) in metadata.tensors() {
-            if !take(&name) {
-                continue;
-            }
-            if let Some(other) = self.tensors.get(&name) {
-                let first = self.files[other.file].0.clone();
-                return Err(Error::DuplicateTensor { tensor: name, first, second: path });
-            }
-            // An empty tensor may claim any shape; its strides are computed all the same.
-            if info.shape.iter().filter(|&&dim| dim > 0).try_fold(1usize, |n, &dim| n.checked_mul(dim)).is_none() {
-                let reason = format!("{name}: shape {:?} has strides that overflow", info.shape);
-                return Err(Error::Header { path, reason });
-            }
-            let (start, end) = info.data_offsets;
-            let entry = Entry {
-                file: self.files.len(),
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                start: data_start + start as u64,
-                bytes: (end - start) as u64,
-            };
-            self.tensors.insert(name, entry);
-        }
-        self.files.push((path, file));
-        Ok(())
-    }
-
-    fn entry(&self, name: &str) -> Result<&Entry> {
-        self.tensors.get(name).ok_or_else(|| {
-            // "mlp.gate_proj.weight": gate_proj.weight is missing under mlp.
-            let module = name.rsplit_once('.').map_or("", |(module, _)| module);
-            let prefix = module.rsplit_once('.').map_or("", |(prefix, _)| prefix);
-            let tried = vec![name[prefix.len()..].trim_start_matches('.').to_string()];
-            let (prefix, location) = (prefix.to_string(), Some(self.dir.clone()));
-            Error::MissingTensor { present: self.under(&prefix), prefix, tried, location }
-        })
-    }
-
-    /// The names under a prefix, without it; at most 20 of them.
-    fn under(&self, prefix: &str) -> Vec<String> {
-        const MOST: usize = 20;
-        let dotted = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
-        let mut names: Vec<String> =
-            self.tensors.keys().filter_map(|name| name.strip_prefix(&dotted)).map(str::to_string).take(MOST + 1).collect();
-        if names.len() > MOST {
-            names[MOST] = "...".to_string();
-        }
-        names
-    }
-}
-
-/// One plain component: an index cannot point outside its directory.
-/// The shard of every tensor, checked to be plain file names.
-pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
-    let json = read_json(path)?;
-    let broken = |reason: String| Error::Index { path: path.to_path_buf(), reason };
-    let map = json.get("weight_map").and_then(Value::as_object).filter(|map| !map.is_empty());
-    let map = map.ok_or_else(|| broken("expected an object weight_map with tensors in it, found none".into()))?;
-    let shard_of = |(tensor, shard): (&String, &Value)| match shard.as_str().filter(|name| is_file_name(name)) {
-        Some(name) => Ok((tensor.clone(), name.to_string())),
-        None => Err(broken(format!("weight_map.{tensor}: expected a file name, found {shard}"))),
-    };
-    map.iter().map(shard_of).collect()
-}
-
-fn is_file_name(name: &str) -> bool {
-    let mut components = Path::new(name).components();
-    matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
-}
-
-/// Neither a directory nor a pipe, which would be waited for.
-fn check_file(path: &Path) -> Result<()> {
-    let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
-    if metadata.is_file() {
-        return Ok(());
-    }
-    let found = if metadata.is_dir() { "a directory" } else { "a special file" };
-    Err(Error::NotAFile { path: path.to_path_buf(), found })
-}
-
-fn read_json(path: &Path) -> Result<Value> {
-    check_file(path)?;
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    serde_json::from_slice(&bytes).map_err(|source| Error::Json { path: path.to_path_buf(), source })
-}
-
-/// Where the data starts, and the checked header: its tensors tile the rest of the file without gap or overlap.
-fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata)> {
-    const LENGTH: u64 = 8;
-    const MOST: u64 = 100_000_000; // the format's own bound
-    let found = file.metadata().map_err(Error::io(path))?.len();
-    let broken = |reason: String| Error::Header { path: path.to_path_buf(), reason };
-    if found < LENGTH {
-        return Err(broken(format!("expected at least 8 bytes, found {found}")));
-    }
-    let mut length = [0; LENGTH as usize];
-    read_exact_at(file, &mut length, 0).map_err(Error::io(path))?;
-    let length = u64::from_le_bytes(length);
-    if length > MOST || length > found - LENGTH {
-        let most = MOST.min(found - LENGTH);
-        return Err(broken(format!("expected a header of at most {most} bytes, found one of {length}")));
-    }
-    let mut json = vec![0; length as usize];
-    read_exact_at(file, &mut json, LENGTH).map_err(Error::io(path))?;
-    let metadata: Metadata = serde_json::from_slice(&json).map_err(|error| broken(error.to_string()))?;
-    let expected = (LENGTH + length).checked_add(metadata.data_len() as u64);
-    match expected {
-        Some(expected) if expected == found => Ok((LENGTH + length, metadata)),
-        _ => Err(Error::FileSize { path: path.to_path_buf(), expected: expected.unwrap_or(u64::MAX), found }),
-    }
-}
-
-#[cfg(unix)]
-fn read_exact_at(file: &File, buffer: &mut [u8], at: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, buffer, at)
-}
-
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut buffer: &mut [u8], mut at: u64) -> std::io::Result<()> {
-    while !buffer.is_empty() {
-        match std::os::windows::fs::FileExt::seek_read(file, buffer, at)? {
-            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            n => {
-                buffer = &mut buffer[n..];
-                at += n as u64;
-            }
-        }
-    }
-    Ok(())
-}
-
-#[cfg(not(any(unix, windows)))]
-fn read_exact_at(mut file: &File, buffer: &mut [u8], at: u64) -> std::io::Result<()> {
-    use std::io::{Read, Seek, SeekFrom};
-    file.seek(SeekFrom::Start(at))?;
-    file.read_exact(buffer)
-}
-
-/// A float dtype of the file or of memory.
-trait Element: Pod {
-    const IN_FILE: Dtype;
-    const WIDE: bool = false;
-    fn to_f32(self) -> f32;
-    fn from_f32(value: f32) -> Self;
-    fn to_f64(self) -> f64 {
-        f64::from(self.to_f32())
-    }
-    fn from_f64(value: f64) -> Self;
-}
-
-impl Element for f16 {
-    const IN_FILE: Dtype = Dtype::F16;
-    fn to_f32(self) -> f32 {
-        f16::to_f32(self)
-    }
-    fn from_f32(value: f32) -> Self {
-        f16::from_f32(value)
-    }
-    fn from_f64(value: f64) -> Self {
-        f16::from_f32(round_to_odd(value))
-    }
-}
-
-impl Element for bf16 {
-    const IN_FILE: Dtype = Dtype::BF16;
-    fn to_f32(self) -> f32 {
-        bf16::to_f32(self)
-    }
-    fn from_f32(value: f32) -> Self {
-        bf16::from_f32(value)
-    }
-    fn from_f64(value: f64) -> Self {
-        bf16::from_f32(round_to_odd(value))
-    }
-}
-
-impl Element for f32 {
-    const IN_FILE: Dtype = Dtype::F32;
-    fn to_f32(self) -> f32 {
-        self
-    }
-    fn from_f32(value: f32) -> Self {
-        value
-    }
-    fn from_f64(value: f64) -> Self {
-        value as f32
-    }
-}
-
-impl Element for f64 {
-    const IN_FILE: Dtype = Dtype::F64;
-    const WIDE: bool = true;
-    fn to_f32(self) -> f32 {
-        self as f32
-    }
-    fn from_f32(value: f32) -> Self {
-        f64::from(value)
-    }
-    fn to_f64(self) -> f64 {
-        self
-    }
-    fn from_f64(value: f64) -> Self {
-        value
-    }
-}
-
-/// The f32 next to `value` on the side of zero, its last bit set if it is not exact: rounding this once more to a narrower
-/// format gives what rounding `value` itself would (half's own `from_f64` drops the lower half of the bits).
-fn round_to_odd(value: f64) -> f32 {
-    let near = value as f32;
-    if near.is_nan() || f64::from(near) == value {
-        return near;
-    }
-    let beyond = f64::from(near).abs() > value.abs();
-    f32::from_bits((near.to_bits() - u32::from(beyond)) | 1)
-}
-
-/// Through f32, which holds f16 and bf16 exactly; through f64 where one side is f64, so that there is one rounding.
-fn convert<S: Element, T: Element>(source: &[S], target: &mut [T]) {
-    if S::WIDE || T::WIDE {
-        target.iter_mut().zip(source).for_each(|(t, s)| *t = T::from_f64(s.to_f64()));
-    } else {
-        target.iter_mut().zip(source).for_each(|(t, s)| *t = T::from_f32(s.to_f32()));
     }
 }

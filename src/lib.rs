@@ -25,7 +25,7 @@ pub mod reference;
 mod weights;
 
 pub use activation::{Glu, GluActivation};
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, read_json};
 pub use config::{Biases, FfnConfig};
 pub use cpu::cpu_kernels;
 #[cfg(feature = "cuda")]

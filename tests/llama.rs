@@ -3,21 +3,40 @@
 
 #![allow(missing_docs)]
 
+#[path = "llama/checkpoints.rs"]
+mod checkpoints;
 mod common;
+#[path = "llama/config.rs"]
+mod config;
 #[path = "../examples/llama/model.rs"]
 mod model;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
-use candle_nn::VarBuilder;
+use candle_nn::{VarBuilder, VarMap};
 use candle_swiglu::Checkpoint;
 use common::Golden;
 use model::{Cache, Llama, LlamaConfig};
 use tokenizers::Tokenizer;
 
-const MODELS: [&str; 6] = ["bias_f32", "gelu_tanh_f32", "gqa_tied_llama3_bf16", "new_rope_keys", "odd_f16", "old_rope_keys"];
+const MODELS: [&str; 13] = [
+    "bias_f32",
+    "gelu_tanh_f32",
+    "gqa_tied_llama3_bf16",
+    "granite_bf16",
+    "mistral_window_f16",
+    "new_rope_keys",
+    "odd_f16",
+    "old_rope_keys",
+    "phi3_longrope_f16",
+    "phi3_window_f32",
+    "qwen2_window_f32",
+    "qwen3_tied_bf16",
+    "smollm3_f32",
+];
 
 /// The two prompts of each reference: twelve tokens, and one.
 const PROMPTS: [&str; 2] = ["", "single_"];
@@ -28,8 +47,10 @@ fn dir(name: &str) -> PathBuf {
 
 fn load(dir: &Path, dtype: DType) -> Result<Llama> {
     let checkpoint = Checkpoint::open(dir)?;
-    let cfg = LlamaConfig::from_json(checkpoint.config())?;
-    Ok(Llama::load(checkpoint.var_builder(dtype, &Device::Cpu), &cfg)?)
+    let cfg = LlamaConfig::of(&checkpoint)?;
+    let model = Llama::open(&checkpoint, &cfg, dtype, &Device::Cpu)?;
+    ensure!(model.notes().is_empty(), "{:?}", model.notes());
+    Ok(model)
 }
 
 fn ids(tensor: &Tensor) -> Result<Vec<u32>> {
@@ -79,12 +100,16 @@ fn f32_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     for name in MODELS {
         let golden = Golden::load(&dir(name).join("reference.safetensors"))?;
         let model = load(&dir(name), DType::F32)?;
-        for prompt in PROMPTS {
+        let with_whole = PROMPTS.into_iter().chain(golden.tensor("whole_prompt").is_ok().then_some("whole_"));
+        for prompt in with_whole {
             let tokens = ids(golden.tensor(&format!("{prompt}prompt"))?)?;
             let logits = model.forward_all(&row(&tokens)?)?;
             let difference = largest_difference(&logits, golden.tensor(&format!("{prompt}logits_f32"))?)?;
             println!("{name} {prompt}: logits within {difference:.1e}");
             assert!(difference < 1e-4, "{name} {prompt}: {difference}");
+        }
+        for prompt in PROMPTS {
+            let tokens = ids(golden.tensor(&format!("{prompt}prompt"))?)?;
             let expected = ids(golden.tensor(&format!("{prompt}greedy_f32"))?)?;
             for use_kv_cache in [true, false] {
                 let found = greedy(&model, &tokens, expected.len(), use_kv_cache, &[])?;
@@ -116,6 +141,58 @@ fn native_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     Ok(())
 }
 
+/// The one pass of the CPU against candle's operations with masks, in which f64 is computed as a
+/// GPU computes every dtype: blocks of queries and windows, over a text that is longer than both.
+/// The bound is as above.
+#[test]
+fn attention_in_one_pass_is_that_of_the_composition() -> Result<()> {
+    for name in MODELS {
+        let (f32_model, f64_model) = (load(&dir(name), DType::F32)?, load(&dir(name), DType::F64)?);
+        let vocab = f32_model.config().vocab_size as u32;
+        let tokens: Vec<u32> = (0..200).map(|i| (i * i * 7 + i) % vocab).collect();
+        let difference = largest_difference(&f32_model.forward_all(&row(&tokens)?)?, &f64_model.forward_all(&row(&tokens)?)?)?;
+        println!("{name}: f32 within {difference:.1e} of f64");
+        assert!(difference < 1e-4, "{name}: {difference}");
+    }
+    Ok(())
+}
+
+/// Of halves, too: a logit of 10 in bf16 would be a multiple of 1/16.
+#[test]
+fn logits_are_not_rounded_to_the_weights_dtype() -> Result<()> {
+    for (name, dtype) in [("qwen3_tied_bf16", DType::BF16), ("odd_f16", DType::F16), ("granite_bf16", DType::BF16)] {
+        let logits = load(&dir(name), dtype)?.forward_all(&row(&[5, 6, 7])?)?;
+        assert_eq!(logits.dtype(), DType::F32);
+        let rounded = logits.to_dtype(dtype)?;
+        assert!(largest_difference(&logits, &rounded)? > 0.0, "{name}");
+    }
+    Ok(())
+}
+
+/// As `examples/train.rs` has it: new variables under the names of the checkpoint, each with a
+/// gradient.
+#[test]
+fn every_variable_has_a_gradient() -> Result<()> {
+    for name in MODELS {
+        let vars = VarMap::new();
+        let checkpoint = Checkpoint::open(dir(name))?;
+        let cfg = LlamaConfig::of(&checkpoint)?;
+        let model = Llama::load(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu), &cfg)?;
+        // each logit with a weight of its own
+        let logits = model.forward_all(&row(&[5, 6, 7, 8, 9, 10, 11])?)?;
+        let gradients = (&logits * Tensor::randn(0f32, 1.0, logits.shape(), &Device::Cpu)?)?.sum_all()?.backward()?;
+        let vars = vars.data().lock().map_err(|error| anyhow::anyhow!("{error}"))?;
+        let created: BTreeSet<&str> = vars.keys().map(String::as_str).collect();
+        assert_eq!(created, checkpoint.names().collect(), "{name}");
+        for (name_of, var) in vars.iter() {
+            let gradient = gradients.get(var).with_context(|| format!("{name}: {name_of}"))?;
+            let largest = gradient.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            assert!(largest > 0.0 && largest.is_finite(), "{name}: {name_of}: {largest}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn any_of_several_end_tokens_ends_the_text() -> Result<()> {
     for name in ["new_rope_keys", "old_rope_keys"] {
@@ -129,13 +206,16 @@ fn any_of_several_end_tokens_ends_the_text() -> Result<()> {
     Ok(())
 }
 
-/// However the text is cut into calls, the last logits are the same up to the order of sums.
+/// However the text is cut into calls, the last logits are the same up to the order of sums: with a
+/// window that some of the pieces are longer than, and where a longer text turns all positions by
+/// other angles.
 #[test]
 fn prefill_in_pieces_gives_the_same_logits() -> Result<()> {
     for name in MODELS {
         let golden = Golden::load(&dir(name).join("reference.safetensors"))?;
         let model = load(&dir(name), DType::F32)?;
-        let tokens = ids(golden.tensor("prompt")?)?;
+        let longest = golden.tensor("whole_prompt").or_else(|_| golden.tensor("prompt"))?;
+        let tokens = ids(longest)?;
         let whole = model.forward(&row(&tokens)?, 0, &mut Cache::new(true, model.config()))?;
         for piece in [1, 2, 5, 7] {
             let mut cache = Cache::new(true, model.config());

@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use pulp::{Simd, WithSimd};
 
 use super::rows::{Real, in_parallel, simd_add, simd_dots, slice, vectorized};
-use super::softmax::{softmax, softmax_row};
+use super::softmax::{softmax, softmax_of, visible};
 
 /// Queries of a task. More of them repeat the keys less often; fewer compute less of what is not visible, and leave scores in the cache.
 const QUERIES: usize = 32;
@@ -16,21 +16,23 @@ const QUERIES: usize = 32;
 /// Keys that one query takes at once.
 const KEYS: usize = 4;
 
-/// q (B,T,H,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H,D), all of one dtype: f32, bf16 or f16, computed in f32. The
-/// queries stand at the last T of S positions and see the keys up to their own.
-pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+/// q (B,T,H,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H,D), all of one dtype: f32, bf16
+/// or f16, computed in f32. The queries stand at the last T of S positions and see the keys up to
+/// their own, or the last `window` of these.
+pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, window: Option<usize>) -> Result<Tensor> {
     let q = q.contiguous()?;
     let scale = scale as f32;
     match q.dtype() {
-        DType::F32 => q.apply_op3_no_bwd(k, v, &Attend::<f32> { scale, dtype: PhantomData }),
-        DType::BF16 => q.apply_op3_no_bwd(k, v, &Attend::<bf16> { scale, dtype: PhantomData }),
-        DType::F16 => q.apply_op3_no_bwd(k, v, &Attend::<f16> { scale, dtype: PhantomData }),
+        DType::F32 => q.apply_op3_no_bwd(k, v, &Attend::<f32> { scale, window, dtype: PhantomData }),
+        DType::BF16 => q.apply_op3_no_bwd(k, v, &Attend::<bf16> { scale, window, dtype: PhantomData }),
+        DType::F16 => q.apply_op3_no_bwd(k, v, &Attend::<f16> { scale, window, dtype: PhantomData }),
         dtype => bail!("attention: expected f32, bf16 or f16, found {dtype:?}"),
     }
 }
 
 struct Attend<T> {
     scale: f32,
+    window: Option<usize>,
     dtype: PhantomData<T>,
 }
 
@@ -65,11 +67,13 @@ impl<T: Real> CustomOp3 for Attend<T> {
         in_parallel(tasks, 2 * QUERIES.min(len) * row * keys, |(text, start, out): (usize, usize, &mut [T])| {
             let queries = out.len() / row;
             let q = &q[(text * len + start) * row..][..out.len()];
-            let mut block = Block::new(queries, group, head_dim, past + start + queries);
+            let seen = visible(0, queries, past + start + queries, self.window).start..past + start + queries;
+            let mut block = Block::new(queries, group, head_dim, seen.len(), self.window);
             for head in 0..heads_of_task {
                 let kv = text * heads_of_task + head;
                 let (k, v) = (k.head(kv / kv_heads, kv % kv_heads), v.head(kv / kv_heads, kv % kv_heads));
-                block.attend(q, (k, v), (head, row), self.scale, out);
+                let seen = seen.start * head_dim..seen.end * head_dim;
+                block.attend(q, (&k[seen.clone()], &v[seen]), (head, row), self.scale, out);
             }
         });
         Ok((T::to_cpu_storage_owned(out), lq.shape().clone()))
@@ -80,8 +84,9 @@ impl<T: Real> CustomOp3 for Attend<T> {
 struct Block {
     group: usize,
     head_dim: usize,
-    /// which the last query sees
+    /// from the first key of the first query to the last key of the last one
     keys: usize,
+    window: Option<usize>,
     /// (T*G,D): the queries, then what attention makes of them
     x: Vec<f32>,
     /// (T*G,keys)
@@ -91,24 +96,25 @@ struct Block {
 }
 
 impl Block {
-    fn new(queries: usize, group: usize, head_dim: usize, keys: usize) -> Self {
+    fn new(queries: usize, group: usize, head_dim: usize, keys: usize, window: Option<usize>) -> Self {
         let rows = queries * group;
         let wide = if queries == 1 { KEYS } else { keys } * head_dim;
-        Self { group, head_dim, keys, x: vec![0.0; rows * head_dim], scores: vec![0.0; rows * keys], wide: vec![0.0; wide] }
+        let (x, scores, wide) = (vec![0.0; rows * head_dim], vec![0.0; rows * keys], vec![0.0; wide]);
+        Self { group, head_dim, keys, window, x, scores, wide }
     }
 
-    /// q and out (T,H,D) of which `row` values are one position, k and v (S,D) of key head `head`
+    /// q and out (T,H,D) of which `row` values are one position, k and v (keys,D) of key head
+    /// `head`
     fn attend<T: Real>(&mut self, q: &[T], (k, v): (&[T], &[T]), (head, row): (usize, usize), scale: f32, out: &mut [T]) {
         let width = self.group * self.head_dim;
-        let seen = self.keys * self.head_dim;
         let q = q.chunks(row).map(|q| &q[head * width..][..width]);
         vectorized(
             #[inline(always)]
             || self.x.chunks_mut(width).zip(q).for_each(|(x, q)| T::widen(q, x)),
         );
         match self.x.len() == width {
-            true => pulp::Arch::new().dispatch(One { block: self, k: &k[..seen], v: &v[..seen], scale }),
-            false => self.several(&k[..seen], &v[..seen], scale),
+            true => pulp::Arch::new().dispatch(One { block: self, k, v, scale }),
+            false => self.several(k, v, scale),
         }
         let out = out.chunks_mut(row).map(|out| &mut out[head * width..][..width]);
         vectorized(
@@ -124,9 +130,7 @@ impl Block {
         widen(k, &mut self.wide);
         product((&self.x, depth), (&self.wide, 1, depth), (&mut self.scores, keys));
         for (r, scores) in self.scores.chunks_mut(keys).enumerate() {
-            let (visible, others) = scores.split_at_mut(keys + 1 - queries + r / self.group);
-            softmax_row(visible, scale);
-            others.fill(0.0);
+            softmax_of(scores, visible(r / self.group, queries, keys, self.window), scale);
         }
         widen(v, &mut self.wide);
         product((&self.scores, keys), (&self.wide, depth, 1), (&mut self.x, depth));
@@ -257,7 +261,9 @@ mod tests {
     fn attention_is_that_of_the_composition() -> Result<()> {
         let (batch, kv_heads, group, head_dim, scale) = (2, 2, 3, 20, 0.2);
         let values = |count: usize, step: usize| (0..count).map(|i| (i * step % 31) as f32 / 8.0 - 2.0).collect::<Vec<_>>();
-        for (len, past) in [(1, 0), (1, 3), (1, 50), (2, 0), (QUERIES, 0), (2 * QUERIES + 1, 0), (QUERIES + 3, 5), (3, 40)] {
+        let lens = [(1, 0), (1, 3), (1, 50), (2, 0), (QUERIES, 0), (2 * QUERIES + 1, 0), (QUERIES + 3, 5), (3, 40)];
+        let windows = [None, Some(1), Some(4), Some(QUERIES), Some(1000)];
+        for ((len, past), window) in lens.into_iter().flat_map(|len| windows.map(|window| (len, window))) {
             let (heads, keys) = (kv_heads * group, past + len);
             let q = Tensor::from_vec(values(batch * len * heads * head_dim, 7), (batch, len, heads, head_dim), &Device::Cpu)?;
             // as in the cache: views of longer buffers
@@ -271,7 +277,7 @@ mod tests {
                 let x = x.unsqueeze(2)?.broadcast_as((batch, kv_heads, group, keys, head_dim))?;
                 x.reshape((batch, heads, keys, head_dim))
             };
-            let mask = causal_mask(len, keys, DType::F32, &Device::Cpu)?;
+            let mask = causal_mask(len, keys, window, DType::F32, &Device::Cpu)?;
             let composed = |q: Tensor, k: Tensor, v: Tensor| {
                 let scores = (q.transpose(1, 2)?.contiguous()?.matmul(&repeated(&k)?.t()?)? * scale)?;
                 let p = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
@@ -283,10 +289,10 @@ mod tests {
                 let rounded = |x: &Tensor| x.to_dtype(dtype);
                 let exact = |x: &Tensor| x.to_dtype(dtype)?.to_dtype(DType::F32);
                 let expected = composed(exact(&q)?, exact(&k)?, exact(&v)?)?;
-                let found = attend(&rounded(&q)?, &rounded(&k)?, &rounded(&v)?, scale)?;
+                let found = attend(&rounded(&q)?, &rounded(&k)?, &rounded(&v)?, scale, window)?;
                 assert_eq!((found.dtype(), found.dims()), (dtype, expected.dims()));
                 let error = largest((found.to_dtype(DType::F32)? - &expected)?)?;
-                assert!(error <= bound + 1e-5, "{len} queries after {past} positions, {dtype:?}: {error}");
+                assert!(error <= bound + 1e-5, "{len} queries after {past}, window {window:?}, {dtype:?}: {error}");
             }
         }
         Ok(())
@@ -298,7 +304,7 @@ mod tests {
         let zeros = |keys| Tensor::zeros((1, 1, keys, 8), DType::F32, &Device::Cpu);
         let infinite = Tensor::full(f32::INFINITY, (1, 1, 4, 8), &Device::Cpu)?;
         let v = Tensor::cat(&[&infinite, &zeros(1)?], 2)?;
-        let y = attend(&zeros(1)?, &zeros(5)?, &v, 1.0)?.flatten_all()?.to_vec1::<f32>()?;
+        let y = attend(&zeros(1)?, &zeros(5)?, &v, 1.0, None)?.flatten_all()?.to_vec1::<f32>()?;
         assert_eq!(y, [f32::INFINITY; 8]);
         Ok(())
     }

@@ -5,7 +5,8 @@ use candle_nn::{Module, VarBuilder};
 use candle_swiglu::{Linear, linear_b};
 
 use super::cache::KvSlot;
-use super::config::LlamaConfig;
+use super::config::{LayerConfig, LlamaConfig, ModelType};
+use super::norm::Norm;
 use super::{attend, rope, softmax};
 
 /// Queries are taken in blocks of this many positions, so that a long prompt needs heads * 128 * positions scores at a time.
@@ -14,21 +15,39 @@ const QUERY_BLOCK: usize = 128;
 /// q, k, v, o of one layer.
 #[derive(Debug, Clone)]
 pub struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
+    qkv: Qkv,
+    /// The norms of the heads of queries and of keys (Qwen3).
+    qk_norm: Option<(Norm, Norm)>,
     o_proj: Linear,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    /// The factor of the scores.
+    scale: f64,
+    /// Queries and keys have rotary embedding.
+    rope: bool,
+    window: Option<usize>,
+}
+
+#[derive(Debug, Clone)]
+enum Qkv {
+    Separate {
+        q_proj: Linear,
+        k_proj: Linear,
+        v_proj: Linear,
+    },
+    /// One matrix with the rows of q, of k and of v, in this order (Phi-3).
+    Packed(Linear),
 }
 
 /// What all layers of one forward share.
 pub struct Step {
-    /// (T, head_dim / 2)
+    /// (T, pairs)
     cos: Tensor,
     sin: Tensor,
     mask: Option<Tensor>,
+    /// The mask of layers with a sliding window.
+    window_mask: Option<Tensor>,
 }
 
 /// The dtype that attention computes in. On the CPU that is f32 for halves; queries, keys and values stay halves until then.
@@ -41,53 +60,65 @@ pub fn attention_dtype(dtype: DType, device: &Device) -> DType {
 
 impl Step {
     /// The step of `queries` tokens that end at position `end`, with the rotary tables of their positions.
-    pub fn new(queries: usize, end: usize, (cos, sin): (Tensor, Tensor)) -> Result<Self> {
+    pub fn new(queries: usize, end: usize, window: Option<usize>, (cos, sin): (Tensor, Tensor)) -> Result<Self> {
         let (dtype, device) = (cos.dtype(), cos.device());
-        let mask = match softmax::needs_no_mask(queries, dtype, device) {
-            true => None,
-            false => Some(softmax::causal_mask(queries.min(QUERY_BLOCK), end, dtype, device)?),
+        let block = queries.min(QUERY_BLOCK);
+        let mask = |keys, window| match softmax::needs_no_mask(queries, dtype, device) {
+            true => Ok(None),
+            false => softmax::causal_mask(block, keys, window, dtype, device).map(Some),
         };
-        Ok(Self { cos, sin, mask })
+        let window_mask = match window {
+            Some(keys) => mask(end.min(keys.saturating_add(block - 1)), window)?,
+            None => None,
+        };
+        Ok(Self { mask: mask(end, None)?, window_mask, cos, sin })
     }
 }
 
 impl Attention {
     /// The projections under `vb`, which is at `.self_attn`.
-    pub fn load(cfg: &LlamaConfig, vb: VarBuilder) -> Result<Self> {
-        let (q_dim, kv_dim) = (cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim);
-        let hidden = cfg.hidden_size;
+    pub fn load(cfg: &LlamaConfig, layer: LayerConfig, vb: VarBuilder) -> Result<Self> {
+        let (q_dim, hidden) = (cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size);
+        let norm = |name| Norm::load(cfg.head_dim, cfg.rms_norm_eps, vb.pp(name));
         Ok(Self {
-            q_proj: linear_b(hidden, q_dim, cfg.qkv_bias, vb.pp("q_proj"))?,
-            k_proj: linear_b(hidden, kv_dim, cfg.qkv_bias, vb.pp("k_proj"))?,
-            v_proj: linear_b(hidden, kv_dim, cfg.qkv_bias, vb.pp("v_proj"))?,
+            qkv: Qkv::load(cfg, &vb)?,
+            qk_norm: match cfg.model_type {
+                ModelType::Qwen3 => Some((norm("q_norm")?, norm("k_norm")?)),
+                _ => None,
+            },
             o_proj: linear_b(q_dim, hidden, cfg.o_bias, vb.pp("o_proj"))?,
             heads: cfg.num_attention_heads,
             kv_heads: cfg.num_key_value_heads,
             head_dim: cfg.head_dim,
+            scale: cfg.attention_scale,
+            rope: layer.rope,
+            window: cfg.sliding_window.filter(|_| layer.sliding),
         })
     }
 
     /// x (B,T,hidden) -> (B,T,hidden), after appending its keys and values to `cache`.
     pub fn forward(&self, x: &Tensor, step: &Step, cache: Option<KvSlot>) -> Result<Tensor> {
         let _span = tracing::trace_span!("attn").entered();
-        let q = rope::rotate(&self.split_heads(self.q_proj.forward(x)?, self.heads)?, &step.cos, &step.sin)?;
-        let k = rope::rotate(&self.split_heads(self.k_proj.forward(x)?, self.kv_heads)?, &step.cos, &step.sin)?;
-        let v = self.split_heads(self.v_proj.forward(x)?, self.kv_heads)?.to_dtype(k.dtype())?.transpose(1, 2)?;
+        let (q, k, v) = self.qkv.forward(x, self.heads * self.head_dim, self.kv_heads * self.head_dim)?;
+        let (mut q, mut k) = (self.split_heads(q, self.heads)?, self.split_heads(k, self.kv_heads)?);
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
+            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
+        }
+        let (q, k) = match self.rope {
+            true => (rope::rotate(&q, &step.cos, &step.sin)?, rope::rotate(&k, &step.cos, &step.sin)?),
+            false => (q.transpose(1, 2)?, k.transpose(1, 2)?),
+        };
+        let v = self.split_heads(v, self.kv_heads)?.to_dtype(k.dtype())?.transpose(1, 2)?;
         let (k, v) = match cache {
             Some(cache) => cache.append(&k, &v)?,
             None => (k.contiguous()?, v.contiguous()?),
         };
         let tracked = q.track_op() || k.track_op() || v.track_op();
         let y = match q.device().is_cpu() && q.dtype() != DType::F64 && !tracked {
-            true => attend::attend(&q.transpose(1, 2)?, &k, &v, self.scale())?.flatten_from(2)?,
+            true => attend::attend(&q.transpose(1, 2)?, &k, &v, self.scale, self.window)?.flatten_from(2)?,
             false => self.attend(&q, &k, &v, step, x.dtype())?,
         };
         self.o_proj.forward(&y)
-    }
-
-    /// What scores are multiplied by.
-    fn scale(&self) -> f64 {
-        (self.head_dim as f64).powf(-0.5)
     }
 
     /// x (B,T,heads*D) -> (B,T,heads,D)
@@ -96,25 +127,55 @@ impl Attention {
         x.reshape((batch, len, heads, self.head_dim))
     }
 
-    /// q (B,H,T,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H*D) in `dtype`. The queries stand at the last T of S
-    /// positions; a block of them needs the keys up to its last one only.
+    /// q (B,H,T,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H*D) in `dtype`. The queries
+    /// stand at the last T of S positions. A block of them needs the keys from the start of the
+    /// first one's window to the last one's position.
     fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, step: &Step, dtype: DType) -> Result<Tensor> {
         let (batch, heads, len, head_dim) = q.dims4()?;
         let computed_in = step.cos.dtype();
         let (q, k, v) = (q.to_dtype(computed_in)?, k.to_dtype(computed_in)?, v.to_dtype(computed_in)?);
         let group = heads / self.kv_heads;
         let past = k.dim(2)? - len;
+        let mask = if self.window.is_some() { &step.window_mask } else { &step.mask };
         let mut blocks = Vec::with_capacity(len.div_ceil(QUERY_BLOCK));
         for start in (0..len).step_by(QUERY_BLOCK) {
             let queries = QUERY_BLOCK.min(len - start);
-            let keys = past + start + queries;
+            let end = past + start + queries;
+            let first = softmax::visible(0, queries, end, self.window).start;
             let q = q.narrow(2, start, queries)?.reshape((batch, self.kv_heads, group * queries, head_dim))?;
-            let scores = q.matmul(&k.narrow(2, 0, keys)?.t()?)?; // (B,KV,G*T,S)
-            let p = softmax::causal_softmax(scores, queries, self.scale(), step.mask.as_ref())?;
-            let y = p.matmul(&v.narrow(2, 0, keys)?)?; // (B,KV,G*T,D)
+            let scores = q.matmul(&k.narrow(2, first, end - first)?.t()?)?; // (B,KV,G*T,S)
+            let p = softmax::causal_softmax(scores, queries, self.scale, self.window, mask.as_ref())?;
+            let y = p.matmul(&v.narrow(2, first, end - first)?)?; // (B,KV,G*T,D)
             blocks.push(merge_heads(y.reshape((batch, heads, queries, head_dim))?, dtype)?);
         }
         Tensor::cat(&blocks, 1)
+    }
+}
+
+impl Qkv {
+    fn load(cfg: &LlamaConfig, vb: &VarBuilder) -> Result<Self> {
+        let (q_dim, kv_dim) = (cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim);
+        let projection = |name, out_dim| linear_b(cfg.hidden_size, out_dim, cfg.qkv_bias, vb.pp(name));
+        if cfg.model_type == ModelType::Phi3 {
+            return Ok(Self::Packed(projection("qkv_proj", q_dim + 2 * kv_dim)?));
+        }
+        Ok(Self::Separate {
+            q_proj: projection("q_proj", q_dim)?,
+            k_proj: projection("k_proj", kv_dim)?,
+            v_proj: projection("v_proj", kv_dim)?,
+        })
+    }
+
+    /// x (B,T,hidden) -> q (B,T,q_dim), k and v (B,T,kv_dim)
+    fn forward(&self, x: &Tensor, q_dim: usize, kv_dim: usize) -> Result<(Tensor, Tensor, Tensor)> {
+        match self {
+            Self::Separate { q_proj, k_proj, v_proj } => Ok((q_proj.forward(x)?, k_proj.forward(x)?, v_proj.forward(x)?)),
+            Self::Packed(qkv_proj) => {
+                let qkv = qkv_proj.forward(x)?;
+                let part = |start, len| qkv.narrow(2, start, len);
+                Ok((part(0, q_dim)?, part(q_dim, kv_dim)?, part(q_dim + kv_dim, kv_dim)?))
+            }
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::config::LlamaConfig;
-use super::rope;
+use super::rope::Frequencies;
 
 /// The state of one text (or one batch of them) between calls of [`super::Llama::forward`].
 #[derive(Debug)]
@@ -11,8 +11,10 @@ pub struct Cache {
     /// Positions of which keys and values are held.
     len: usize,
     max_len: usize,
-    inv_freq: Vec<f32>,
-    tables: Option<(Tensor, Tensor)>,
+    frequencies: Frequencies,
+    tables: Option<Tables>,
+    /// The tokens of the text (B,len), kept if the rotary frequencies depend on its length.
+    tokens: Option<Tensor>,
     /// One per layer; none when each forward starts over.
     layers: Vec<KvCache>,
     use_kv_cache: bool,
@@ -24,8 +26,9 @@ impl Cache {
         Self {
             len: 0,
             max_len: cfg.max_position_embeddings,
-            inv_freq: rope::inv_freq(cfg),
+            frequencies: Frequencies::new(&cfg.rope),
             tables: None,
+            tokens: None,
             layers: (0..cfg.num_hidden_layers).map(|_| KvCache::default()).collect(),
             use_kv_cache,
         }
@@ -52,7 +55,28 @@ impl Cache {
         }
     }
 
-    /// cos and sin of positions `start..start + len`: (len, head_dim / 2) each. The tables double when they are too short.
+    /// The tokens to compute next in a text that continues with `tokens` (B,T): `tokens`, or the
+    /// whole text (B,len+T) when it becomes long enough for other rotary frequencies. In that case
+    /// the cache is emptied first.
+    pub(super) fn continued(&mut self, tokens: &Tensor) -> Result<Tensor> {
+        if !self.use_kv_cache || !self.frequencies.depend_on_length() {
+            return Ok(tokens.clone());
+        }
+        let text = match &self.tokens {
+            Some(before) if self.len > 0 => Tensor::cat(&[&before.narrow(1, 0, self.len)?, tokens], 1)?,
+            _ => tokens.clone(),
+        };
+        let starts_over = self.frequencies.is_long(text.dim(1)?) && !self.frequencies.is_long(self.len);
+        self.tokens = Some(text.clone());
+        if self.len == 0 || !starts_over {
+            return Ok(tokens.clone());
+        }
+        self.len = 0;
+        Ok(text)
+    }
+
+    /// cos and sin of positions `start..start + len`: (len, pairs) each. The tables double when
+    /// they are too short.
     pub(super) fn tables(
         &mut self,
         (start, len): (usize, usize),
@@ -61,14 +85,15 @@ impl Cache {
         device: &Device,
     ) -> Result<(Tensor, Tensor)> {
         let end = start + len;
-        let (cos, sin) = match self.tables.take() {
-            Some(tables) if tables.0.dim(0)? >= end && tables.0.dtype() == dtype => tables,
+        let is_long = self.frequencies.is_long(end);
+        let Tables { cos, sin, .. } = match self.tables.take() {
+            Some(tables) if tables.fit(end, is_long, dtype)? => self.tables.insert(tables),
             _ => {
                 let len = if self.use_kv_cache { capacity(end, self.max_len) } else { end };
-                rope::tables(&self.inv_freq, len, model_dtype, dtype, device)?
+                let (cos, sin) = self.frequencies.tables(is_long, len, model_dtype, dtype, device)?;
+                self.tables.insert(Tables { is_long, cos, sin })
             }
         };
-        let (cos, sin) = self.tables.insert((cos, sin));
         Ok((cos.narrow(0, start, len)?, sin.narrow(0, start, len)?))
     }
 
@@ -84,6 +109,21 @@ impl Cache {
         if self.use_kv_cache {
             self.len += len;
         }
+    }
+}
+
+/// cos and sin of the positions from 0 on.
+#[derive(Debug)]
+struct Tables {
+    /// They have the frequencies of long texts.
+    is_long: bool,
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Tables {
+    fn fit(&self, end: usize, is_long: bool, dtype: DType) -> Result<bool> {
+        Ok(self.is_long == is_long && self.cos.dtype() == dtype && self.cos.dim(0)? >= end)
     }
 }
 

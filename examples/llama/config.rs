@@ -2,12 +2,17 @@
 //! [`super::Llama`] is refused by name; fields that only concern training or generation defaults are left alone.
 
 use candle_core::DType;
-use candle_swiglu::{Error, FfnConfig, Result};
-use serde_json::{Map, Value};
+use candle_swiglu::{Checkpoint, Error, Family, FfnConfig, Result};
+use serde_json::Value;
+
+use super::fields::{Fields, invalid, unsupported};
+pub use super::model_type::ModelType;
+pub use super::rope_config::{RopeConfig, RopeScaling};
 
 /// The sizes and switches of a LLaMA-like model.
 #[derive(Debug, Clone)]
 pub struct LlamaConfig {
+    pub model_type: ModelType,
     pub hidden_size: usize,
     pub intermediate_size: usize,
     pub vocab_size: usize,
@@ -17,92 +22,135 @@ pub struct LlamaConfig {
     pub head_dim: usize,
     pub rms_norm_eps: f64,
     pub rope: RopeConfig,
+    /// The largest number of positions of a text. A `sliding_window` that the model type does not
+    /// have shortens it.
     pub max_position_embeddings: usize,
+    /// The number of positions that a query of a sliding layer sees, its own included.
+    pub sliding_window: Option<usize>,
+    /// One for each layer.
+    pub layers: Vec<LayerConfig>,
     pub tie_word_embeddings: bool,
     /// Biases of q, k and v.
     pub qkv_bias: bool,
     /// Bias of o.
     pub o_bias: bool,
+    /// The factor of the scores.
+    pub attention_scale: f64,
+    /// Granite's factor of the embedding; 1 in other model types.
+    pub embedding_multiplier: f64,
+    /// Granite's factor of what attention and MLP add to x.
+    pub residual_multiplier: f64,
+    /// Granite's divisor of the logits.
+    pub logits_scaling: f64,
     pub bos_token_id: Option<u32>,
-    /// Any of these ends a text; empty when the config names none.
+    /// Any of these ends a text; empty when there is none.
     pub eos_token_ids: Vec<u32>,
+    /// The config has no `eos_token_id`, so that the id above is the model type's default.
+    eos_is_default: bool,
     /// The dtype the checkpoint was saved in, when the config says so.
     pub dtype: Option<DType>,
     /// The MLP: sizes, activation, biases.
     pub ffn: FfnConfig,
 }
 
-/// Rotary position embedding: the base, and how the frequencies are stretched beyond the pretraining context.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RopeConfig {
-    pub theta: f64,
-    pub scaling: RopeScaling,
-}
-
-/// How the rotary frequencies are stretched.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// Every frequency divided by `factor`.
-    Linear { factor: f64 },
-    /// LLaMA 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
-    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position_embeddings: usize },
+/// The properties in which layers of one model differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerConfig {
+    /// Queries and keys have rotary embedding.
+    pub rope: bool,
+    /// A query sees the last `sliding_window` positions only.
+    pub sliding: bool,
 }
 
 impl LlamaConfig {
-    /// Reads a HF `config.json` of model type llama, mistral or qwen2.
+    /// Reads a HF `config.json` of one of the model types in [`ModelType`].
     ///
     /// # Errors
     /// Names the field that is missing, malformed, or asks for what the model does not compute.
     pub fn from_json(json: &Value) -> Result<Self> {
-        let map = json.as_object().ok_or_else(|| invalid("(whole file)", "a JSON object", json))?;
-        let top = Fields { map, section: "" };
-        let (qkv_bias, o_bias) = attention_biases(&top)?;
-        refuse_other_models(&top)?;
-        let max_position_embeddings = top.size("max_position_embeddings")?;
-        refuse_sliding_window(&top, max_position_embeddings)?;
+        let top = &Fields::of(json)?;
+        let model_type = ModelType::of(top)?;
+        model_type.refuse_foreign_fields(top)?;
+        let defaults = model_type.defaults();
 
+        let context = top.size_opt("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
+        let num_hidden_layers = layer_count(top)?;
+        let (window, layers) = layers(top, model_type, num_hidden_layers, context)?;
         let hidden_size = top.size("hidden_size")?;
         let num_attention_heads = top.size("num_attention_heads")?;
-        let num_key_value_heads = top.size_opt("num_key_value_heads")?.unwrap_or(num_attention_heads);
-        if !num_attention_heads.is_multiple_of(num_key_value_heads) {
-            return Err(Error::InvalidField {
-                field: "num_key_value_heads".into(),
-                expected: "a divisor of num_attention_heads",
-                found: format!("{num_key_value_heads} (num_attention_heads is {num_attention_heads})"),
-            });
-        }
+        let head_dim = head_dim(top, model_type, hidden_size, num_attention_heads)?;
+        let (qkv_bias, o_bias) = match model_type {
+            ModelType::Qwen2 => (true, false),
+            _ => (top.flag("attention_bias")?, top.flag("attention_bias")?),
+        };
+        let multiplier = |field| Ok::<_, Error>(top.number(field)?.unwrap_or(1.0));
+        let ids = |field, default: Option<u32>| match top.has(field) {
+            true => top.token_ids(field),
+            false => Ok(Vec::from_iter(default)),
+        };
         Ok(Self {
+            model_type,
             hidden_size,
             intermediate_size: top.size("intermediate_size")?,
             vocab_size: top.size("vocab_size")?,
-            num_hidden_layers: top.size("num_hidden_layers")?,
+            num_hidden_layers,
             num_attention_heads,
-            num_key_value_heads,
-            head_dim: head_dim(&top, hidden_size, num_attention_heads)?,
-            rms_norm_eps: top.positive("rms_norm_eps")?,
-            rope: rope(&top, max_position_embeddings)?,
-            max_position_embeddings,
-            tie_word_embeddings: top.flag("tie_word_embeddings")?,
+            num_key_value_heads: key_value_heads(top, model_type, num_attention_heads)?,
+            head_dim,
+            rms_norm_eps: top.positive_opt("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps),
+            rope: RopeConfig::of(top, model_type, head_dim, context)?,
+            max_position_embeddings: usable_context(top, model_type, context)?,
+            sliding_window: window,
+            layers,
+            tie_word_embeddings: match top.has("tie_word_embeddings") {
+                true => top.flag("tie_word_embeddings")?,
+                false => defaults.tie_word_embeddings,
+            },
             qkv_bias,
             o_bias,
-            bos_token_id: top.token_ids("bos_token_id")?.first().copied(),
-            eos_token_ids: top.token_ids("eos_token_id")?,
-            dtype: saved_dtype(&top),
-            ffn: FfnConfig::from_json(json)?,
+            attention_scale: match model_type {
+                ModelType::Granite => multiplier("attention_multiplier")?,
+                _ => (head_dim as f64).powf(-0.5),
+            },
+            embedding_multiplier: multiplier("embedding_multiplier")?,
+            residual_multiplier: multiplier("residual_multiplier")?,
+            logits_scaling: top.positive_opt("logits_scaling")?.unwrap_or(1.0),
+            bos_token_id: ids("bos_token_id", defaults.bos_token_id)?.first().copied(),
+            eos_token_ids: ids("eos_token_id", defaults.eos_token_id)?,
+            eos_is_default: !top.has("eos_token_id"),
+            dtype: saved_dtype(top),
+            ffn: match model_type {
+                // so that a VarMap gets the names of this model type
+                ModelType::Phi3 => FfnConfig::from_json(json)?.with_family(Family::Phi3),
+                _ => FfnConfig::from_json(json)?,
+            },
         })
     }
 
-    /// Adds the end-of-text ids of a HF `generation_config.json`.
+    /// The config of a checkpoint. Without a dtype in `config.json`, the dtype is that of the
+    /// tensors.
+    ///
+    /// # Errors
+    /// As [`LlamaConfig::from_json`].
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let mut cfg = Self::from_json(checkpoint.config())?;
+        let computed_in = |dtype: &DType| matches!(dtype, DType::F16 | DType::BF16 | DType::F32);
+        cfg.dtype = cfg.dtype.or_else(|| checkpoint.dtype().filter(computed_in));
+        Ok(cfg)
+    }
+
+    /// Adds the end-of-text ids of a HF `generation_config.json`, or replaces the model type's
+    /// default by them.
     ///
     /// # Errors
     /// When `eos_token_id` there is neither a token id, a list of them, nor null.
     pub fn add_eos_of(&mut self, generation_config: &Value) -> Result<()> {
-        let Some(map) = generation_config.as_object() else {
-            return Err(invalid("(whole file)", "a JSON object", generation_config));
-        };
-        for id in (Fields { map, section: "" }).token_ids("eos_token_id")? {
+        let ids = Fields::of(generation_config)?.token_ids("eos_token_id")?;
+        if self.eos_is_default && !ids.is_empty() {
+            self.eos_token_ids.clear();
+            self.eos_is_default = false;
+        }
+        for id in ids {
             if !self.eos_token_ids.contains(&id) {
                 self.eos_token_ids.push(id);
             }
@@ -111,137 +159,143 @@ impl LlamaConfig {
     }
 }
 
-/// The biases of (q, k, v) and of o: mistral and qwen2 fix them, llama has a field. The model types whose computation is
-/// the one of [`super::Llama`] are just these three; their sources in transformers differ in biases and sliding window only.
-fn attention_biases(top: &Fields) -> Result<(bool, bool)> {
-    let field = top.flag("attention_bias")?;
-    match top.string("model_type")? {
-        Some("llama" | "mistral") => Ok((field, field)),
-        Some("qwen2") => Ok((true, false)),
-        Some(other) => Err(unsupported("model_type", other, "only llama, mistral and qwen2 are this computation")),
-        None => Err(Error::MissingField { field: "model_type" }),
+fn layer_count(top: &Fields) -> Result<usize> {
+    const MOST: usize = 100_000;
+    match top.size("num_hidden_layers")? {
+        count if count <= MOST => Ok(count),
+        count => Err(invalid("num_hidden_layers", "at most 100000", &Value::from(count))),
     }
 }
 
-/// Fields that change the computation, whatever the model type.
-fn refuse_other_models(top: &Fields) -> Result<()> {
-    if let Some(found) = top.get("quantization_config") {
-        let method = found.get("quant_method").unwrap_or(found);
-        return Err(unsupported("quantization_config", method, "quantized weights cannot be read"));
-    }
-    for layer_type in top.get("layer_types").and_then(Value::as_array).into_iter().flatten() {
-        if layer_type.as_str() != Some("full_attention") {
-            return Err(unsupported("layer_types", layer_type, "every layer attends to the whole context"));
-        }
-    }
-    Ok(())
-}
-
-/// A window as long as the context is no window; a shorter one would give other logits. Mistral has one unless it says
-/// null, qwen2 only when `use_sliding_window` says so.
-fn refuse_sliding_window(top: &Fields, context: usize) -> Result<()> {
-    let window = match top.string("model_type")? {
-        Some("mistral") if !top.map.contains_key("sliding_window") => Some(4096),
-        Some("qwen2") if !top.flag("use_sliding_window")? => None,
-        _ => top.size_opt("sliding_window")?,
-    };
-    match window {
-        Some(window) if window < context => Err(unsupported("sliding_window", window, "shorter than max_position_embeddings")),
-        _ => Ok(()),
+/// The model type's default if the field is missing, the number of heads if it is null.
+fn key_value_heads(top: &Fields, model_type: ModelType, heads: usize) -> Result<usize> {
+    const FIELD: &str = "num_key_value_heads";
+    let default = model_type.defaults().num_key_value_heads.filter(|_| !top.has(FIELD));
+    let kv_heads = top.size_opt(FIELD)?.or(default).unwrap_or(heads);
+    match heads.is_multiple_of(kv_heads) {
+        true => Ok(kv_heads),
+        false => Err(Error::InvalidField {
+            field: FIELD.into(),
+            expected: "a divisor of num_attention_heads",
+            found: match top.get(FIELD) {
+                Some(_) => format!("{kv_heads} (num_attention_heads is {heads})"),
+                None => format!("none, which means {kv_heads} (num_attention_heads is {heads})"),
+            },
+        }),
     }
 }
 
-fn head_dim(top: &Fields, hidden_size: usize, heads: usize) -> Result<usize> {
-    let head_dim = match top.size_opt("head_dim")? {
+fn head_dim(top: &Fields, model_type: ModelType, hidden_size: usize, heads: usize) -> Result<usize> {
+    let head_dim = match top.size_opt("head_dim")?.or(model_type.defaults().head_dim) {
         Some(head_dim) => head_dim,
         None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {
             return Err(Error::InvalidField {
                 field: "hidden_size".into(),
-                expected: "a multiple of num_attention_heads when there is no head_dim",
+                expected: "a multiple of num_attention_heads, or a head_dim",
                 found: format!("{hidden_size} (num_attention_heads is {heads})"),
             });
         }
     };
-    if head_dim % 2 == 1 {
-        return Err(Error::InvalidField {
-            field: "head_dim".into(),
-            expected: "an even number (rotary embedding turns pairs)",
-            found: head_dim.to_string(),
-        });
-    }
-    match heads.checked_mul(head_dim) {
+    // as many rows as q, k and v have together
+    match heads.checked_mul(head_dim).and_then(|rows| rows.checked_mul(3)) {
         Some(_) => Ok(head_dim),
-        None => Err(invalid("head_dim", "num_attention_heads * head_dim below 2^64", &Value::from(head_dim))),
+        None => Err(invalid("head_dim", "3 * num_attention_heads * head_dim below 2^64", &Value::from(head_dim))),
     }
 }
 
-/// The rotary parameters from `rope_parameters` (transformers 5) or `rope_scaling` beside `rope_theta` (before).
-fn rope(top: &Fields, context: usize) -> Result<RopeConfig> {
-    let (old, new) = (top.get("rope_scaling"), top.get("rope_parameters"));
-    let (section, found) = match (old, new) {
-        (Some(old), Some(new)) if old != new => {
-            return Err(unsupported("rope_scaling", old, "rope_parameters is there too and says something else"));
+/// The sliding window, if it is shorter than the context, and the properties of each layer.
+fn layers(top: &Fields, model_type: ModelType, count: usize, context: usize) -> Result<(Option<usize>, Vec<LayerConfig>)> {
+    use ModelType::*;
+    let default = model_type.defaults().sliding_window.filter(|_| !top.has("sliding_window"));
+    let window = match model_type {
+        Llama | Granite => None,
+        Mistral | Phi3 => top.size_opt("sliding_window")?.or(default),
+        Qwen2 | Qwen3 | SmolLm3 if !top.flag("use_sliding_window")? => None,
+        Qwen2 | Qwen3 | SmolLm3 => top.size_opt("sliding_window")?.or(default),
+    };
+    let rope = if model_type == SmolLm3 { rope_layers(top, count)? } else { vec![true; count] };
+    let first_sliding = top.count("max_window_layers")?.unwrap_or(28);
+    let slides = |i: usize| match model_type {
+        _ if window.is_none() => false,
+        Llama | Granite => false,
+        Mistral | Phi3 => true,
+        Qwen2 | Qwen3 => i >= first_sliding,
+        SmolLm3 => !rope[i],
+    };
+    let sliding: Vec<bool> = match layer_types(top, count)? {
+        None => (0..count).map(slides).collect(),
+        Some((_, value)) if value.contains(&true) && window.is_none() => {
+            let found = Value::from("sliding_attention");
+            return Err(unsupported("layer_types", found, "the config switches the sliding window off"));
         }
-        (_, Some(new)) => ("rope_parameters", Some(new)),
-        (old, None) => ("rope_scaling", old),
+        Some((found, types)) if matches!(model_type, Mistral | Phi3) => {
+            let window_matters = window.is_some_and(|window| window < context);
+            if window_matters && types.contains(&false) {
+                return Err(unsupported("layer_types", found, "every layer of this model type has the sliding window"));
+            }
+            (0..count).map(slides).collect()
+        }
+        Some((_, types)) => types,
     };
-    let empty = Map::new();
-    let map = match found {
-        None => &empty,
-        Some(found) => found.as_object().ok_or_else(|| invalid(section, "a JSON object or null", found))?,
+    let window = window.filter(|&window| window < context);
+    let layer = |(rope, sliding): (bool, bool)| LayerConfig { rope, sliding: sliding && window.is_some() };
+    Ok((window, rope.into_iter().zip(sliding).map(layer).collect()))
+}
+
+/// `layer_types` and which of them slide.
+fn layer_types<'a>(top: &Fields<'a>, count: usize) -> Result<Option<(&'a Value, Vec<bool>)>> {
+    let Some(types) = top.read("layer_types", "a list of names", Value::as_array)? else {
+        return Ok(None);
     };
-    if let Some((layer_type, inner)) = map.iter().find(|(_, value)| value.is_object()) {
-        return Err(unsupported(&format!("{section}.{layer_type}"), inner, "all layers share one rotary embedding"));
+    let slides = |layer_type: &Value| match layer_type.as_str() {
+        Some("full_attention") => Ok(false),
+        Some("sliding_attention") => Ok(true),
+        _ => Err(unsupported("layer_types", layer_type, "known: full_attention, sliding_attention")),
+    };
+    let sliding = types.iter().map(slides).collect::<Result<Vec<_>>>()?;
+    match (top.get("layer_types"), sliding.len() == count) {
+        (Some(value), true) => Ok(Some((value, sliding))),
+        _ => Err(Error::InvalidField {
+            field: "layer_types".into(),
+            expected: "one for each of num_hidden_layers",
+            found: format!("{} (num_hidden_layers is {count})", sliding.len()),
+        }),
     }
-    let rope = Fields { map, section };
-    for fields in [top, &rope] {
-        if fields.number("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-            let value = fields.get("partial_rotary_factor").unwrap_or(&Value::Null);
-            return Err(unsupported(&fields.name("partial_rotary_factor"), value, "the whole head is rotated"));
+}
+
+/// SmolLM3's layers with rotary embedding: those with a 1 in `no_rope_layers`, by default all but
+/// every fourth.
+fn rope_layers(top: &Fields, count: usize) -> Result<Vec<bool>> {
+    const EXPECTED: &str = "a list of 0 and 1 with one for each layer";
+    let one = |value: &Value| match value {
+        Value::Bool(on) => Some(*on),
+        value => value.as_u64().filter(|&number| number <= 1).map(|number| number == 1),
+    };
+    let list = |value: &Value| value.as_array()?.iter().map(one).collect::<Option<Vec<_>>>();
+    match top.read("no_rope_layers", EXPECTED, list)? {
+        Some(layers) if layers.len() >= count => Ok(layers[..count].to_vec()),
+        Some(layers) => Err(Error::InvalidField {
+            field: "no_rope_layers".into(),
+            expected: EXPECTED,
+            found: format!("{} (num_hidden_layers is {count})", layers.len()),
+        }),
+        None => {
+            let interval = top.size_opt("no_rope_layer_interval")?.unwrap_or(4);
+            Ok((1..=count).map(|layer| !layer.is_multiple_of(interval)).collect())
         }
     }
-    let theta = match rope.get("rope_theta") {
-        Some(_) => rope.positive("rope_theta")?,
-        None => top.get("rope_theta").map_or(Ok(10_000.0), |_| top.positive("rope_theta"))?,
-    };
-    Ok(RopeConfig { theta, scaling: rope_scaling(top, &rope, context)? })
 }
 
-fn rope_scaling(top: &Fields, rope: &Fields, context: usize) -> Result<RopeScaling> {
-    let rope_type = match rope.string("rope_type")? {
-        Some(rope_type) => Some(rope_type),
-        None => rope.string("type")?,
-    };
-    match rope_type {
-        None if rope.get("factor").is_some() => Err(invalid(&rope.name("rope_type"), "a name", &Value::Null)),
-        None | Some("default") => Ok(RopeScaling::None),
-        Some("linear") => Ok(RopeScaling::Linear { factor: rope.positive("factor")? }),
-        Some("llama3") => llama3(top, rope, context),
-        Some(other) => Err(unsupported(&rope.name("rope_type"), other, "known: default, linear, llama3")),
+/// transformers' LLaMA and Granite ignore `sliding_window` in their masks but not in their caches.
+/// Texts within the window have one result with and without it, so the window limits the context.
+fn usable_context(top: &Fields, model_type: ModelType, context: usize) -> Result<usize> {
+    match model_type {
+        ModelType::Llama | ModelType::Granite => {
+            Ok(top.size_opt("sliding_window")?.map_or(context, |window| window.min(context)))
+        }
+        _ => Ok(context),
     }
-}
-
-fn llama3(top: &Fields, rope: &Fields, context: usize) -> Result<RopeScaling> {
-    let original = "original_max_position_embeddings";
-    let original = match top.size_opt(original)? {
-        Some(outside) => outside,
-        None => rope.size_opt(original)?.unwrap_or(context),
-    };
-    let (low, high) = (rope.positive("low_freq_factor")?, rope.positive("high_freq_factor")?);
-    if high <= low {
-        return Err(Error::InvalidField {
-            field: rope.name("high_freq_factor"),
-            expected: "more than low_freq_factor",
-            found: format!("{high} (low_freq_factor is {low})"),
-        });
-    }
-    Ok(RopeScaling::Llama3 {
-        factor: rope.positive("factor")?,
-        low_freq_factor: low,
-        high_freq_factor: high,
-        original_max_position_embeddings: original,
-    })
 }
 
 fn saved_dtype(top: &Fields) -> Option<DType> {
@@ -252,75 +306,4 @@ fn saved_dtype(top: &Fields) -> Option<DType> {
         "float32" => Some(DType::F32),
         _ => None,
     }
-}
-
-/// A JSON object whose fields are read with errors that name them; null counts as absent, as it does in transformers.
-struct Fields<'a> {
-    map: &'a Map<String, Value>,
-    section: &'static str,
-}
-
-impl<'a> Fields<'a> {
-    fn name(&self, field: &str) -> String {
-        if self.section.is_empty() { field.to_string() } else { format!("{}.{field}", self.section) }
-    }
-
-    fn get(&self, field: &str) -> Option<&'a Value> {
-        self.map.get(field).filter(|value| !value.is_null())
-    }
-
-    /// The field through `read`, or an error that says what was expected.
-    fn read<T>(&self, field: &str, expected: &'static str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
-        let found = self.get(field);
-        found.map(|value| read(value).ok_or_else(|| invalid(&self.name(field), expected, value))).transpose()
-    }
-
-    fn size_opt(&self, field: &str) -> Result<Option<usize>> {
-        let read = |value: &Value| usize::try_from(value.as_u64()?).ok().filter(|&size| size > 0);
-        self.read(field, "an integer of at least 1", read)
-    }
-
-    fn size(&self, field: &'static str) -> Result<usize> {
-        self.size_opt(field)?.ok_or(Error::MissingField { field })
-    }
-
-    fn number(&self, field: &str) -> Result<Option<f64>> {
-        self.read(field, "a number", Value::as_f64)
-    }
-
-    fn positive(&self, field: &'static str) -> Result<f64> {
-        let positive = |value: &Value| value.as_f64().filter(|number| *number > 0.0 && number.is_finite());
-        match self.read(field, "a positive number", positive)? {
-            Some(number) => Ok(number),
-            None if self.section.is_empty() => Err(Error::MissingField { field }),
-            None => Err(invalid(&self.name(field), "a positive number", &Value::Null)),
-        }
-    }
-
-    /// False when absent, as every such field is in transformers.
-    fn flag(&self, field: &str) -> Result<bool> {
-        Ok(self.read(field, "true or false", Value::as_bool)?.unwrap_or(false))
-    }
-
-    fn string(&self, field: &str) -> Result<Option<&'a str>> {
-        self.read(field, "a string", Value::as_str)
-    }
-
-    /// One id, a list of ids, or none.
-    fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
-        let id = |value: &Value| u32::try_from(value.as_u64()?).ok();
-        let ids = |value: &Value| match value {
-            Value::Array(list) => list.iter().map(id).collect(),
-            one => id(one).map(|id| vec![id]),
-        };
-        Ok(self.read(field, "a token id, a list of them, or null", ids)?.unwrap_or_default())
-    }
-}
-
-fn invalid(field: &str, expected: &'static str, found: &Value) -> Error {
-    Error::InvalidField { field: field.to_string(), expected, found: found.to_string() }
-}
-
-fn unsupported(field: &str, value: impl ToString, reason: &'static str) -> Error {
-    Error::Unsupported { field: field.to_string(), value: value.to_string(), reason }
 }

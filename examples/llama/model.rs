@@ -7,11 +7,22 @@
 //! logits = lm_head(rms_norm(x))                       (B,T,vocab)
 //! ```
 //!
-//! The places of rounding are those of transformers: norms in f32, rounded before the weight; logits and softmax in f32;
-//! rotary tables in the model's dtype; what is rotated is rounded. On the CPU attention of that is f32 up to its result.
+//! Mistral has this with a sliding window, Qwen2 with biases, Qwen3 with norms of each query's and
+//! key's head, SmolLM3 with layers without rotary embedding, Phi-3 with packed projections, and
+//! Granite with factors of the embedding, the scores, the residuals and the logits.
+//!
+//! Values are rounded where transformers rounds them: norms are computed in f32 and rounded before
+//! the weight, the softmax is in f32, rotary tables are in the model's dtype, and rotated queries
+//! and keys are rounded. On the CPU attention computes in f32 up to its result. The logits are f32
+//! sums that are not rounded to the model's dtype.
 //!
 //! This file is a module of the example, of `tests/llama.rs` and of `examples/train.rs`.
-#![allow(dead_code, unreachable_pub, reason = "each of the programs that include this module uses a part of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    reason = "each of the programs that include this module uses a part of it"
+)]
 
 #[path = "attend.rs"]
 mod attend;
@@ -21,24 +32,35 @@ mod attention;
 mod cache;
 #[path = "config.rs"]
 pub mod config;
+#[path = "fields.rs"]
+mod fields;
+#[path = "model_type.rs"]
+mod model_type;
+#[path = "names.rs"]
+mod names;
 #[path = "norm.rs"]
 mod norm;
 #[path = "rope.rs"]
 mod rope;
+#[path = "rope_config.rs"]
+mod rope_config;
 #[path = "rows.rs"]
 mod rows;
 #[path = "softmax.rs"]
 mod softmax;
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use candle_nn::{Init, Module, VarBuilder};
-use candle_swiglu::{Linear, SwiGluFfn, linear_b};
+use candle_swiglu::{Checkpoint, Linear, SwiGluFfn, linear_b};
 
 pub use self::cache::Cache;
 pub use self::config::LlamaConfig;
+pub use self::names::{Unread, check_all_read, ignore_unread};
 
 use self::attention::{Attention, Step, attention_dtype};
 use self::cache::KvSlot;
+use self::config::LayerConfig;
+use self::names::{Head, Names};
 use self::norm::Norm;
 
 /// The model. Cloning it shares the weights; the state of a text lives in a [`Cache`].
@@ -52,28 +74,52 @@ pub struct Llama {
     dtype: DType,
     device: Device,
     cfg: LlamaConfig,
+    notes: Vec<String>,
 }
 
 impl Llama {
-    /// Loads the model from `vb`, which is at the root of the names (`model.embed_tokens`, `lm_head`, ...).
+    /// Loads the model of a checkpoint. Its names have the prefix `model.`, none (a model saved
+    /// without its head) or a longer one. [`Llama::notes`] says where the checkpoint differs from
+    /// its config.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape; no head, although the config does not tie it
+    /// to the embedding; a tensor that the model does not read, unless [`ignore_unread`] has marked
+    /// it.
+    pub fn open(checkpoint: &Checkpoint, cfg: &LlamaConfig, dtype: DType, device: &Device) -> Result<Self> {
+        let names = Names::find(checkpoint, cfg)?;
+        // before the first byte is read
+        names.unknown(checkpoint, cfg).map_or(Ok(()), |unread| Err(Error::wrap(unread)))?;
+        let model = Self::with_names(checkpoint.var_builder(dtype, device), cfg, names)?;
+        check_all_read(checkpoint).map_err(Error::wrap)?;
+        Ok(model)
+    }
+
+    /// Loads the model from `vb`, which is at the root of the names (`model.embed_tokens`,
+    /// `lm_head`, ...). The head is the embedding if the config says so.
     ///
     /// With the `VarBuilder` of a `VarMap` it is created there, and [`Llama::forward_all`] has a gradient: candle's fused
     /// operations, which have none, are used only where no variable is involved.
     pub fn load(vb: VarBuilder, cfg: &LlamaConfig) -> Result<Self> {
-        let model = vb.pp("model");
+        Self::with_names(vb, cfg, Names::usual(cfg))
+    }
+
+    fn with_names(vb: VarBuilder, cfg: &LlamaConfig, names: Names) -> Result<Self> {
+        let model = if names.model.is_empty() { vb.clone() } else { vb.pp(&names.model) };
+        let shape = (cfg.vocab_size, cfg.hidden_size);
         let normal = Init::Randn { mean: 0.0, stdev: 0.02 };
-        let embed_tokens = || model.pp("embed_tokens").get_with_hints((cfg.vocab_size, cfg.hidden_size), "weight", normal);
-        let (embed_tokens, lm_head) = match cfg.tie_word_embeddings {
-            true => (None, Linear::new(embed_tokens()?, None)?),
-            false => {
-                let lm_head = linear_b(cfg.hidden_size, cfg.vocab_size, false, vb.pp("lm_head"))?;
-                (Some(embed_tokens()?), lm_head)
-            }
+        let embed_tokens = || model.pp("embed_tokens").get_with_hints(shape, "weight", normal);
+        let lm_head = |name: &str| linear_b(cfg.hidden_size, cfg.vocab_size, false, vb.pp(name));
+        let (embed_tokens, lm_head) = match &names.head {
+            Head::Embedding => (None, Linear::new(embed_tokens()?, None)?),
+            Head::Own(name) => (Some(embed_tokens()?), lm_head(name)?),
+            Head::Both(name) => (None, lm_head(name)?),
         };
-        let layers = (0..cfg.num_hidden_layers).map(|i| Layer::load(cfg, model.pp("layers").pp(i)));
-        let layers = layers.collect::<Result<Vec<_>>>()?;
-        let norm = Norm::load(cfg, model.pp("norm"))?;
-        Ok(Self { embed_tokens, layers, norm, lm_head, dtype: vb.dtype(), device: vb.device().clone(), cfg: cfg.clone() })
+        let layer = |(i, layer): (usize, &LayerConfig)| Layer::load(cfg, *layer, model.pp("layers").pp(i));
+        let layers = cfg.layers.iter().enumerate().map(layer).collect::<Result<Vec<_>>>()?;
+        let norm = Norm::load(cfg.hidden_size, cfg.rms_norm_eps, model.pp("norm"))?;
+        let (dtype, device) = (vb.dtype(), vb.device().clone());
+        Ok(Self { embed_tokens, layers, norm, lm_head, dtype, device, cfg: cfg.clone(), notes: names.notes })
     }
 
     /// tokens (B,T) u32, of which the first stands at `index_pos` -> logits after the last, (B,vocab) f32.
@@ -104,6 +150,11 @@ impl Llama {
         &self.cfg
     }
 
+    /// Where the checkpoint differs from its config, in sentences.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -112,19 +163,22 @@ impl Llama {
         &self.device
     }
 
-    /// tokens (B,T) -> (B,T,hidden), before the last norm.
+    /// tokens (B,T) -> (B,T,hidden), before the last norm; (B,index_pos+T,hidden) if the whole text
+    /// is computed again.
     fn hidden(&self, tokens: &Tensor, index_pos: usize, cache: &mut Cache) -> Result<Tensor> {
-        let (batch, len) = tokens.dims2()?;
         self.check_tokens(tokens)?;
-        cache.check(index_pos, len)?;
-        let mut x = match &self.embed_tokens {
+        cache.check(index_pos, tokens.dims2()?.1)?;
+        let tokens = cache.continued(tokens)?;
+        let (start, (batch, len)) = (cache.positions(), tokens.dims2()?);
+        let x = match &self.embed_tokens {
             Some(table) => table.index_select(&tokens.flatten_all()?, 0)?.reshape((batch, len, self.cfg.hidden_size))?,
-            None => self.lm_head.embed(tokens)?,
+            None => self.lm_head.embed(&tokens)?,
         };
+        let mut x = scaled(x, self.cfg.embedding_multiplier)?;
 
         let dtype = attention_dtype(self.dtype(), self.device());
-        let tables = cache.tables((index_pos, len), self.dtype(), dtype, self.device())?;
-        let step = Step::new(len, index_pos + len, tables)?;
+        let tables = cache.tables((start, len), self.dtype(), dtype, self.device())?;
+        let step = Step::new(len, start + len, self.cfg.sliding_window, tables)?;
         for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&x, &step, cache.layer(i))?;
         }
@@ -135,8 +189,9 @@ impl Llama {
     /// x (..,hidden) -> (..,vocab), in f32 (f64 for a model in f64)
     fn logits(&self, x: &Tensor) -> Result<Tensor> {
         let _span = tracing::trace_span!("lm_head").entered();
-        let logits = self.lm_head.forward(&self.norm.forward(x)?)?;
-        if logits.dtype() == DType::F64 { Ok(logits) } else { logits.to_dtype(DType::F32) }
+        let x = self.norm.forward(x)?;
+        let logits = if self.dtype() == DType::F64 { self.lm_head.forward(&x)? } else { self.lm_head.forward_f32(&x)? };
+        scaled(logits, 1.0 / self.cfg.logits_scaling)
     }
 
     fn check_tokens(&self, tokens: &Tensor) -> Result<()> {
@@ -151,58 +206,42 @@ impl Llama {
     }
 }
 
-/// A matrix of the file, or a new variable from the normal distribution that LLaMA starts from.
-fn normal(vb: &VarBuilder, out_dim: usize, in_dim: usize) -> Result<Tensor> {
-    vb.get_with_hints((out_dim, in_dim), "weight", Init::Randn { mean: 0.0, stdev: 0.02 })
-}
-
-/// Puts the projections into a `VarMap`, where the layers then find them.
-fn create_projections(vb: &VarBuilder, cfg: &LlamaConfig) -> Result<()> {
-    let (hidden, inter) = (cfg.hidden_size, cfg.intermediate_size);
-    let (q_dim, kv_dim) = (cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim);
-    let shapes = [
-        ("self_attn.q_proj", q_dim, hidden),
-        ("self_attn.k_proj", kv_dim, hidden),
-        ("self_attn.v_proj", kv_dim, hidden),
-        ("self_attn.o_proj", hidden, q_dim),
-        ("mlp.gate_proj", inter, hidden),
-        ("mlp.up_proj", inter, hidden),
-        ("mlp.down_proj", hidden, inter),
-    ];
-    for i in 0..cfg.num_hidden_layers {
-        for (name, out_dim, in_dim) in shapes {
-            normal(&vb.pp("model.layers").pp(i).pp(name), out_dim, in_dim)?;
-        }
-    }
-    if !cfg.tie_word_embeddings {
-        normal(&vb.pp("lm_head"), cfg.vocab_size, hidden)?;
-    }
-    Ok(())
-}
-
 #[derive(Debug, Clone)]
 struct Layer {
     input_layernorm: Norm,
     self_attn: Attention,
     post_attention_layernorm: Norm,
     mlp: SwiGluFfn,
+    residual_multiplier: f64,
 }
 
 impl Layer {
-    fn load(cfg: &LlamaConfig, vb: VarBuilder) -> Result<Self> {
+    fn load(cfg: &LlamaConfig, layer: LayerConfig, vb: VarBuilder) -> Result<Self> {
+        let norm = |name| Norm::load(cfg.hidden_size, cfg.rms_norm_eps, vb.pp(name));
         Ok(Self {
-            input_layernorm: Norm::load(cfg, vb.pp("input_layernorm"))?,
-            self_attn: Attention::load(cfg, vb.pp("self_attn"))?,
-            post_attention_layernorm: Norm::load(cfg, vb.pp("post_attention_layernorm"))?,
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention::load(cfg, layer, vb.pp("self_attn"))?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
             mlp: SwiGluFfn::new(&cfg.ffn, vb.pp("mlp"))?,
+            residual_multiplier: cfg.residual_multiplier,
         })
     }
 
     /// x (B,T,hidden) -> (B,T,hidden)
     fn forward(&self, x: &Tensor, step: &Step, cache: Option<KvSlot>) -> Result<Tensor> {
-        let x = (x + self.self_attn.forward(&self.input_layernorm.forward(x)?, step, cache)?)?;
+        let attended = self.self_attn.forward(&self.input_layernorm.forward(x)?, step, cache)?;
+        let x = (x + scaled(attended, self.residual_multiplier)?)?;
         let normed = self.post_attention_layernorm.forward(&x)?;
         let _span = tracing::trace_span!("mlp").entered();
-        &x + self.mlp.forward(&normed)?
+        &x + scaled(self.mlp.forward(&normed)?, self.residual_multiplier)?
+    }
+}
+
+/// x * factor, rounded once. candle's product of f16 or bf16 would round the factor too.
+fn scaled(x: Tensor, factor: f64) -> Result<Tensor> {
+    match x.dtype() {
+        _ if factor == 1.0 => Ok(x),
+        dtype @ (DType::F16 | DType::BF16) => (x.to_dtype(DType::F32)? * factor)?.to_dtype(dtype),
+        _ => x * factor,
     }
 }

@@ -4,7 +4,6 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, W
 use candle_nn::{Init, Module, RmsNorm, VarBuilder};
 use half::{bf16, f16};
 
-use super::config::LlamaConfig;
 use super::rows::{Real, dot, for_each_row, slice, vectorized};
 
 /// y = round(x / sqrt(mean(x²) + eps)) * weight, the quotient in f32
@@ -15,12 +14,13 @@ pub struct Norm {
 }
 
 impl Norm {
-    pub fn load(cfg: &LlamaConfig, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get_with_hints(cfg.hidden_size, "weight", Init::Const(1.0))?;
-        Ok(Self { inner: RmsNorm::new(weight, cfg.rms_norm_eps), eps: cfg.rms_norm_eps })
+    /// `weight` (size) under `vb`'s prefix.
+    pub fn load(size: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(size, "weight", Init::Const(1.0))?;
+        Ok(Self { inner: RmsNorm::new(weight, eps), eps })
     }
 
-    /// x (..,hidden) -> (..,hidden)
+    /// x (..,size) -> (..,size)
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let _span = tracing::trace_span!("rms-norm").entered();
         let weight = self.inner.weight();

@@ -1,7 +1,10 @@
-//! The softmax of attention, causal: a query sees the keys up to its own position.
+//! The softmax of attention, causal: a query sees the keys up to its own position, or the last of
+//! them in a sliding window.
 //!
 //! On the CPU this is one pass over the visible part of each row, forward and backward. Elsewhere it is candle's softmax
 //! after adding a mask of 0 and -inf.
+
+use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 
@@ -16,22 +19,38 @@ fn is_fused(dtype: DType, device: &Device) -> bool {
     device.is_cpu() && dtype == DType::F32
 }
 
+/// The keys that query `i` sees. The last of `queries` queries is at the last of `keys` positions,
+/// and a window includes the query's own position.
+pub(super) fn visible(i: usize, queries: usize, keys: usize, window: Option<usize>) -> Range<usize> {
+    let end = keys + 1 + i - queries;
+    let start = window.map_or(0, |window| end.saturating_sub(window));
+    start..end
+}
+
 /// The mask for up to `queries` queries over `keys` keys: (queries, keys), 0 where visible, -inf elsewhere. Query i stands
 /// at position `keys - queries + i`, so a smaller block that ends earlier finds its mask in the lower right corner.
-pub fn causal_mask(queries: usize, keys: usize, dtype: DType, device: &Device) -> Result<Tensor> {
-    let visible = |i: usize| keys - queries + i + 1;
-    let row = |i| (0..keys).map(move |j| if j < visible(i) { 0f32 } else { f32::NEG_INFINITY });
+pub fn causal_mask(queries: usize, keys: usize, window: Option<usize>, dtype: DType, device: &Device) -> Result<Tensor> {
+    let row = |i| {
+        let visible = visible(i, queries, keys, window);
+        (0..keys).map(move |j| if visible.contains(&j) { 0f32 } else { f32::NEG_INFINITY })
+    };
     let mask: Vec<f32> = (0..queries).flat_map(row).collect();
     Tensor::from_vec(mask, (queries, keys), device)?.to_dtype(dtype)
 }
 
 /// scores (B,KV,G*T,S) -> the probabilities of scores * scale, of the same shape. Row g*T+t is the query at position S-T+t: it sees
-/// S-T+t+1 keys.
+/// S-T+t+1 keys, or the last `window` of them. For a single query, S is at most the window.
 ///
 /// `mask` is that of [`causal_mask`], needed where [`needs_no_mask`] is false.
-pub fn causal_softmax(scores: Tensor, queries: usize, scale: f64, mask: Option<&Tensor>) -> Result<Tensor> {
+pub fn causal_softmax(
+    scores: Tensor,
+    queries: usize,
+    scale: f64,
+    window: Option<usize>,
+    mask: Option<&Tensor>,
+) -> Result<Tensor> {
     if is_fused(scores.dtype(), scores.device()) {
-        return scores.contiguous()?.apply_op1(CausalSoftmax { queries, scale: scale as f32 });
+        return scores.contiguous()?.apply_op1(CausalSoftmax { queries, window, scale: scale as f32 });
     }
     let scores = (scores * scale)?;
     let scores = match mask {
@@ -60,6 +79,7 @@ fn masked(scores: &Tensor, queries: usize, mask: &Tensor) -> Result<Tensor> {
 /// p[j] = exp((s[j] - max) * scale) / sum for the visible j, 0 for the others.
 struct CausalSoftmax {
     queries: usize,
+    window: Option<usize>,
     scale: f32,
 }
 
@@ -67,9 +87,7 @@ impl CausalSoftmax {
     /// The rows of `p`, which hold scores.
     fn rows(&self, p: &mut [f32], keys: usize) {
         for_each_row(p, keys, EXP * keys, |row, p| {
-            let (visible, others) = p.split_at_mut(keys + 1 - self.queries + row % self.queries);
-            softmax_row(visible, self.scale);
-            others.fill(0.0);
+            softmax_of(p, visible(row % self.queries, self.queries, keys, self.window), self.scale);
         });
     }
 }
@@ -114,8 +132,15 @@ impl CustomOp2 for SoftmaxBackward {
     }
 }
 
+/// [`softmax_row`] of the visible scores; the others become 0.
+pub(super) fn softmax_of(row: &mut [f32], visible: Range<usize>, scale: f32) {
+    row[..visible.start].fill(0.0);
+    row[visible.end..].fill(0.0);
+    softmax_row(&mut row[visible], scale);
+}
+
 /// scores -> exp((score - max) * scale) / sum, in place
-pub(super) fn softmax_row(row: &mut [f32], scale: f32) {
+fn softmax_row(row: &mut [f32], scale: f32) {
     vectorized(
         #[inline(always)]
         || softmax(row, scale),
@@ -196,21 +221,30 @@ mod tests {
         let values: Vec<f32> = (0..2 * 6 * 5).map(|i| (i * 29 % 17) as f32 - 8.0).collect();
         let scores = candle_core::Var::from_vec(values.clone(), (1, 2, 2 * queries, keys), &Device::Cpu)?;
         let weights = Tensor::from_vec(values, scores.shape(), &Device::Cpu)?.sqr()?;
-        let composed = {
-            let mask = causal_mask(queries, keys, DType::F32, &Device::Cpu)?;
-            let exp = masked(&(scores.as_tensor() * scale)?, queries, &mask)?.exp()?;
-            exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?
-        };
-        let fused = causal_softmax(scores.as_tensor().clone(), queries, scale, None)?;
-        let gradient = |p: &Tensor| -> Result<Vec<f32>> {
-            let store = (p * &weights)?.sum_all()?.backward()?;
-            store.get(&scores).map_or_else(|| bail!("no gradient"), |g| g.flatten_all()?.to_vec1())
-        };
-        let close = |a: Vec<f32>, b: Vec<f32>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-6 + 1e-5 * b.abs());
-        let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
-        assert!(close(flat(&fused)?, flat(&composed)?));
-        assert!(close(gradient(&fused)?, gradient(&composed)?));
+        for window in [None, Some(2), Some(9)] {
+            let composed = {
+                let mask = causal_mask(queries, keys, window, DType::F32, &Device::Cpu)?;
+                let exp = masked(&(scores.as_tensor() * scale)?, queries, &mask)?.exp()?;
+                exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?
+            };
+            let fused = causal_softmax(scores.as_tensor().clone(), queries, scale, window, None)?;
+            let gradient = |p: &Tensor| -> Result<Vec<f32>> {
+                let store = (p * &weights)?.sum_all()?.backward()?;
+                store.get(&scores).map_or_else(|| bail!("no gradient"), |g| g.flatten_all()?.to_vec1())
+            };
+            let close = |a: Vec<f32>, b: Vec<f32>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-6 + 1e-5 * b.abs());
+            let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+            assert!(close(flat(&fused)?, flat(&composed)?), "{window:?}");
+            assert!(close(gradient(&fused)?, gradient(&composed)?), "{window:?}");
+        }
         Ok(())
+    }
+
+    #[test]
+    fn a_window_counts_the_own_position() {
+        assert_eq!([0, 1, 2].map(|i| visible(i, 3, 5, None)), [0..3, 0..4, 0..5]);
+        assert_eq!([0, 1, 2].map(|i| visible(i, 3, 5, Some(4))), [0..3, 0..4, 1..5]);
+        assert_eq!([0, 1, 2].map(|i| visible(i, 3, 5, Some(1))), [2..3, 3..4, 4..5]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-"""Whole tiny LLaMAs in HF layout, each with the logits and the greedy tokens of transformers."""
+"""Whole tiny language models in HF layout, each with the logits and the greedy tokens of transformers."""
 
 import json
 import math
@@ -29,8 +29,18 @@ def plain(theta):
     return {"rope_type": "default", "rope_theta": theta}
 
 
+def longrope(pairs, original, **more):
+    """Frequencies divided by one set of factors up to `original` positions, by the other beyond."""
+    short, long = ([1 + step * i for i in range(pairs)] for step in (0.05, 0.5))
+    return {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long,
+        "original_max_position_embeddings": original,
+    } | more  # fmt: skip
+
+
 MODELS = {
-    # name: (dtype, shard size, LlamaConfig, {what a wrong reader would do: the config it would act on})
+    # name: (dtype, shard size, config, {what a wrong reader would do: the config it would act on});
+    # model_type is llama unless the config names another
     "gqa_tied_llama3_bf16": (
         "bf16",
         "80KB",
@@ -68,6 +78,65 @@ MODELS = {
         {"no llama3 scaling": dict(rope_parameters=plain(500000.0)),
          "rope_theta 10000": dict(rope_parameters=llama3(10000.0, 32.0, 16))},
     ),
+    "mistral_window_f16": (
+        "f16",
+        "1GB",
+        dict(model_type="mistral", vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, sliding_window=5, rope_parameters=plain(10000.0)),
+        {"no window": dict(sliding_window=None), "window of 6": dict(sliding_window=6)},
+    ),
+    "qwen2_window_f32": (
+        "f32",
+        "1GB",
+        dict(model_type="qwen2", vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+             num_attention_heads=4, num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=1,
+             rope_parameters=plain(10000.0)),
+        {"no window": dict(layer_types=["full_attention"] * 3),
+         "a window in every layer": dict(layer_types=["sliding_attention"] * 3)},
+    ),
+    "qwen3_tied_bf16": (
+        "bf16",
+        "1GB",
+        dict(model_type="qwen3", vocab_size=100, hidden_size=40, intermediate_size=56, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=12, tie_word_embeddings=True,
+             rope_parameters=plain(1000.0)),
+        {"rope_theta 10000": dict(rope_parameters=plain(10000.0)), "rms_norm_eps 1e-2": dict(rms_norm_eps=1e-2)},
+    ),
+    "smollm3_f32": (
+        "f32",
+        "1GB",
+        dict(model_type="smollm3", vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, no_rope_layer_interval=2,
+             use_sliding_window=True, sliding_window=7, pad_token_id=None, rope_parameters=plain(2000000.0)),
+        {"rope in every layer": dict(no_rope_layers=[1] * 4), "rope in no layer": dict(no_rope_layers=[0] * 4),
+         "no window": dict(layer_types=["full_attention"] * 4), "rope_theta 10000": dict(rope_parameters=plain(10000.0))},
+    ),
+    "granite_bf16": (
+        "bf16",
+        "1GB",
+        dict(model_type="granite", vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, embedding_multiplier=12.0, attention_multiplier=0.3,
+             residual_multiplier=0.22, logits_scaling=0.9, attention_bias=True, rope_parameters=plain(10000.0)),
+        {"no embedding_multiplier": dict(embedding_multiplier=1.0), "no attention_multiplier": dict(attention_multiplier=8**-0.5),
+         "no residual_multiplier": dict(residual_multiplier=1.0), "no logits_scaling": dict(logits_scaling=1.0)},
+    ),
+    "phi3_window_f32": (
+        "f32",
+        "1GB",
+        dict(model_type="phi3", vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, sliding_window=9, pad_token_id=None, rope_parameters=plain(10000.0)),
+        {"no window": dict(sliding_window=None), "rope_theta 777": dict(rope_parameters=plain(777.0) | {"partial_rotary_factor": 1.0})},
+    ),
+    "phi3_longrope_f16": (
+        "f16",
+        "1GB",
+        dict(model_type="phi3", vocab_size=100, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+             num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=False, pad_token_id=None,
+             original_max_position_embeddings=16, rope_parameters=longrope(6, 16, partial_rotary_factor=0.75)),
+        {"short factors beyond 16 positions": dict(original_max_position_embeddings=200),
+         "attention_factor 1": dict(rope_parameters=longrope(6, 16, partial_rotary_factor=0.75, attention_factor=1.0)),
+         "the whole head turned": dict(rope_parameters=longrope(8, 16, partial_rotary_factor=1.0))},
+    ),
 }  # fmt: skip
 
 
@@ -88,11 +157,19 @@ def random_weights(model, rng):
                 p.copy_(draw * (0.3 if p.dim() == 1 or "embed" in name else 1.5 / math.sqrt(p.shape[1])))
 
 
+def lengths(config):
+    """Of the texts that a model is to know: the song, and where longer ones turn by other angles, what comes before."""
+    original = config.rope_parameters.get("original_max_position_embeddings")
+    short = [original] if config.rope_parameters["rope_type"] == "longrope" else []
+    return [*short, PROMPT + NEW]
+
+
 def memorise(model, song):
     """A few Adam steps: the greedy path becomes the song, by margins far above rounding."""
     adam = torch.optim.Adam(model.parameters(), lr=3e-3)
+    texts = [song[:, :length] for length in lengths(model.config)]
     for _ in range(60):
-        loss = F.cross_entropy(model(song).logits[0, :-1], song[0, 1:])
+        loss = sum(F.cross_entropy(model(text).logits[0, :-1], text[0, 1:]) for text in texts)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -164,6 +241,8 @@ def reference(folder, dtype, song, wrong):
     tensors, margins = greedy_paths(folder.name, f32, native, song)
     bound = max(MIN_MARGIN, MIN_MARGIN_RATIO * difference)
     assert min(margins.values()) >= bound, f"{folder.name}: margins {margins} below {bound}"
+    if f32.config.model_type != "llama":
+        tensors |= {"whole_prompt": song, "whole_logits_f32": right}
     effects = {name: distance(logits(load(folder, torch.float32, **keys), song), right) for name, keys in wrong.items()}
     assert min(effects.values()) >= MIN_EFFECT, f"{folder.name}: {effects}"
     return tensors, {
@@ -199,7 +278,7 @@ def rewrite_as_old_config(folder):
 def make_model(out, name, dtype, shard, keys, wrong):
     rng, folder = seeded("models", name), out / name
     common = dict(max_position_embeddings=256, bos_token_id=1, eos_token_id=2, rms_norm_eps=1e-5)
-    config = AutoConfig.for_model("llama", **(common | keys))
+    config = AutoConfig.for_model(**({"model_type": "llama"} | common | keys))
     song = make_song(config.vocab_size, rng)
     stops = name == "new_rope_keys"
     if stops:

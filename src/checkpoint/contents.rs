@@ -1,0 +1,186 @@
+//! The files of a checkpoint directory and the tensors in them.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use safetensors::Dtype;
+use serde_json::Value;
+
+use super::header::{check_file, read_exact_at, read_header};
+use super::json::{read_index, read_json};
+use crate::error::{Error, Result};
+
+pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// `consolidated*.safetensors`, Meta's name.
+pub(crate) fn is_consolidated(name: &str) -> bool {
+    name.starts_with("consolidated") && name.ends_with(".safetensors")
+}
+
+/// What an open checkpoint and its clones share.
+pub(super) struct Contents {
+    pub(super) dir: PathBuf,
+    pub(super) config: Value,
+    pub(super) files: Vec<(PathBuf, File)>,
+    pub(super) tensors: BTreeMap<String, Entry>,
+}
+
+/// Where a tensor lies.
+pub(super) struct Entry {
+    pub(super) file: usize,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    pub(super) start: u64,
+    pub(super) bytes: u64,
+    /// Its data has been read.
+    read: AtomicBool,
+}
+
+impl Entry {
+    pub(super) fn mark_read(&self) {
+        self.read.store(true, Ordering::Relaxed);
+    }
+
+    /// Nobody has read the data, and it is no constant that a model computes itself.
+    pub(super) fn is_unread(&self, name: &str) -> bool {
+        !self.read.load(Ordering::Relaxed) && !self.is_constant(name)
+    }
+
+    fn is_constant(&self, name: &str) -> bool {
+        let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
+        let is_mask = matches!(self.shape[..], [1, 1, m, n] if m == n);
+        ends(&["rotary_emb.inv_freq", "position_ids", "masked_bias"]) || (is_mask && ends(&[".attn.bias", ".attention.bias"]))
+    }
+}
+
+impl Contents {
+    /// Reads the config and every header.
+    pub(super) fn open(dir: &Path) -> Result<Self> {
+        let metadata = std::fs::metadata(dir).map_err(Error::io(dir))?;
+        if !metadata.is_dir() {
+            return Err(Error::NotADirectory { path: dir.to_path_buf(), found: "a file" });
+        }
+        let config = ["config.json", "params.json"].map(|name| dir.join(name)).into_iter().find(|path| path.exists());
+        let config = read_json(config.ok_or_else(|| Error::NoConfig { dir: dir.to_path_buf() })?)?;
+        let mut contents = Self { dir: dir.to_path_buf(), config, files: vec![], tensors: BTreeMap::new() };
+        contents.add_weights()?;
+        Ok(contents)
+    }
+
+    /// The bytes of a tensor from `at` on.
+    pub(super) fn read(&self, entry: &Entry, at: u64, buffer: &mut [u8]) -> Result<()> {
+        let (path, file) = &self.files[entry.file];
+        read_exact_at(file, buffer, entry.start + at).map_err(Error::io(path))
+    }
+
+    /// Adds the weights' files: a single one wins over an index, as in transformers.
+    fn add_weights(&mut self) -> Result<()> {
+        let single = self.dir.join(SINGLE);
+        let index = self.dir.join(INDEX);
+        if single.exists() {
+            return self.add_file(single, |_| true);
+        }
+        if index.exists() {
+            return self.add_indexed(&index);
+        }
+        let consolidated = self.consolidated()?;
+        if consolidated.is_empty() {
+            return Err(Error::NoWeights { dir: self.dir.clone() });
+        }
+        consolidated.into_iter().try_for_each(|path| self.add_file(path, |_| true))
+    }
+
+    fn consolidated(&self) -> Result<Vec<PathBuf>> {
+        let mut paths = vec![];
+        for entry in std::fs::read_dir(&self.dir).map_err(Error::io(&self.dir))? {
+            let path = entry.map_err(Error::io(&self.dir))?.path();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if is_consolidated(name) {
+                paths.push(path);
+            }
+        }
+        paths.sort();
+        Ok(paths)
+    }
+
+    fn add_indexed(&mut self, index: &Path) -> Result<()> {
+        let homes = read_index(index)?;
+        let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (tensor, shard) in &homes {
+            shards.entry(shard).or_default().push(tensor);
+        }
+        for (shard, tensors) in shards {
+            let path = self.dir.join(shard);
+            if !path.exists() {
+                let (shard, tensor) = (shard.to_string(), tensors[0].to_string());
+                return Err(Error::MissingShard { index: index.to_path_buf(), shard, tensor });
+            }
+            // A tensor that the index places in another shard is not taken from this one.
+            self.add_file(path, |name| homes.get(name).is_none_or(|home| home == shard))?;
+            if let Some(tensor) = tensors.iter().find(|tensor| !self.tensors.contains_key(**tensor)) {
+                let (shard, tensor) = (shard.to_string(), tensor.to_string());
+                return Err(Error::NotInShard { index: index.to_path_buf(), shard, tensor });
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads and checks one file's header and adds the tensors that `take` accepts.
+    fn add_file(&mut self, path: PathBuf, take: impl Fn(&str) -> bool) -> Result<()> {
+        check_file(&path)?;
+        let file = File::open(&path).map_err(Error::io(&path))?;
+        let (data_start, metadata) = read_header(&path, &file)?;
+        for (name, info) in metadata.tensors() {
+            if !take(&name) {
+                continue;
+            }
+            if let Some(other) = self.tensors.get(&name) {
+                let first = self.files[other.file].0.clone();
+                return Err(Error::DuplicateTensor { tensor: name, first, second: path });
+            }
+            // An empty tensor may claim any shape; its strides are computed all the same.
+            if info.shape.iter().filter(|&&dim| dim > 0).try_fold(1usize, |n, &dim| n.checked_mul(dim)).is_none() {
+                let reason = format!("{name}: shape {:?} has strides that overflow", info.shape);
+                return Err(Error::Header { path, reason });
+            }
+            let (start, end) = info.data_offsets;
+            let entry = Entry {
+                file: self.files.len(),
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                start: data_start + start as u64,
+                bytes: (end - start) as u64,
+                read: AtomicBool::new(false),
+            };
+            self.tensors.insert(name, entry);
+        }
+        self.files.push((path, file));
+        Ok(())
+    }
+
+    pub(super) fn entry(&self, name: &str) -> Result<&Entry> {
+        self.tensors.get(name).ok_or_else(|| {
+            // "mlp.gate_proj.weight": gate_proj.weight is missing under mlp.
+            let module = name.rsplit_once('.').map_or("", |(module, _)| module);
+            let prefix = module.rsplit_once('.').map_or("", |(prefix, _)| prefix);
+            let tried = vec![name[prefix.len()..].trim_start_matches('.').to_string()];
+            let (prefix, location) = (prefix.to_string(), Some(self.dir.clone()));
+            Error::MissingTensor { present: self.under(&prefix), prefix, tried, location }
+        })
+    }
+
+    /// The names under a prefix, without it; at most 20 of them.
+    fn under(&self, prefix: &str) -> Vec<String> {
+        const MOST: usize = 20;
+        let dotted = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
+        let mut names: Vec<String> =
+            self.tensors.keys().filter_map(|name| name.strip_prefix(&dotted)).map(str::to_string).take(MOST + 1).collect();
+        if names.len() > MOST {
+            names[MOST] = "...".to_string();
+        }
+        names
+    }
+}
