@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// | `Sigmoid` | σ(g) | GLU | `sigmoid`, `glu` |
 /// | `Relu` | max(g, 0) | ReGLU | `relu`, `reglu` |
 /// | `Gelu` | g·Φ(g), exact through erf | GEGLU | `gelu`, `gelu_python`, `geglu` |
-/// | `GeluTanh` | g·σ(√(8/π)·(g + 0.044715·g³)) | GEGLU, tanh form | `gelu_pytorch_tanh`, `gelu_python_tanh`, `gelu_new`, `gelu_fast`, `gelu_accurate`, `gelu_tanh` |
+/// | `GeluTanh` | g·σ(√(8/π)·(g + 0.044715·g³)) | GEGLU, tanh form | `gelu_pytorch_tanh`, `gelu_new`, `gelu_fast`, `gelu_tanh` |
 /// | `Identity` | g | bilinear | `linear`, `identity`, `bilinear` |
 ///
 /// Source: N. Shazeer, "GLU Variants Improve Transformer", 2020, <https://arxiv.org/abs/2002.05202>.
@@ -174,7 +174,7 @@ impl fmt::Display for GluActivation {
     }
 }
 
-/// The same function. Candle's `Gelu` is the exact one, its `NewGelu` and `GeluPytorchTanh` are the tanh form.
+/// The same function. Candle's `Gelu` is the exact one, `NewGelu` and `GeluPytorchTanh` the tanh form.
 ///
 /// # Errors
 /// An activation that no variant computes.

@@ -29,9 +29,10 @@ use huggingface::Part;
 /// # Ok::<(), candle_swiglu::Error>(())
 /// ```
 ///
-/// A struct with a field `#[serde(flatten)] ffn: FfnConfig` must not have fields of its own for what the block reads: serde
-/// gives a flattened field only what the struct has not taken, and `hidden_size` is then missing. Read the block beside
-/// it, from the same [`serde_json::Value`]: `FfnConfig::from_json(&value)` and `serde_json::from_value::<Model>(value)`.
+/// A struct with a field `#[serde(flatten)] ffn: FfnConfig` must not have fields of its own for what
+/// the block reads: serde gives a flattened field only what the struct has not taken, and
+/// `hidden_size` is then missing. Read the block beside it, from the same [`serde_json::Value`]:
+/// `FfnConfig::from_json(&value)` and `serde_json::from_value::<Model>(value)`.
 #[derive(Clone, Debug, PartialEq, serde::Deserialize)]
 #[serde(try_from = "Value")]
 #[non_exhaustive]
@@ -158,28 +159,30 @@ impl FfnConfig {
     ///
     /// | what | read from |
     /// |---|---|
-    /// | model | `text_config` (`llm_config`, `language_config`) where there is one with sizes, else the top level |
+    /// | model | `text_config`, `llm_config` or `language_config` with sizes, else the top level |
     /// | H | `hidden_size`, `d_model`, `dim`, `n_embd`, `model_dim` |
-    /// | I | `intermediate_size`, `d_ff`, `ffn_hidden_size`, `hidden_dim`, `n_inner`, or the rule of the model type |
-    /// | activation | the field that transformers 5.23 reads for the model type, with its default; else the usual fields |
-    /// | biases | `mlp_bias`, `no_bias`, `add_bias_linear`, `mlp_fc1_bias` and `mlp_fc2_bias`, ERNIE's `use_bias` |
+    /// | I | `intermediate_size`, `d_ff`, `ffn_hidden_size`, `hidden_dim`, `n_inner`, or by model type |
+    /// | activation | the field that transformers 5.23 reads, else `hidden_act` and the like |
+    /// | biases | `mlp_bias`, `no_bias`, `add_bias_linear`, `mlp_fc1_bias`, ERNIE's `use_bias` |
     /// | m, d | Falcon-H1's `mlp_multipliers` |
     /// | limit, c | `swiglu_limit` and `swiglu_alpha` of the model types that have them |
     /// | names | the model type, where the names alone do not tell the layout |
     ///
-    /// Where a model type has several gated blocks, this is its dense one; [`Self::from_json_expert`] reads an expert. Other
-    /// fields do not concern the block and are left alone.
+    /// Where a model type has several gated blocks, this is its dense one;
+    /// [`Self::from_json_expert`] reads an expert. Other fields do not concern the block and are
+    /// left alone.
     ///
     /// # Errors
-    /// A missing size; a field of the wrong type; an unknown activation; two fields that name different activations; a list
-    /// of one value per layer whose values differ ([`Self::from_json_layer`] reads it); a field or a model type that changes
-    /// the formula in a way this crate does not compute (quantized weights, activation sparsity, a limit behind the
+    /// A missing size; a field of the wrong type; an unknown activation; two fields that name
+    /// different activations; a list of one value per layer whose values differ
+    /// ([`Self::from_json_layer`] reads it); a field or a model type that changes the formula in a
+    /// way this crate does not compute (quantized weights, activation sparsity, a limit behind the
     /// activation, a norm between the projections, no gate at all).
     pub fn from_json(json: &Value) -> Result<Self> {
         huggingface::read(json, None, Part::Dense)
     }
 
-    /// The block of layer `layer`, counted from 0: [`Self::from_json`] for configs with one value per layer.
+    /// The block of layer `layer`, counted from 0, where a config has one value per layer.
     ///
     /// ```
     /// use candle_swiglu::FfnConfig;
@@ -195,14 +198,15 @@ impl FfnConfig {
         huggingface::read(json, Some(layer), Part::Dense)
     }
 
-    /// One expert of a mixture: [`Self::from_json`] with I from `moe_intermediate_size` or `expert_ffn_hidden_size` where there
-    /// is one, and the limit of model types that limit their experts alone (HunYuan-V4). A shared expert may have another
-    /// width: set `intermediate_size` where the model does.
+    /// One expert of a mixture: [`Self::from_json`] with I from `moe_intermediate_size` or
+    /// `expert_ffn_hidden_size` where there is one, and the limit of model types that limit their
+    /// experts alone (HunYuan-V4). A shared expert may have another width: set `intermediate_size`
+    /// where the model does.
     ///
     /// ```
     /// use candle_swiglu::FfnConfig;
-    /// let json = serde_json::json!({"model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 176,
-    ///     "moe_intermediate_size": 32});
+    /// let json = serde_json::json!({"model_type": "qwen3_moe", "hidden_size": 64,
+    ///     "intermediate_size": 176, "moe_intermediate_size": 32});
     /// assert_eq!(FfnConfig::from_json_expert(&json)?, FfnConfig::new(64, 32));
     /// assert_eq!(FfnConfig::from_json(&json)?, FfnConfig::new(64, 176));
     /// # Ok::<(), candle_swiglu::Error>(())

@@ -1,4 +1,5 @@
-//! What `GluActivation` and `Glu` take from a caller: candle_nn's activations, and numbers that make no formula.
+//! What `GluActivation` and `Glu` take from a caller: candle_nn's activations, and numbers that make
+//! no formula.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod common;

@@ -1,4 +1,5 @@
-//! The rules of `FfnConfig::from_json` that depend on the model type, and what a layer or an expert has of its own.
+//! The rules of `FfnConfig::from_json` that depend on the model type, and what a layer or an expert
+//! has of its own.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use candle_swiglu::{Error, Family, FfnConfig, GluActivation};
@@ -239,7 +240,7 @@ fn sizes_that_a_model_type_computes() {
 
 #[test]
 fn openelm_and_nemotron_nas() {
-    // OpenELM 270M: 0.5·1280 = 640 rounds half up to 768, 0.73·1280 = 934.4 to 1024; without 0.9 of it, one step more
+    // OpenELM 270M: 0.5·1280 = 640 rounds half up to 768, 0.73·1280 = 934.4 to 1024.
     let openelm = json!({"model_type": "openelm", "model_dim": 1280, "ffn_multipliers": [0.5, 0.73, 4.0, 0.22],
                          "ffn_dim_divisor": 256, "ffn_with_glu": true, "activation_fn_name": "swish"});
     let cfg = |layer| FfnConfig::from_json_layer(&openelm, layer).unwrap();

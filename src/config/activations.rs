@@ -1,4 +1,4 @@
-//! Which field of a `config.json` holds the gate's activation, by model type, as transformers 5.23 reads it.
+//! Which field of a `config.json` holds the gate's activation, by model type, as in transformers 5.23.
 
 use serde_json::Value;
 

@@ -1,4 +1,5 @@
-//! The block of a model from its `config.json`: sizes, biases and formula by model type, as transformers 5.23 has them.
+//! The block of a model from its `config.json`: biases and formula by model type, as transformers
+//! 5.23 has them.
 
 use serde_json::Value;
 
@@ -9,7 +10,8 @@ use crate::activation::GluActivation;
 use crate::error::Result;
 use crate::family::{Family, PackedOrder};
 
-/// DINOv2 and what is built on it: I follows from `mlp_ratio`, and `use_swiglu_ffn` decides whether there is a gate.
+/// DINOv2 and what is built on it: I follows from `mlp_ratio`, and `use_swiglu_ffn` decides whether
+/// there is a gate.
 pub(super) const DINOV2: [&str; 8] =
     ["dinov2", "dinov2_with_registers", "eomt", "radio", "rf_detr_dinov2", "tipsv2", "tipsv2_vision_model", "videomt"];
 
@@ -248,7 +250,8 @@ impl Config<'_> {
     }
 }
 
-/// Names of fields that bound, scale or normalise something inside a feed-forward block, but for those read above.
+/// Names of fields that bound, scale or normalise something inside a feed-forward block, but for
+/// those read above.
 fn is_modifier(name: &str) -> bool {
     const READ: [&str; 7] = [
         "swiglu_limit",

@@ -50,7 +50,7 @@ impl Config<'_> {
         }
     }
 
-    /// Llama 4 has dense layers of `intermediate_size_mlp` among those with experts of `intermediate_size`.
+    /// Llama 4 has dense layers of `intermediate_size_mlp` among its layers of experts.
     fn is_dense_llama4(&self) -> Result<bool> {
         let step = size(self.json, &["interleave_moe_layer_step"])?.unwrap_or(1);
         let listed = field(self.json, "moe_layers").and_then(Value::as_array);
@@ -139,7 +139,8 @@ fn meta(json: &Value, dim: usize, multiple_of: usize) -> Result<usize> {
     scaled.div_ceil(multiple_of).checked_mul(multiple_of).ok_or_else(overflow)
 }
 
-/// LFM2: `block_ff_dim` (or `intermediate_size`), by Meta's rule unless `block_auto_adjust_ff_dim` is false.
+/// LFM2: `block_ff_dim` (or `intermediate_size`), by Meta's rule unless `block_auto_adjust_ff_dim`
+/// is false.
 fn lfm2(json: &Value) -> Result<usize> {
     let full = required(json, &["block_ff_dim", "intermediate_size"], "intermediate_size")?;
     if !flag(json, "block_auto_adjust_ff_dim")?.unwrap_or(true) {
