@@ -28,6 +28,7 @@ use crate::error::{Error, Result};
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(try_from = "String", into = "String")]
+#[non_exhaustive]
 pub enum GluActivation {
     /// g·σ(g): SwiGLU.
     #[default]
@@ -128,8 +129,8 @@ impl Glu {
     }
 }
 
-const KNOWN: &str = "silu, swish, swish(β), quick_gelu, sigmoid, relu, gelu, gelu_python, gelu_new, gelu_fast, gelu_pytorch_tanh, \
-                     gelu_tanh, linear, identity, swiglu, glu, reglu, geglu, bilinear";
+const KNOWN: &str = "silu, swish, swish(β), quick_gelu, sigmoid, relu, gelu, gelu_python, gelu_new, gelu_fast, gelu_accurate, gelu_pytorch_tanh, \
+                     gelu_python_tanh, gelu_tanh, linear, identity, swiglu, glu, reglu, geglu, bilinear";
 
 impl FromStr for GluActivation {
     type Err = Error;
@@ -141,7 +142,9 @@ impl FromStr for GluActivation {
             "sigmoid" | "glu" => Self::Sigmoid,
             "relu" | "reglu" => Self::Relu,
             "gelu" | "gelu_python" | "geglu" => Self::Gelu,
-            "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_tanh" => Self::GeluTanh,
+            "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" | "gelu_tanh" => {
+                Self::GeluTanh
+            }
             "linear" | "identity" | "bilinear" => Self::Identity,
             other => match swish_beta(other) {
                 Some(beta) => Self::Swish { beta },
@@ -168,6 +171,30 @@ impl fmt::Display for GluActivation {
             Self::GeluTanh => f.write_str("gelu_pytorch_tanh"),
             Self::Identity => f.write_str("linear"),
         }
+    }
+}
+
+/// The same function. Candle's `Gelu` is the exact one, `NewGelu` and `GeluPytorchTanh` the tanh form.
+///
+/// # Errors
+/// An activation that no variant computes.
+impl TryFrom<candle_nn::Activation> for GluActivation {
+    type Error = Error;
+
+    fn try_from(activation: candle_nn::Activation) -> Result<Self> {
+        use candle_nn::Activation as A;
+        let reason = match activation {
+            A::Silu | A::Swish => return Ok(Self::Silu),
+            A::Sigmoid => return Ok(Self::Sigmoid),
+            A::Relu => return Ok(Self::Relu),
+            A::Gelu => return Ok(Self::Gelu),
+            A::NewGelu | A::GeluPytorchTanh => return Ok(Self::GeluTanh),
+            A::Swiglu => "candle_nn's Swiglu halves its input; the gate of SwiGLU is Silu",
+            A::Relu2 | A::Relu6 | A::HardSigmoid | A::Mish | A::HardSwish | A::Elu(_) | A::LeakyRelu(_) => {
+                "no GluActivation computes it"
+            }
+        };
+        Err(Error::Unsupported { field: "activation".into(), value: format!("{activation:?}"), reason })
     }
 }
 

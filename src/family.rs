@@ -18,6 +18,10 @@ use std::borrow::Cow;
 /// | `Interleaved` (quack, gpt-oss per expert) | `gate_up_proj`, even rows | odd rows | `down_proj` | never: same names as `Phi3` |
 /// | `Nomic` | `fc12` | `fc11` | `fc2` | by names |
 /// | `T5` (v1.1) | `wi_0` | `wi_1` | `wo` | by names |
+/// | `ModernBert` | `Wi`, first half | second half | `Wo` | by names |
+/// | `GraniteMoe` (shared MLP) | `input_linear`, first half | second half | `output_linear` | by names |
+/// | `Dinov2Hf` (DINOv2 in HF) | `weights_in`, first half | second half | `weights_out` | by names |
+/// | `OpenElm` | `proj_1`, first half | second half | `proj_2` | by names |
 /// | `Gguf` | `ffn_gate` | `ffn_up` | `ffn_down` | by names |
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -36,6 +40,10 @@ pub enum Family {
     Nomic,
     T5,
     Gguf,
+    ModernBert,
+    GraniteMoe,
+    Dinov2Hf,
+    OpenElm,
 }
 
 /// Which rows of a packed `gate_up_proj` (2I,H) belong to the gate.
@@ -102,7 +110,7 @@ impl Names {
 }
 
 impl Family {
-    pub(crate) const ALL: [Family; 13] = [
+    pub(crate) const ALL: [Family; 17] = [
         Family::Llama,
         Family::Meta,
         Family::Xformers,
@@ -116,6 +124,10 @@ impl Family {
         Family::Nomic,
         Family::T5,
         Family::Gguf,
+        Family::ModernBert,
+        Family::GraniteMoe,
+        Family::Dinov2Hf,
+        Family::OpenElm,
     ];
 
     /// The names of this family.
@@ -137,6 +149,10 @@ impl Family {
             Family::Nomic => pair("fc12", "fc11", "fc2"),
             Family::T5 => pair("wi_0", "wi_1", "wo"),
             Family::Gguf => pair("ffn_gate", "ffn_up", "ffn_down"),
+            Family::ModernBert => packed("Wi", "Wo", GateFirst),
+            Family::GraniteMoe => packed("input_linear", "output_linear", GateFirst),
+            Family::Dinov2Hf => packed("weights_in", "weights_out", GateFirst),
+            Family::OpenElm => packed("proj_1", "proj_2", GateFirst),
         }
     }
 

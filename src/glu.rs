@@ -55,7 +55,7 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 }
 
 impl Glu {
-    /// Applies the operation; shapes, errors, accuracy and gradient as [`glu_mul`].
+    /// Applies the operation; shapes, errors, accuracy and gradient as [`glu_mul`], and the errors of [`Self::validate`].
     pub fn mul(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         self.validate()?;
         check_pair(gate, up)?;

@@ -32,11 +32,14 @@ enum Outcome {
 
 /// The block as a user builds it, and its output.
 fn compute(pair: &Pair, tensors: &HashMap<String, Tensor>, x: &Tensor) -> candle_swiglu::Result<Tensor> {
-    let mut cfg = FfnConfig::from_json(&pair.config)?;
-    if pair.kind == "expert" {
-        // The width of an expert is one of several fields; the caller says which block this is.
+    let cfg = if pair.kind == "expert" {
+        // A shared expert's width is one of several fields: the caller says which block this is.
+        let mut cfg = FfnConfig::from_json_expert(&pair.config)?;
         cfg.intermediate_size = pair.intermediate_size;
-    }
+        cfg
+    } else {
+        FfnConfig::from_json(&pair.config)?
+    };
     let prefix = format!("{}.block.", pair.pair);
     let block: HashMap<String, Tensor> = tensors
         .iter()

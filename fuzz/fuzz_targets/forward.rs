@@ -172,7 +172,7 @@ impl Case {
             .with_bias(formula.bias)
             .with_multipliers(formula.gate_multiplier.map_or(1.0, factor), formula.down_multiplier.map_or(1.0, factor))
             .with_up_offset(formula.up_offset.map_or(0.0, factor));
-        formula.limit.map_or(cfg.clone(), |limit| cfg.with_limit(f32::from(limit) / 256.0))
+        formula.limit.map_or(cfg.clone(), |limit| cfg.with_limit((f32::from(limit) + 1.0) / 256.0))
     }
 
     /// x (M,H), the same tensor in the rank asked for where it can have it
@@ -278,6 +278,7 @@ fn act(activation: GluActivation, g: f64) -> (f64, f64) {
             (times_sigmoid((8.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g * g * g)), units)
         }
         GluActivation::Identity => (g, 1.0),
+        other => unimplemented!("no bound is known for {other}"),
     }
 }
 

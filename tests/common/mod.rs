@@ -212,6 +212,7 @@ pub(crate) fn composed(activation: GluActivation, gate: &Tensor, up: &Tensor) ->
         GluActivation::Gelu => gate.gelu_erf()?,
         GluActivation::GeluTanh => gate.gelu()?,
         GluActivation::Identity => gate.clone(),
+        other => candle_core::bail!("no operations for {other}"),
     };
     act * up
 }

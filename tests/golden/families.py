@@ -99,7 +99,25 @@ def small(config):
                 setattr(config, name, size)
     if getattr(config, "num_experts_per_tok", None) is not None:
         config.num_experts_per_tok = 1
-    return config
+    if getattr(config, "swiglu_limit", None) is not None:
+        config.swiglu_limit = 0.75  # within the range of the projections
+    if getattr(config, "activation_sparsity_pattern", None) is not None:
+        config.activation_sparsity_pattern = [0.0] * len(config.activation_sparsity_pattern)
+    if getattr(config, "feed_forward_proj", None) == "relu":
+        config.feed_forward_proj = "gated-gelu"
+        config.is_gated_act, config.dense_act_fn = True, "gelu_new"
+    for switch in ["use_swiglu_ffn", "use_gated_mlp"]:
+        if getattr(config, switch, None) is False:
+            setattr(config, switch, True)
+    return reloaded(config)
+
+
+def reloaded(config):
+    """As it is after transformers has saved and read it: fields that follow from others are set anew."""
+    try:
+        return type(config).from_dict(config.to_dict())
+    except Exception:  # the sizes are too small for a check of the other parts
+        return config
 
 
 def build(cls, config):
@@ -213,14 +231,14 @@ def variants(cls, make):
             setattr(config, field, True)
             if field == "mlp_fc1_bias":
                 config.mlp_fc2_bias = True
-            yield f"{field}", config
+            yield f"{field}", reloaded(config)
     for field in activation_fields(cls):
         config = make()
         found = getattr(config, field, None)
         if isinstance(found, str):
             other = "relu" if found == "gelu" else "gelu"
             setattr(config, field, other)
-            yield f"{field}={other}", config
+            yield f"{field}={other}", reloaded(config)
 
 
 def outer_of(folder, module, config_class):
