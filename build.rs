@@ -6,8 +6,9 @@
 //! | prefill_sm90 | machine code for sm_90a (Hopper) alone |
 //!
 //! Environment: `NVCC` names the compiler, else it is looked for under `CUDA_HOME` and `CUDA_PATH`, in `PATH` and in
-//! /usr/local/cuda; `NVCC_CCBIN` names its host compiler. `CANDLE_SWIGLU_CUDA_SKIP_NVCC=1` embeds empty fatbins: the crate then
-//! compiles, links and is checked without nvcc, and its CUDA kernels are an error when they are asked for.
+//! /usr/local/cuda; `NVCC_CCBIN` names its host compiler. `CANDLE_SWIGLU_CUDA_SKIP_NVCC=1` embeds empty fatbins, and the kernels of
+//! this crate are then an error when they are requested. candle's CUDA crates run nvcc in build scripts of their own, so a machine
+//! without CUDA needs a stand-in for it as well: `scripts/cuda-toolkit.sh DIR none` makes one.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -84,7 +85,8 @@ fn start(nvcc: &Path, name: &str, code: &[&str], out: &Path) -> std::io::Result<
 fn missing(nvcc: &Path, error: &std::io::Error) -> String {
     format!(
         "cannot run {} ({error}). The feature `cuda` needs nvcc 12 or newer: install the CUDA toolkit, name the compiler in NVCC, or \
-         on a machine without CUDA run `eval \"$(scripts/cuda-toolkit.sh DIR)\"`. To check types without it set {SKIP}=1.",
+         on a machine without CUDA run `eval \"$(scripts/cuda-toolkit.sh DIR)\"` in a clone of candle-swiglu: candle's own CUDA crates need \
+         nvcc too.",
         nvcc.display()
     )
 }
