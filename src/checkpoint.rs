@@ -22,6 +22,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::unread::listed_prefix;
 use contents::{Contents, Entry};
 #[cfg(feature = "hub")]
 pub(crate) use contents::{INDEX, SINGLE, is_consolidated};
@@ -163,6 +164,7 @@ impl Checkpoint {
     /// No such tensor; a dtype that is not a float, in the file or asked for; a file that cannot be read.
     pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let entry = self.contents.entry(name)?;
+        self.contents.check_float(name, entry)?;
         let tensor = match dtype {
             DType::F16 => self.load::<f16>(name, entry, device),
             DType::BF16 => self.load::<bf16>(name, entry, device),
@@ -239,6 +241,7 @@ impl std::fmt::Debug for Checkpoint {
 impl SimpleBackend for Checkpoint {
     fn get(&self, shape: Shape, name: &str, _: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
         let entry = self.contents.entry(name)?;
+        self.contents.check_float(name, entry)?;
         if entry.shape != shape.dims() {
             let location = Some(self.contents.files[entry.file].0.clone());
             let (expected, found) = (shape.into_dims(), entry.shape.clone());
@@ -248,10 +251,13 @@ impl SimpleBackend for Checkpoint {
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
-        Ok(self.tensor(name, dtype, device)?)
+        match listed_prefix(name) {
+            Some(prefix) => self.contents.list(prefix).to_tensor(),
+            None => Ok(self.tensor(name, dtype, device)?),
+        }
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.contains(name)
+        self.contains(name) || listed_prefix(name).is_some()
     }
 }

@@ -16,7 +16,13 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// No tensor under any of the known names.
-    #[error("no tensor {} under \"{prefix}\"; present there: {}{}", list(tried, " or "), list(present, ", "), within(location))]
+    #[error(
+        "no tensor {} under \"{prefix}\"; present there: {}{}{}",
+        list(tried, " or "),
+        first(present),
+        did_you_mean(suggestions),
+        within(location)
+    )]
     MissingTensor {
         /// Where the names were looked up, for example `model.layers.0.mlp`.
         prefix: String,
@@ -24,6 +30,8 @@ pub enum Error {
         tried: Vec<String>,
         /// The names that are there (all of them for a [`crate::Checkpoint`], else those of the known families).
         present: Vec<String>,
+        /// Other prefixes under which one of the names is there, the likeliest first.
+        suggestions: Vec<String>,
         /// The checkpoint's directory, when known.
         location: Option<PathBuf>,
     },
@@ -178,16 +186,79 @@ pub enum Error {
         found: &'static str,
     },
     /// The directory holds no weights.
-    #[error("{}: no model.safetensors, model.safetensors.index.json or consolidated*.safetensors in it", dir.display())]
+    #[error("{}: no model.safetensors, model.safetensors.index.json or consolidated*.safetensors in it{}", dir.display(), instead(found))]
     NoWeights {
         /// The directory.
         dir: PathBuf,
+        /// Files of other formats in it, and what to do with them.
+        found: Vec<String>,
     },
     /// The directory holds no config.
-    #[error("{}: no config.json (or params.json) in it", dir.display())]
+    #[error("{}: no config.json (or params.json) in it{}", dir.display(), instead(found))]
     NoConfig {
         /// The directory.
         dir: PathBuf,
+        /// Files of other formats in it, and what to do with them.
+        found: Vec<String>,
+    },
+    /// A symbolic link of the checkpoint leads nowhere, as in an incomplete copy of a download cache.
+    #[error("{}: a symbolic link to {}, which is not there", path.display(), target.display())]
+    DanglingLink {
+        /// The link.
+        path: PathBuf,
+        /// What it points to.
+        target: PathBuf,
+    },
+    /// The file is the text that Git LFS leaves in the place of a large file.
+    #[error("{}: a Git LFS pointer, not the file{}: run `git lfs pull` in its repository", path.display(), of_size(size))]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
+        /// Bytes of the file it stands for, if the pointer says so.
+        size: Option<u64>,
+    },
+    /// A tensor is stored in a quantized format.
+    #[error(
+        "{name}: found {found} of shape {shape:?}: the weights are quantized{}, which is not supported: expected one of f16, bf16, f32, \
+         f64{}",
+        by_the_config(key),
+        within(location)
+    )]
+    QuantizedTensor {
+        /// The tensor.
+        name: String,
+        /// The dtype found.
+        found: String,
+        /// The shape found.
+        shape: Vec<usize>,
+        /// The field of the config that says so.
+        key: Option<&'static str>,
+        /// The file it lies in.
+        location: Option<PathBuf>,
+    },
+    /// Tensors under a layer's prefix that the layer does not read: without them it would compute something else.
+    #[error(
+        "{} under \"{prefix}\" would not be read, and the {layer} would compute something else without: expected only the \
+         {layer}'s own weights and biases (read those of another layer before it)",
+        first(names)
+    )]
+    UnreadTensors {
+        /// What was loaded: a block or a linear layer.
+        layer: &'static str,
+        /// Its prefix.
+        prefix: String,
+        /// The tensors.
+        names: Vec<String>,
+    },
+    /// The tensors are those of a feed-forward block without a gate.
+    #[error("under \"{prefix}\" are {up} and {down}, a plain MLP without a gate: expected gate, up and down projections")]
+    PlainMlp {
+        /// Where the names were found.
+        prefix: String,
+        /// The first projection.
+        up: &'static str,
+        /// The second.
+        down: &'static str,
     },
     /// A file cannot be read.
     #[error("{}: {source}", path.display())]
@@ -300,6 +371,35 @@ pub enum Error {
 
 fn list(names: &[String], separator: &str) -> String {
     if names.is_empty() { "none".to_string() } else { names.join(separator) }
+}
+
+/// At most 20 of the names.
+fn first(names: &[String]) -> String {
+    const MOST: usize = 20;
+    match names.len().checked_sub(MOST) {
+        None | Some(0) => list(names, ", "),
+        Some(more) => format!("{} and {more} more", names[..MOST].join(", ")),
+    }
+}
+
+fn did_you_mean(prefixes: &[String]) -> String {
+    if prefixes.is_empty() {
+        return String::new();
+    }
+    let quoted: Vec<String> = prefixes.iter().map(|prefix| format!("\"{prefix}\"")).collect();
+    format!("; did you mean {}?", quoted.join(" or "))
+}
+
+fn instead(found: &[String]) -> String {
+    if found.is_empty() { String::new() } else { format!("; there is {}", found.join(", ")) }
+}
+
+fn of_size(size: &Option<u64>) -> String {
+    size.map(|size| format!(" of {size} bytes")).unwrap_or_default()
+}
+
+fn by_the_config(key: &Option<&str>) -> String {
+    key.map(|key| format!(" (config: {key})")).unwrap_or_default()
 }
 
 fn within(location: &Option<PathBuf>) -> String {

@@ -99,13 +99,17 @@ impl Names {
         Self::Packed { gate_up: gate_up.into(), down: down.into(), order }
     }
 
-    /// `gate_proj.weight` and so on.
-    pub(crate) fn weights(&self) -> Vec<String> {
-        let names = match self {
+    /// `gate_proj` and so on.
+    pub(crate) fn projections(&self) -> Vec<&str> {
+        match self {
             Names::Separate { gate, up, down } => vec![gate, up, down],
             Names::Packed { gate_up, down, .. } => vec![gate_up, down],
-        };
-        names.into_iter().map(|name| format!("{name}.weight")).collect()
+        }
+    }
+
+    /// `gate_proj.weight` and so on.
+    pub(crate) fn weights(&self) -> Vec<String> {
+        self.projections().into_iter().map(|name| format!("{name}.weight")).collect()
     }
 }
 

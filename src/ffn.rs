@@ -428,7 +428,13 @@ fn check_biases(cfg: &FfnConfig, weights: &Weights) -> Result<()> {
             Some(_) if !expected => return Err(Error::UnexpectedBias { name: format!("{name}.bias") }),
             None if expected => {
                 let tried = vec![format!("{name}.bias")];
-                return Err(Error::MissingTensor { prefix: String::new(), tried, present: vec![], location: None });
+                return Err(Error::MissingTensor {
+                    prefix: String::new(),
+                    tried,
+                    present: vec![],
+                    suggestions: vec![],
+                    location: None,
+                });
             }
             _ => {}
         }

@@ -20,8 +20,10 @@ pub mod hub;
 mod linear;
 #[cfg(any(feature = "metal", test))]
 mod metal;
+mod missing;
 mod packed;
 pub mod reference;
+mod unread;
 mod weights;
 
 pub use activation::{Glu, GluActivation};

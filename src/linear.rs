@@ -7,6 +7,7 @@ use crate::cpu::Part;
 use crate::error::{Error, Result};
 use crate::glu::{check_float, check_like, check_same};
 use crate::packed::{Packed, Packer, Sizes, can_pack};
+use crate::unread::check_linear;
 use crate::weights::load_projection;
 
 /// A linear layer `y = x·Wᵀ + b` with W (out, in) and an optional b (out).
@@ -63,6 +64,7 @@ pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<L
 /// As those.
 pub fn linear_b(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Result<Linear> {
     let (weight, bias) = load_projection(&vb, out_dim, in_dim, Some(bias))?;
+    check_linear(&vb)?;
     Linear::new(weight, bias)
 }
 
@@ -79,6 +81,7 @@ impl Linear {
     /// No such tensor, or another shape.
     pub fn load(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Self> {
         let (weight, bias) = load_projection(&vb, out_dim, in_dim, None)?;
+        check_linear(&vb)?;
         Self::new(weight, bias)
     }
 

@@ -7,6 +7,8 @@ use crate::config::{Biases, FfnConfig};
 use crate::error::{Error, Result};
 use crate::family::{Family, Names, PackedOrder};
 use crate::glu::check_float;
+use crate::missing::{plain_mlp, suggest};
+use crate::unread::{check_block, contains_anything, joined};
 
 /// The family whose names stand under `vb`'s prefix; `Llama` where a `VarMap` is still to be filled.
 fn detect(vb: &VarBuilder) -> Result<Family> {
@@ -26,11 +28,6 @@ fn detect(vb: &VarBuilder) -> Result<Family> {
             Ok(partial.max_by_key(|f| (present(f), *f == Family::Llama)).unwrap_or(Family::Llama))
         }
     }
-}
-
-/// `VarBuilder::zeros` says yes to every name.
-fn contains_anything(vb: &VarBuilder) -> bool {
-    vb.contains_tensor("no tensor has this name")
 }
 
 /// `layers.0.feed_forward` (Meta LLaMA), `block_sparse_moe.experts.3` (Mixtral)
@@ -195,6 +192,7 @@ impl Weights {
             }
         };
         let (weight, bias) = loader.projection(down, (h, i), cfg.biases.down)?;
+        check_block(vb, &names, i)?;
         take(Piece::Down(weight, bias))
     }
 
@@ -265,6 +263,9 @@ impl Loader<'_> {
         present.extend(listed);
         present.sort();
         present.dedup();
+        if let Some(error) = plain_mlp(self.vb).filter(|_| !self.named) {
+            return error;
+        }
         let nothing = !self.names.weights().iter().any(|name| self.vb.contains_tensor(name));
         let tried = if self.named || !nothing {
             vec![if bias && self.vb.contains_tensor(&format!("{name}.weight")) {
@@ -276,7 +277,8 @@ impl Loader<'_> {
             let firsts = Family::ALL.iter().filter(|f| !f.must_be_named()).map(|f| f.weight_names().remove(0));
             firsts.collect()
         };
-        Error::MissingTensor { prefix: self.vb.prefix(), tried, present, location }
+        let suggestions = suggest(self.vb, &tried);
+        Error::MissingTensor { prefix: self.vb.prefix(), tried, present, suggestions, location }
     }
 }
 
@@ -290,7 +292,7 @@ pub(crate) fn load_projection(
     let bound = 1.0 / (in_dim as f64).sqrt();
     let has_bias = vb.contains_tensor("bias") && !contains_anything(vb);
     if bias == Some(false) && has_bias {
-        return Err(Error::UnexpectedBias { name: format!("{}.bias", vb.prefix()) });
+        return Err(Error::UnexpectedBias { name: joined(&vb.prefix(), "bias") });
     }
     let weight = get(vb, &[out_dim, in_dim], "weight", init::DEFAULT_KAIMING_NORMAL)?;
     let bias = if bias.unwrap_or(has_bias) {
@@ -304,10 +306,12 @@ pub(crate) fn load_projection(
 /// One tensor of this shape, with candle's errors turned into this crate's.
 pub(crate) fn get(vb: &VarBuilder, shape: &[usize], name: &str, hint: Init) -> Result<Tensor> {
     use candle_core::Error as E;
-    let full = || format!("{}.{name}", vb.prefix()).trim_start_matches('.').to_string();
+    let full = || joined(&vb.prefix(), name);
     let tensor = vb.get_with_hints(shape, name, hint).map_err(|error| match strip_backtrace(error) {
         E::CannotFindTensor { .. } | E::SafeTensor(safetensors::SafeTensorError::TensorNotFound(_)) => {
-            Error::MissingTensor { prefix: vb.prefix(), tried: vec![name.to_string()], present: vec![], location: None }
+            let tried = vec![name.to_string()];
+            let suggestions = suggest(vb, &tried);
+            Error::MissingTensor { prefix: vb.prefix(), tried, present: vec![], suggestions, location: None }
         }
         E::UnexpectedShape { expected, got, .. } => {
             Error::Shape { name: full(), expected: expected.into_dims(), found: got.into_dims(), location: None }

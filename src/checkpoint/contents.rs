@@ -11,6 +11,8 @@ use serde_json::Value;
 use super::header::{check_file, read_exact_at, read_header};
 use super::json::{read_index, read_json};
 use crate::error::{Error, Result};
+use crate::missing::nearest;
+use crate::unread::{Listed, Listing};
 
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -63,8 +65,15 @@ impl Contents {
         if !metadata.is_dir() {
             return Err(Error::NotADirectory { path: dir.to_path_buf(), found: "a file" });
         }
-        let config = ["config.json", "params.json"].map(|name| dir.join(name)).into_iter().find(|path| path.exists());
-        let config = read_json(config.ok_or_else(|| Error::NoConfig { dir: dir.to_path_buf() })?)?;
+        let mut config = None;
+        for name in ["config.json", "params.json"] {
+            let path = dir.join(name);
+            if config.is_none() && is_there(&path)? {
+                config = Some(path);
+            }
+        }
+        let missing = || Error::NoConfig { dir: dir.to_path_buf(), found: other_formats(dir) };
+        let config = read_json(config.ok_or_else(missing)?)?;
         let mut contents = Self { dir: dir.to_path_buf(), config, files: vec![], tensors: BTreeMap::new() };
         contents.add_weights()?;
         Ok(contents)
@@ -80,15 +89,15 @@ impl Contents {
     fn add_weights(&mut self) -> Result<()> {
         let single = self.dir.join(SINGLE);
         let index = self.dir.join(INDEX);
-        if single.exists() {
+        if is_there(&single)? {
             return self.add_file(single, |_| true);
         }
-        if index.exists() {
+        if is_there(&index)? {
             return self.add_indexed(&index);
         }
         let consolidated = self.consolidated()?;
         if consolidated.is_empty() {
-            return Err(Error::NoWeights { dir: self.dir.clone() });
+            return Err(Error::NoWeights { dir: self.dir.clone(), found: other_formats(&self.dir) });
         }
         consolidated.into_iter().try_for_each(|path| self.add_file(path, |_| true))
     }
@@ -114,7 +123,7 @@ impl Contents {
         }
         for (shard, tensors) in shards {
             let path = self.dir.join(shard);
-            if !path.exists() {
+            if !is_there(&path)? {
                 let (shard, tensor) = (shard.to_string(), tensors[0].to_string());
                 return Err(Error::MissingShard { index: index.to_path_buf(), shard, tensor });
             }
@@ -167,20 +176,75 @@ impl Contents {
             let module = name.rsplit_once('.').map_or("", |(module, _)| module);
             let prefix = module.rsplit_once('.').map_or("", |(prefix, _)| prefix);
             let tried = vec![name[prefix.len()..].trim_start_matches('.').to_string()];
+            let suggestions = nearest(prefix, &tried, self.tensors.keys().map(String::as_str));
             let (prefix, location) = (prefix.to_string(), Some(self.dir.clone()));
-            Error::MissingTensor { present: self.under(&prefix), prefix, tried, location }
+            Error::MissingTensor { present: self.under(&prefix), prefix, tried, suggestions, location }
         })
     }
 
-    /// The names under a prefix, without it; at most 20 of them.
-    fn under(&self, prefix: &str) -> Vec<String> {
-        const MOST: usize = 20;
-        let dotted = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
-        let mut names: Vec<String> =
-            self.tensors.keys().filter_map(|name| name.strip_prefix(&dotted)).map(str::to_string).take(MOST + 1).collect();
-        if names.len() > MOST {
-            names[MOST] = "...".to_string();
+    /// # Errors
+    /// The tensor is stored in integers or in 8 bits, as quantized weights are.
+    pub(super) fn check_float(&self, name: &str, entry: &Entry) -> Result<()> {
+        if matches!(entry.dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) {
+            return Ok(());
         }
-        names
+        let keys = ["quantization_config", "quantization", "compression_config"];
+        let key = keys.into_iter().find(|key| self.config.get(key).is_some_and(|value| !value.is_null()));
+        let (name, found, location) = (name.to_string(), entry.dtype.to_string(), Some(self.files[entry.file].0.clone()));
+        match key {
+            Some(_) => Err(Error::QuantizedTensor { name, found, shape: entry.shape.clone(), key, location }),
+            None => Err(Error::DTypeUnsupported { name, found, location }),
+        }
     }
+
+    /// The tensors under a prefix.
+    pub(super) fn list(&self, prefix: &str) -> Listing {
+        let dotted = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
+        let tensors = self.tensors.iter().filter_map(|(name, entry)| {
+            let short = name.strip_prefix(&dotted)?.to_string();
+            Some(Listed { name: short, unread: entry.is_unread(name) })
+        });
+        Listing { prefix: prefix.to_string(), tensors: tensors.collect() }
+    }
+
+    /// The names under a prefix, without it.
+    fn under(&self, prefix: &str) -> Vec<String> {
+        let dotted = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
+        self.tensors.keys().filter_map(|name| name.strip_prefix(&dotted)).map(str::to_string).collect()
+    }
+}
+
+/// Something is at this path.
+///
+/// # Errors
+/// A symbolic link to nothing.
+fn is_there(path: &Path) -> Result<bool> {
+    match (path.exists(), std::fs::read_link(path)) {
+        (true, _) => Ok(true),
+        (false, Ok(target)) => Err(Error::DanglingLink { path: path.to_path_buf(), target }),
+        (false, Err(_)) => Ok(false),
+    }
+}
+
+/// Files of a model in formats that are not read, and what to do with them.
+fn other_formats(dir: &Path) -> Vec<String> {
+    const KNOWN: [(&str, &str, &str); 8] = [
+        ("adapter_model", ".safetensors", "an adapter: merge it into its base model first"),
+        ("", ".gguf", "a GGUF file, which is not supported yet"),
+        ("", ".bin", "PyTorch weights: convert them to safetensors"),
+        ("", ".pth", "PyTorch weights: convert them to safetensors"),
+        ("", ".pt", "PyTorch weights: convert them to safetensors"),
+        ("", ".safetensors", "safetensors of another name: rename it to model.safetensors, or add its index"),
+        ("", ".npz", "MLX or NumPy weights: convert them to safetensors"),
+        ("tokenizer", ".model", "a tokenizer alone"),
+    ];
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    let is = |name: &str, start: &str, end: &str| name.starts_with(start) && name.ends_with(end);
+    let kind = |name: &String| {
+        let (.., what) = KNOWN.iter().find(|(start, end, _)| is(name, start, end))?;
+        Some(format!("{name} ({what})"))
+    };
+    names.iter().filter_map(kind).take(3).collect()
 }

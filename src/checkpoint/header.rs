@@ -22,6 +22,9 @@ pub(super) fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata)> {
     const LENGTH: u64 = 8;
     const MOST: u64 = 100_000_000; // the format's own bound
     let found = file.metadata().map_err(Error::io(path))?.len();
+    if let Some(size) = lfs_pointer(file, found) {
+        return Err(Error::LfsPointer { path: path.to_path_buf(), size });
+    }
     let broken = |reason: String| Error::Header { path: path.to_path_buf(), reason };
     if found < LENGTH {
         return Err(broken(format!("expected at least 8 bytes, found {found}")));
@@ -41,6 +44,19 @@ pub(super) fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata)> {
         Some(expected) if expected == found => Ok((LENGTH + length, metadata)),
         _ => Err(Error::FileSize { path: path.to_path_buf(), expected: expected.unwrap_or(u64::MAX), found }),
     }
+}
+
+/// The size that a Git LFS pointer names, if the file of `len` bytes is one.
+fn lfs_pointer(file: &File, len: u64) -> Option<Option<u64>> {
+    const BEGIN: &[u8] = b"version https://git-lfs";
+    const MOST: u64 = 1024; // by the format
+    if len > MOST {
+        return None;
+    }
+    let mut text = vec![0; len as usize];
+    read_exact_at(file, &mut text, 0).ok()?;
+    let text = text.starts_with(BEGIN).then(|| String::from_utf8_lossy(&text).into_owned())?;
+    Some(text.lines().find_map(|line| line.strip_prefix("size ")?.trim().parse().ok()))
 }
 
 #[cfg(unix)]
