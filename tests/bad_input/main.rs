@@ -28,7 +28,9 @@ macro_rules! assert_error {
 }
 
 mod files;
+mod formats;
 mod tensors;
+mod unread;
 
 const H: usize = 4;
 const I: usize = 6;
