@@ -31,7 +31,7 @@ pub enum Error {
         /// The names that are there (all of them for a [`crate::Checkpoint`], else those of the known families).
         present: Vec<String>,
         /// Other prefixes under which one of the names is there, the likeliest first.
-        suggestions: Vec<String>,
+        suggestions: Box<[String]>,
         /// The checkpoint's directory, when known.
         location: Option<PathBuf>,
     },

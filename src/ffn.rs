@@ -98,7 +98,13 @@ impl SwiGluFfn {
     /// detected, see [`crate::Family`]. From an empty `VarMap` they are created under the names of `Family::Llama`.
     ///
     /// # Errors
-    /// A size of zero, a missing tensor, another shape, names that fit several families, a bias that the config does not ask for.
+    /// A number of the config that makes no formula; a missing tensor, another shape, a dtype that is not a float or not that of the
+    /// other weights; names that fit several families; a bias that the config does not ask for.
+    ///
+    /// A tensor of the block that it would not read (a norm between the projections, an adapter, a scale) is an error too. To a block
+    /// belongs what is under its projections' names and what else is under the prefix, unless attention is there as well: then the
+    /// prefix is that of a whole layer. A [`crate::Checkpoint`] knows all its tensors, and which of them were read before by the
+    /// caller; in other sources of a `VarBuilder` names that are known from published checkpoints are looked up.
     pub fn new(cfg: &FfnConfig, vb: VarBuilder) -> Result<Self> {
         cfg.validate()?;
         let mut builder = None;
@@ -432,7 +438,7 @@ fn check_biases(cfg: &FfnConfig, weights: &Weights) -> Result<()> {
                     prefix: String::new(),
                     tried,
                     present: vec![],
-                    suggestions: vec![],
+                    suggestions: Box::default(),
                     location: None,
                 });
             }

@@ -277,7 +277,7 @@ impl Loader<'_> {
             let firsts = Family::ALL.iter().filter(|f| !f.must_be_named()).map(|f| f.weight_names().remove(0));
             firsts.collect()
         };
-        let suggestions = suggest(self.vb, &tried);
+        let suggestions = suggest(self.vb, &tried).into();
         Error::MissingTensor { prefix: self.vb.prefix(), tried, present, suggestions, location }
     }
 }
@@ -310,7 +310,7 @@ pub(crate) fn get(vb: &VarBuilder, shape: &[usize], name: &str, hint: Init) -> R
     let tensor = vb.get_with_hints(shape, name, hint).map_err(|error| match strip_backtrace(error) {
         E::CannotFindTensor { .. } | E::SafeTensor(safetensors::SafeTensorError::TensorNotFound(_)) => {
             let tried = vec![name.to_string()];
-            let suggestions = suggest(vb, &tried);
+            let suggestions = suggest(vb, &tried).into();
             Error::MissingTensor { prefix: vb.prefix(), tried, present: vec![], suggestions, location: None }
         }
         E::UnexpectedShape { expected, got, .. } => {

@@ -176,7 +176,7 @@ impl Contents {
             let module = name.rsplit_once('.').map_or("", |(module, _)| module);
             let prefix = module.rsplit_once('.').map_or("", |(prefix, _)| prefix);
             let tried = vec![name[prefix.len()..].trim_start_matches('.').to_string()];
-            let suggestions = nearest(prefix, &tried, self.tensors.keys().map(String::as_str));
+            let suggestions = nearest(prefix, &tried, self.tensors.keys().map(String::as_str)).into();
             let (prefix, location) = (prefix.to_string(), Some(self.dir.clone()));
             Error::MissingTensor { present: self.under(&prefix), prefix, tried, suggestions, location }
         })
