@@ -16,27 +16,60 @@ use crate::model::{Cache, Llama, LlamaConfig};
 
 /// The tokenizer of a checkpoint. Truncation and padding, which some files ask for, are switched off: a prompt is used whole.
 pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
-    ensure!(path.is_file(), "{}: no such file; the checkpoint needs its tokenizer", path.display());
+    ensure!(path.is_file(), "{}: no such file; {}", path.display(), instead_of_tokenizer(path));
     let mut tokenizer = Tokenizer::from_file(path).map_err(|error| anyhow!("{}: not a tokenizer: {error}", path.display()))?;
     tokenizer.with_truncation(None).map_err(|error| anyhow!("{}: {error}", path.display()))?;
     tokenizer.with_padding(None);
     Ok(tokenizer)
 }
 
+/// What the directory has in place of `path`, tokenizer.json.
+fn instead_of_tokenizer(path: &Path) -> String {
+    let there = |file: &&str| path.with_file_name(file).is_file();
+    let found: Vec<_> = ["tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"].into_iter().filter(there).collect();
+    if found.is_empty() {
+        return "the checkpoint needs its tokenizer".to_string();
+    }
+    let dir = path.parent().unwrap_or(path).display();
+    format!(
+        "there is {}, from which transformers makes it: python -c \"from transformers import AutoTokenizer as T; \
+         T.from_pretrained('{dir}').save_pretrained('{dir}')\"",
+        found.join(", ")
+    )
+}
+
 /// The prompt's token ids, with the special tokens that the tokenizer puts around a text; checked against the model.
 pub fn encode(tokenizer: &Tokenizer, prompt: &str, cfg: &LlamaConfig) -> Result<Vec<u32>> {
-    let encoding = tokenizer.encode(prompt, true).map_err(|error| anyhow!("cannot tokenize the prompt: {error}"))?;
-    let mut ids = encoding.get_ids().to_vec();
+    let mut ids = token_ids(tokenizer, prompt, true)?;
     if ids.is_empty() {
         ids.extend(cfg.bos_token_id);
     }
     ensure!(!ids.is_empty(), "the prompt is empty, and the model has no token to begin a text with");
+    check(&ids, cfg)?;
+    Ok(ids)
+}
+
+/// The token ids of a text in which the special tokens are written out, as a chat template does.
+pub fn encode_rendered(tokenizer: &Tokenizer, text: &str, cfg: &LlamaConfig) -> Result<Vec<u32>> {
+    let ids = token_ids(tokenizer, text, false)?;
+    ensure!(!ids.is_empty(), "the chat template made an empty text");
+    check(&ids, cfg)?;
+    Ok(ids)
+}
+
+fn token_ids(tokenizer: &Tokenizer, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+    let encoding = tokenizer.encode(text, add_special_tokens);
+    Ok(encoding.map_err(|error| anyhow!("cannot tokenize the prompt: {error}"))?.get_ids().to_vec())
+}
+
+/// The ids fit into the model's context and vocabulary.
+fn check(ids: &[u32], cfg: &LlamaConfig) -> Result<()> {
     let (len, context) = (ids.len(), cfg.max_position_embeddings);
     ensure!(len <= context, "the prompt has {len} tokens, the model's context only {context}");
     if let Some(id) = ids.iter().find(|&&id| id as usize >= cfg.vocab_size) {
         bail!("the tokenizer gave token id {id}, the model's vocabulary has only {} (vocab_size)", cfg.vocab_size)
     }
-    Ok(ids)
+    Ok(())
 }
 
 /// Token ids in, text out, complete characters only.
@@ -79,7 +112,7 @@ impl<'a> TextStream<'a> {
     }
 
     /// What is still held back: the beginning of a character that was never completed.
-    pub fn finish(self) -> Result<String> {
+    pub fn finish(&self) -> Result<String> {
         self.pending_text()
     }
 
@@ -138,6 +171,10 @@ pub enum End {
     SampleLen,
     /// The context is full.
     Context,
+    /// A stop string.
+    Stop,
+    /// Ctrl-C.
+    Interrupted,
     /// Nobody listens any more.
     Closed,
 }
@@ -145,6 +182,8 @@ pub enum End {
 /// What one text took.
 #[derive(Debug)]
 pub struct Stats {
+    /// Tokens of the prompt that were evaluated, without those that were in the cache.
+    pub prompt_tokens: usize,
     /// The time until the first token.
     pub prompt: Duration,
     /// Tokens generated, an end token included.
@@ -154,45 +193,87 @@ pub struct Stats {
     pub end: End,
 }
 
-/// Generates up to `sample_len` tokens after `prompt`, handing each to `on_token` as it comes.
-///
-/// Without `use_kv_cache` the whole text is computed again for each token.
-pub fn generate(
-    model: &Llama,
-    prompt: &[u32],
-    sample_len: usize,
-    args: &SamplingArgs,
-    use_kv_cache: bool,
-    mut on_token: impl FnMut(u32) -> Result<ControlFlow<()>>,
-) -> Result<Stats> {
-    let cfg = model.config();
-    let room = cfg.max_position_embeddings.saturating_sub(prompt.len());
-    let (limit, end) = if sample_len <= room { (sample_len, End::SampleLen) } else { (room, End::Context) };
-    let mut stats = Stats { prompt: Duration::ZERO, generated: 0, generation: Duration::ZERO, end };
-    let mut cache = Cache::new(use_kv_cache, cfg);
-    let mut processor = args.processor();
-    let mut tokens = prompt.to_vec();
-    let mut start = Instant::now();
-    while stats.generated < limit {
-        let index_pos = cache.positions();
-        let input = Tensor::new(&tokens[index_pos..], model.device())?.unsqueeze(0)?; // (1,T)
-        let logits = model.forward(&input, index_pos, &mut cache)?; // (1,vocab)
-        let next = processor.sample(&args.penalized(&logits, &tokens)?).context("cannot sample a token")?;
-        tokens.push(next);
-        stats.generated += 1;
-        if stats.generated == 1 {
-            stats.prompt = start.elapsed();
-            start = Instant::now();
+/// One text after another on one cache.
+pub struct Session<'a> {
+    model: &'a Llama,
+    cache: Cache,
+    /// The tokens whose keys and values are in the cache.
+    cached: Vec<u32>,
+    args: &'a SamplingArgs,
+    processor: LogitsProcessor,
+    /// Any of these ends a text.
+    ends: Vec<u32>,
+}
+
+impl<'a> Session<'a> {
+    /// Without `use_kv_cache` the whole text is computed again for each token.
+    pub fn new(model: &'a Llama, args: &'a SamplingArgs, use_kv_cache: bool) -> Self {
+        let cfg = model.config();
+        let cache = Cache::new(use_kv_cache, cfg);
+        Self { model, cache, cached: vec![], args, processor: args.processor(), ends: cfg.eos_token_ids.clone() }
+    }
+
+    /// Ends texts at `token` too.
+    pub fn add_end(&mut self, token: u32) {
+        self.ends.push(token);
+    }
+
+    /// Generates up to `sample_len` tokens after `prompt`, handing each to `on_token` as it comes.
+    ///
+    /// If the prompt begins with the tokens in the cache, only the others are evaluated.
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        sample_len: usize,
+        mut on_token: impl FnMut(u32) -> Result<ControlFlow<End>>,
+    ) -> Result<Stats> {
+        let (limit, end) = self.limit(prompt.len(), sample_len);
+        self.keep_prefix_of(prompt);
+        let prompt_tokens = prompt.len() - self.cache.positions();
+        let mut stats = Stats { prompt_tokens, prompt: Duration::ZERO, generated: 0, generation: Duration::ZERO, end };
+        let mut tokens = prompt.to_vec();
+        let mut start = Instant::now();
+        while stats.generated < limit {
+            let next = self.next(&tokens)?;
+            tokens.push(next);
+            stats.generated += 1;
+            if stats.generated == 1 {
+                stats.prompt = start.elapsed();
+                start = Instant::now();
+            }
+            if self.ends.contains(&next) {
+                stats.end = End::Eos;
+                break;
+            }
+            if let ControlFlow::Break(end) = on_token(next)? {
+                stats.end = end;
+                break;
+            }
         }
-        if cfg.eos_token_ids.contains(&next) {
-            stats.end = End::Eos;
-            break;
-        }
-        if on_token(next)?.is_break() {
-            stats.end = End::Closed;
-            break;
+        stats.generation = if stats.generated > 0 { start.elapsed() } else { Duration::ZERO };
+        Ok(stats)
+    }
+
+    /// The most tokens after a prompt of `len`, and the end when all of them are generated.
+    fn limit(&self, len: usize, sample_len: usize) -> (usize, End) {
+        let room = self.model.config().max_position_embeddings.saturating_sub(len);
+        if sample_len <= room { (sample_len, End::SampleLen) } else { (room, End::Context) }
+    }
+
+    /// Starts the cache over unless `prompt` begins with what is in it, and has more.
+    fn keep_prefix_of(&mut self, prompt: &[u32]) {
+        if prompt.len() <= self.cached.len() || !prompt.starts_with(&self.cached) {
+            self.cache.reset();
+            self.cached.clear();
         }
     }
-    stats.generation = if stats.generated > 0 { start.elapsed() } else { Duration::ZERO };
-    Ok(stats)
+
+    /// The token after `tokens`, which begin with those in the cache.
+    fn next(&mut self, tokens: &[u32]) -> Result<u32> {
+        let index_pos = self.cache.positions();
+        let input = Tensor::new(&tokens[index_pos..], self.model.device())?.unsqueeze(0)?; // (1,T)
+        let logits = self.model.forward(&input, index_pos, &mut self.cache)?; // (1,vocab)
+        self.cached.extend(&tokens[self.cached.len()..self.cache.positions()]);
+        self.processor.sample(&self.args.penalized(&logits, tokens)?).context("cannot sample a token")
+    }
 }

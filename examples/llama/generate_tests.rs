@@ -10,7 +10,7 @@ use candle_core::{DType, Device};
 use candle_swiglu::Checkpoint;
 use tokenizers::Tokenizer;
 
-use crate::generate::{End, SamplingArgs, Stats, TextStream, encode, generate, load_tokenizer};
+use crate::generate::{End, SamplingArgs, Session, Stats, TextStream, encode, load_tokenizer};
 use crate::model::{Llama, LlamaConfig};
 
 fn weights(file: &str) -> PathBuf {
@@ -35,7 +35,7 @@ const GREEDY: SamplingArgs =
 
 fn tokens(model: &Llama, prompt: &[u32], sample_len: usize, args: &SamplingArgs) -> Result<(Vec<u32>, Stats)> {
     let mut tokens = vec![];
-    let stats = generate(model, prompt, sample_len, args, true, |token| {
+    let stats = Session::new(model, args, true).generate(prompt, sample_len, |token| {
         tokens.push(token);
         Ok(ControlFlow::Continue(()))
     })?;
@@ -100,7 +100,7 @@ fn a_text_ends_where_it_should() -> Result<()> {
     let (start, stats) = tokens(&model(&several)?, &prompt, 500, &GREEDY)?;
     assert_eq!((stats.end, Some(start.len())), (End::Eos, first));
 
-    let closed = generate(&model(&cfg)?, &prompt, 500, &GREEDY, true, |_| Ok(ControlFlow::Break(())))?;
+    let closed = Session::new(&model(&cfg)?, &GREEDY, true).generate(&prompt, 500, |_| Ok(ControlFlow::Break(End::Closed)))?;
     assert_eq!((closed.end, closed.generated), (End::Closed, 1));
     Ok(())
 }
