@@ -29,7 +29,7 @@ pub enum Error {
         /// The names that were tried.
         tried: Vec<String>,
         /// The names that are there (all of them for a [`crate::Checkpoint`], else those of the known families).
-        present: Vec<String>,
+        present: Box<[String]>,
         /// Other prefixes under which one of the names is there, the likeliest first.
         suggestions: Box<[String]>,
         /// The checkpoint's directory, when known.
@@ -230,7 +230,7 @@ pub enum Error {
         /// The dtype found.
         found: String,
         /// The shape found.
-        shape: Vec<usize>,
+        shape: Box<[usize]>,
         /// The field of the config that says so.
         key: Option<&'static str>,
         /// The file it lies in.

@@ -437,7 +437,7 @@ fn check_biases(cfg: &FfnConfig, weights: &Weights) -> Result<()> {
                 return Err(Error::MissingTensor {
                     prefix: String::new(),
                     tried,
-                    present: vec![],
+                    present: Box::default(),
                     suggestions: Box::default(),
                     location: None,
                 });

@@ -257,7 +257,7 @@ impl Loader<'_> {
         })
     }
 
-    fn missing(&self, name: &str, bias: bool, listed: Vec<String>, location: Option<std::path::PathBuf>) -> Error {
+    fn missing(&self, name: &str, bias: bool, listed: Box<[String]>, location: Option<std::path::PathBuf>) -> Error {
         let mut present: Vec<String> = Family::ALL.iter().flat_map(|f| f.weight_names()).collect();
         present.retain(|name| self.vb.contains_tensor(name));
         present.extend(listed);
@@ -278,7 +278,7 @@ impl Loader<'_> {
             firsts.collect()
         };
         let suggestions = suggest(self.vb, &tried).into();
-        Error::MissingTensor { prefix: self.vb.prefix(), tried, present, suggestions, location }
+        Error::MissingTensor { prefix: self.vb.prefix(), tried, present: present.into(), suggestions, location }
     }
 }
 
@@ -311,7 +311,7 @@ pub(crate) fn get(vb: &VarBuilder, shape: &[usize], name: &str, hint: Init) -> R
         E::CannotFindTensor { .. } | E::SafeTensor(safetensors::SafeTensorError::TensorNotFound(_)) => {
             let tried = vec![name.to_string()];
             let suggestions = suggest(vb, &tried).into();
-            Error::MissingTensor { prefix: vb.prefix(), tried, present: vec![], suggestions, location: None }
+            Error::MissingTensor { prefix: vb.prefix(), tried, present: Box::default(), suggestions, location: None }
         }
         E::UnexpectedShape { expected, got, .. } => {
             Error::Shape { name: full(), expected: expected.into_dims(), found: got.into_dims(), location: None }

@@ -178,7 +178,7 @@ impl Contents {
             let tried = vec![name[prefix.len()..].trim_start_matches('.').to_string()];
             let suggestions = nearest(prefix, &tried, self.tensors.keys().map(String::as_str)).into();
             let (prefix, location) = (prefix.to_string(), Some(self.dir.clone()));
-            Error::MissingTensor { present: self.under(&prefix), prefix, tried, suggestions, location }
+            Error::MissingTensor { present: self.under(&prefix).into(), prefix, tried, suggestions, location }
         })
     }
 
@@ -192,7 +192,7 @@ impl Contents {
         let key = keys.into_iter().find(|key| self.config.get(key).is_some_and(|value| !value.is_null()));
         let (name, found, location) = (name.to_string(), entry.dtype.to_string(), Some(self.files[entry.file].0.clone()));
         match key {
-            Some(_) => Err(Error::QuantizedTensor { name, found, shape: entry.shape.clone(), key, location }),
+            Some(_) => Err(Error::QuantizedTensor { name, found, shape: entry.shape.as_slice().into(), key, location }),
             None => Err(Error::DTypeUnsupported { name, found, location }),
         }
     }
