@@ -89,9 +89,9 @@ impl Llama {
     pub fn open(checkpoint: &Checkpoint, cfg: &LlamaConfig, dtype: DType, device: &Device) -> Result<Self> {
         let names = Names::find(checkpoint, cfg)?;
         // before the first byte is read
-        names.unknown(checkpoint, cfg).map_or(Ok(()), |unread| Err(Error::wrap(unread)))?;
+        names.unknown(checkpoint, cfg).map_or(Ok(()), |unread| Err(unread.into_error()))?;
         let model = Self::with_names(checkpoint.var_builder(dtype, device), cfg, names)?;
-        check_all_read(checkpoint).map_err(Error::wrap)?;
+        check_all_read(checkpoint).map_err(Unread::into_error)?;
         Ok(model)
     }
 

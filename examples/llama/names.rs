@@ -165,6 +165,13 @@ pub struct Unread {
     pub names: Vec<String>,
 }
 
+impl Unread {
+    /// As candle's error, with the program's way out.
+    pub fn into_error(self) -> candle_core::Error {
+        candle_core::Error::wrap(format!("{self} (--allow-unread goes on without them)"))
+    }
+}
+
 /// Checks that every tensor of the checkpoint has been read, except `rotary_emb.inv_freq`, which
 /// follows from the config.
 ///

@@ -85,13 +85,7 @@ pub fn load(checkpoint: Checkpoint, cfg: &LlamaConfig, (dtype, device): (DType, 
     let checkpoint = checkpoint.with_progress(move |bytes| progress.inc(bytes));
     let model = Llama::open(&checkpoint, cfg, dtype, device);
     bar.finish_and_clear();
-    let model = model.map_err(|error| {
-        let error = anyhow::Error::from(error);
-        if error.chain().any(|cause| cause.is::<crate::model::Unread>()) {
-            return error.context("--allow-unread goes on without them");
-        }
-        error
-    })?;
+    let model = model?;
     model.notes().iter().for_each(note);
     Ok(model)
 }
