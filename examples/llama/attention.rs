@@ -30,6 +30,7 @@ pub struct Attention {
 }
 
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "one per layer; on a GPU a device is many handles")]
 enum Qkv {
     Separate {
         q_proj: Linear,

@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, DeviceLocation};
 use candle_swiglu::{Checkpoint, read_json};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -42,7 +42,7 @@ fn download(model_id: &str, revision: &str) -> Result<PathBuf> {
 
 #[cfg(not(feature = "hub"))]
 fn download(model_id: &str, _revision: &str) -> Result<PathBuf> {
-    bail!("{model_id}: no such directory; if it is a hub id, build with --features hub to download it")
+    anyhow::bail!("{model_id}: no such directory; if it is a hub id, build with --features hub to download it")
 }
 
 /// The config, and the end tokens of generation_config.json when there is one.
