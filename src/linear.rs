@@ -224,8 +224,13 @@ impl Linear {
             let (name, location) = ("weight of an f32 output".to_string(), None);
             return Err(Error::DTypeUnsupported { name, found: "f64".into(), location }.into());
         }
+        check_float("x", x)?;
+        let wide = wider(x.dtype(), self.dtype());
+        if wide != self.dtype() {
+            return self.forward(&x.to_dtype(wide)?)?.to_dtype(DType::F32);
+        }
         let _enter = self.span.enter();
-        let x = x.to_dtype(self.dtype())?;
+        let x = x.to_dtype(wide)?;
         let y = rows(&x, (self.in_dim, self.out_dim), self.dtype(), &self.device, |rows| match &self.form {
             Form::Packed(packed) => packed.forward_f32(rows),
             Form::Plain { weight, bias } => weight.product_f32(rows, bias.as_ref()),
