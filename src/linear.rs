@@ -64,7 +64,7 @@ pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<L
 /// As those.
 pub fn linear_b(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Result<Linear> {
     let (weight, bias) = load_projection(&vb, out_dim, in_dim, Some(bias))?;
-    check_linear(&vb)?;
+    check_linear(&vb, "linear layer")?;
     Linear::new(weight, bias)
 }
 
@@ -81,7 +81,7 @@ impl Linear {
     /// No such tensor, or another shape.
     pub fn load(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Self> {
         let (weight, bias) = load_projection(&vb, out_dim, in_dim, None)?;
-        check_linear(&vb)?;
+        check_linear(&vb, "linear layer")?;
         Self::new(weight, bias)
     }
 
