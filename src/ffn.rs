@@ -342,9 +342,10 @@ impl<'a> Builder<'a> {
             packer => {
                 // Some tracked and some not: those that were packed are constants of the plain form.
                 let unpacked = packer.map_or(Ok(vec![]), |packer| packer.unpack(&self.packed))?;
+                // gate and up share one buffer of biases: where only one of them has a bias, the other's zeros are left out.
                 self.pieces.extend(unpacked.into_iter().map(|(part, weight, bias)| match part {
-                    Part::Gate => Piece::Gate(weight, bias),
-                    Part::Up => Piece::Up(weight, bias),
+                    Part::Gate => Piece::Gate(weight, bias.filter(|_| cfg.biases.gate)),
+                    Part::Up => Piece::Up(weight, bias.filter(|_| cfg.biases.up)),
                     Part::Down | Part::Whole => Piece::Down(weight, bias),
                 }));
                 let (gate_up, down) = plain(self.pieces)?;

@@ -64,7 +64,7 @@ pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<L
 /// As those.
 pub fn linear_b(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Result<Linear> {
     let (weight, bias) = load_projection(&vb, out_dim, in_dim, Some(bias))?;
-    check_linear(&vb)?;
+    check_linear(&vb, "linear layer")?;
     Linear::new(weight, bias)
 }
 
@@ -81,7 +81,7 @@ impl Linear {
     /// No such tensor, or another shape.
     pub fn load(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Self> {
         let (weight, bias) = load_projection(&vb, out_dim, in_dim, None)?;
-        check_linear(&vb)?;
+        check_linear(&vb, "linear layer")?;
         Self::new(weight, bias)
     }
 
@@ -224,8 +224,13 @@ impl Linear {
             let (name, location) = ("weight of an f32 output".to_string(), None);
             return Err(Error::DTypeUnsupported { name, found: "f64".into(), location }.into());
         }
+        check_float("x", x)?;
+        let wide = wider(x.dtype(), self.dtype());
+        if wide != self.dtype() {
+            return self.forward(&x.to_dtype(wide)?)?.to_dtype(DType::F32);
+        }
         let _enter = self.span.enter();
-        let x = x.to_dtype(self.dtype())?;
+        let x = x.to_dtype(wide)?;
         let y = rows(&x, (self.in_dim, self.out_dim), self.dtype(), &self.device, |rows| match &self.form {
             Form::Packed(packed) => packed.forward_f32(rows),
             Form::Plain { weight, bias } => weight.product_f32(rows, bias.as_ref()),

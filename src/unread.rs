@@ -75,7 +75,7 @@ pub(crate) fn joined(prefix: &str, name: &str) -> String {
 // ---------------------------------------------------------------- 2. known names
 
 /// What stands under a projection besides `weight` and `bias`: adapters, quantized weights and their scales.
-const OF_A_PROJECTION: [&str; 46] = [
+const OF_A_PROJECTION: [&str; 52] = [
     "lora_A.weight",
     "lora_B.weight",
     "lora_A.default.weight",
@@ -84,6 +84,12 @@ const OF_A_PROJECTION: [&str; 46] = [
     "lora_b.weight",
     "lora_A",
     "lora_B",
+    "lora_a",
+    "lora_b",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_embedding_A.default",
+    "lora_embedding_B.default",
     "lora_down.weight",
     "lora_up.weight",
     "lora_magnitude_vector",
@@ -125,7 +131,7 @@ const OF_A_PROJECTION: [&str; 46] = [
 ];
 
 /// Modules inside a block that change its value: norms of the product of gate and up, scales of the activation.
-const OF_A_BLOCK: [&str; 10] = [
+const OF_A_BLOCK: [&str; 11] = [
     "ffn_layernorm",
     "ffn_sub_norm",
     "ffn_sub_layernorm",
@@ -136,6 +142,7 @@ const OF_A_BLOCK: [&str; 10] = [
     "inner_layernorm",
     "act_norm",
     "ffn_act",
+    "dwconv",
 ];
 
 /// Norms that are inside a block if they have I elements, before or behind it if they have H.
@@ -143,8 +150,11 @@ const NORMS: [&str; 6] = ["norm", "layernorm", "layer_norm", "LayerNorm", "ln", 
 
 const PARAMETERS: [&str; 4] = ["weight", "bias", "scale", "scales"];
 
-/// Modules that are next to a block in a transformer's layer, never inside one.
-const BESIDE_A_BLOCK: [&str; 7] = ["attn", "attention", "mixer", "mamba", "ssm", "time_mix", "conv"];
+/// Modules that are next to a block in a transformer's layer: parts of their names between underscores.
+const BESIDE_A_BLOCK: [&str; 9] = ["attn", "att", "attention", "mixer", "mamba", "ssm", "mix", "conv", "shortconv"];
+
+/// Parts of the name of a module that is a block and no layer, whatever else is in it.
+const IS_A_BLOCK: [&str; 5] = ["mlp", "ffn", "feed", "ff", "experts"];
 
 // ---------------------------------------------------------------- the checks
 
@@ -168,8 +178,8 @@ pub(crate) fn check_block(vb: &VarBuilder, names: &Names, intermediate_size: usi
     refuse(vb, "block", unread)
 }
 
-/// Every tensor under the prefix of one linear layer has been read. Under an empty prefix, deeper modules are not the layer's.
-pub(crate) fn check_linear(vb: &VarBuilder) -> Result<()> {
+/// Every tensor under the prefix of one linear layer or embedding has been read. Under an empty prefix, deeper modules are not the layer's.
+pub(crate) fn check_linear(vb: &VarBuilder, layer: &'static str) -> Result<()> {
     let unread = match Listing::of(vb).filter(|listing| !listing.tensors.is_empty()) {
         Some(listing) => {
             let everything = !listing.prefix.is_empty();
@@ -178,7 +188,7 @@ pub(crate) fn check_linear(vb: &VarBuilder) -> Result<()> {
         None if contains_anything(vb) => vec![],
         None => known_of_a_projection(vb, ""),
     };
-    refuse(vb, "linear layer", unread)
+    refuse(vb, layer, unread)
 }
 
 fn refuse(vb: &VarBuilder, layer: &'static str, names: Vec<String>) -> Result<()> {
@@ -208,7 +218,12 @@ impl<'a> Scope<'a> {
         let parent = common_parent(projections);
         let inside = listing.tensors.iter().filter_map(|tensor| tensor.name.strip_prefix(parent));
         let mut modules = inside.map(first_part);
-        let extent = if modules.any(|module| BESIDE_A_BLOCK.iter().any(|part| module.contains(part))) {
+        let has_part = |name: &str, of: &[&str]| name.split('_').any(|part| of.contains(&part));
+        let is_beside = |module: &str| has_part(module, &BESIDE_A_BLOCK) && !has_part(module, &["norm", "ln", "layernorm"]);
+        let path = joined(&listing.prefix, parent);
+        let module = path.rsplit('.').find(|name| !name.is_empty() && name.parse::<usize>().is_err());
+        let is_block = module.is_some_and(|name| has_part(name, &IS_A_BLOCK));
+        let extent = if !is_block && modules.any(is_beside) {
             Extent::Layer
         } else if listing.prefix.is_empty() && parent.is_empty() {
             Extent::File

@@ -339,6 +339,12 @@ fn what_would_change_the_formula_is_refused() {
         (json!({"mlp_gate_softcap": 4.0}), "mlp_gate_softcap"),
         (json!({"ffn_sub_norm": true}), "ffn_sub_norm"),
         (json!({"use_clipped_linears": true}), "use_clipped_linears"),
+        (json!({"moe_swiglu_limit": 7.0}), "moe_swiglu_limit"),
+        (json!({"activation_clamp": 7.0}), "activation_clamp"),
+        (json!({"mlp_act": "gelu"}), "mlp_act"),
+        (json!({"glu_activation": "gelu"}), "glu_activation"),
+        (json!({"ffn_hidden_act_fn": "relu"}), "ffn_hidden_act_fn"),
+        (json!({"feed_forward_type": "reglu"}), "feed_forward_type"),
         (json!({"quantization": {"group_size": 64, "bits": 4}}), "quantization"),
         (json!({"use_swiglu_ffn": false}), "use_swiglu_ffn"),
         (json!({"is_gated_act": false}), "is_gated_act"),
@@ -385,4 +391,19 @@ fn bias_flags() {
     ] {
         assert_eq!(FfnConfig::from_json(&patched(fields.clone())).unwrap().biases, biases, "{fields}");
     }
+}
+
+#[test]
+fn fields_that_change_nothing_are_no_errors() {
+    for fields in [
+        json!({"mlp_multiplier": 1.0, "mlp_act": "silu", "router_activation": "sigmoid", "projector_hidden_act": "gelu"}),
+        json!({"mlp_scale": 1, "hidden_act_fn": "silu", "classifier_activation": "gelu"}),
+    ] {
+        let mut json = json!({"hidden_size": 64, "intermediate_size": 176});
+        json.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        assert_eq!(FfnConfig::from_json(&json).unwrap(), FfnConfig::new(64, 176), "{fields}");
+    }
+    let gte = json!({"model_type": "new", "hidden_size": 64, "intermediate_size": 176});
+    let expected = FfnConfig::new(64, 176).with_activation(GluActivation::Gelu).with_biases(Biases::new(false, false, true));
+    assert_eq!(FfnConfig::from_json(&gte).unwrap(), expected);
 }

@@ -6,7 +6,7 @@ mod common;
 use std::collections::HashMap;
 
 use anyhow::Result;
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, Module, VarBuilder, VarMap};
 use candle_swiglu::{
@@ -315,5 +315,31 @@ fn an_embedding_is_its_tied_head() -> Result<()> {
     let head = Linear::new(weight, None)?;
     assert_eq!(bits(&tied.as_linear().forward(&x)?)?, bits(&head.forward(&x)?)?);
     assert!(linear_no_bias(H, 11, vb.pp("embed_tokens")).is_ok());
+    Ok(())
+}
+
+/// A block that is packed in part: gate and up, of which one has a bias, are constants, down is a variable.
+#[test]
+fn freezing_a_block_of_constants_and_variables() -> Result<()> {
+    for biases in all_biases() {
+        let cfg = FfnConfig::new(H, I).with_biases(biases);
+        let ([gate, up, down], [gate_bias, up_bias, down_bias]) = parts(biases, DType::F32)?;
+        let down = Var::from_tensor(&down)?;
+        let tensors = [
+            ("gate_proj.weight", Some(gate)),
+            ("gate_proj.bias", gate_bias),
+            ("up_proj.weight", Some(up)),
+            ("up_proj.bias", up_bias),
+            ("down_proj.weight", Some(down.as_tensor().clone())),
+            ("down_proj.bias", down_bias),
+        ];
+        let block = SwiGluFfn::new(&cfg, builder(&tensors.map(|(name, tensor)| (name.to_string(), tensor)), DType::F32))?;
+        let x = x(DType::F32)?;
+        let y = block.forward(&x)?;
+        let frozen = block.freeze()?.forward(&x)?;
+        let difference = (y - frozen)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(difference < 1e-5, "{biases:?}: {difference}");
+        block.to_dtype(DType::F64)?;
+    }
     Ok(())
 }

@@ -92,3 +92,15 @@ fn errors() -> Result<()> {
     assert!(matches!(Error::find(&error), Some(Error::InputWidth { .. })), "{error}");
     Ok(())
 }
+
+#[test]
+fn x_in_a_wider_dtype_is_not_rounded() -> Result<()> {
+    let weight = Tensor::randn(0f32, 1.0, (7, 33), &Device::Cpu)?.to_dtype(DType::BF16)?;
+    let layer = Linear::new(weight, None)?;
+    let x = Tensor::randn(0f32, 1.0, (3, 33), &Device::Cpu)?;
+    let difference = (layer.forward_f32(&x)? - layer.forward(&x)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    assert_eq!(difference, 0.0);
+    let error = layer.forward_f32(&Tensor::zeros((1, 33), DType::U32, &Device::Cpu)?).unwrap_err();
+    assert!(error.to_string().contains("x: expected one of f16, bf16, f32, f64, found U32"), "{error}");
+    Ok(())
+}

@@ -45,7 +45,7 @@ pub struct Args {
     pub chat: bool,
 
     /// The system message of the chat.
-    #[arg(long, value_name = "TEXT", requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat", conflicts_with_all = ["prompt", "file", "no_echo"])]
     pub system: Option<String>,
 
     /// End the text before this string; may be given several times.

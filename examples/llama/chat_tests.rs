@@ -76,6 +76,7 @@ fn a_template_has_the_functions_of_transformers() -> Result<()> {
     assert_eq!(render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}")?, "01");
     assert_eq!(render("{{ 'a,b'.split(',')[-1].upper() }}{{ 'x' if 'xy'.startswith('x') }}")?, "Bx");
     assert_eq!(render("a {%- generation %} b{% endgeneration -%} c {% raw %}{% x %}{% endraw %}")?, "a bc {% x %}");
+    assert_eq!(render("{{ messages[0].content is sequence and messages is sequence }}")?.to_lowercase(), "true");
     let year: i32 = render("{{ strftime_now('%Y') }}")?.parse()?;
     assert!(year >= 2024, "{year}");
     assert!(error(render("{{ strftime_now('%!') }}")).contains("not a format"));

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{Device, Tensor};
+use candle_swiglu::read_json;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use candle_transformers::utils::apply_repeat_penalty;
 use tokenizers::{
@@ -17,7 +18,10 @@ use crate::model::{Cache, Llama, LlamaConfig};
 /// The tokenizer of a checkpoint. Truncation and padding, which some files ask for, are switched off: a prompt is used whole.
 pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
     ensure!(path.is_file(), "{}: no such file; {}", path.display(), instead_of_tokenizer(path));
-    let mut tokenizer = Tokenizer::from_file(path).map_err(|error| anyhow!("{}: not a tokenizer: {error}", path.display()))?;
+    let mut tokenizer = Tokenizer::from_file(path).map_err(|error| match read_json(path) {
+        Err(pointer @ candle_swiglu::Error::LfsPointer { .. }) => pointer.into(),
+        _ => anyhow!("{}: not a tokenizer: {error}", path.display()),
+    })?;
     tokenizer.with_truncation(None).map_err(|error| anyhow!("{}: {error}", path.display()))?;
     tokenizer.with_padding(None);
     Ok(tokenizer)

@@ -23,6 +23,9 @@ fn flags_that_exclude_each_other() -> Result<()> {
         let error = parse(args).unwrap_err().to_string();
         assert!(error.contains("cannot be used with"), "{args:?}: {error}");
     }
+    for args in [&["-p", "x", "--system", "y"][..], &["-f", "x", "--system", "y"]] {
+        assert!(parse(args).is_err(), "{args:?}");
+    }
     assert!(parse(&["--system", "x"]).unwrap_err().to_string().contains("--chat"));
     assert!(parse(&["--stop", ""]).unwrap_err().to_string().contains("at least one character"));
     let args = parse(&["-m", "dir", "-p", "-x", "--stop", "a", "--stop", "-b", "--no-echo", "--allow-unread"])?;
@@ -132,5 +135,7 @@ fn a_missing_tokenizer_says_what_is_there() -> Result<()> {
     std::fs::write(dir.path().join("tokenizer.model"), "")?;
     assert!(error().contains("there is tokenizer.model") && error().contains("save_pretrained"), "{}", error());
     assert_eq!(error().lines().count(), 1);
+    std::fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 17\n")?;
+    assert!(error().contains("Git LFS pointer"), "{}", error());
     Ok(())
 }

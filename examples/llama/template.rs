@@ -64,6 +64,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
+        environment.add_test("sequence", is_sequence);
         environment.add_template_owned(NAME, without_generation_tags(source)).map_err(template_error)?;
         Ok(Self { environment, special_tokens })
     }
@@ -157,6 +158,12 @@ const RAISED: &str = "raised: ";
 
 fn raise_exception(message: &str) -> Result<String, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
+}
+
+/// What Jinja in Python takes for a sequence: strings and objects too.
+fn is_sequence(value: JinjaValue) -> bool {
+    use minijinja::value::ValueKind::{Iterable, Map, Seq, String};
+    matches!(value.kind(), Iterable | Map | Seq | String)
 }
 
 /// The local time, in the format of C's `strftime`.

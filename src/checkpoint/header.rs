@@ -48,14 +48,19 @@ pub(super) fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata)> {
 
 /// The size that a Git LFS pointer names, if the file of `len` bytes is one.
 fn lfs_pointer(file: &File, len: u64) -> Option<Option<u64>> {
-    const BEGIN: &[u8] = b"version https://git-lfs";
     const MOST: u64 = 1024; // by the format
     if len > MOST {
         return None;
     }
     let mut text = vec![0; len as usize];
     read_exact_at(file, &mut text, 0).ok()?;
-    let text = text.starts_with(BEGIN).then(|| String::from_utf8_lossy(&text).into_owned())?;
+    lfs_size(&text)
+}
+
+/// The size that a Git LFS pointer names, if these bytes are one.
+pub(super) fn lfs_size(bytes: &[u8]) -> Option<Option<u64>> {
+    const BEGIN: &[u8] = b"version https://git-lfs";
+    let text = bytes.starts_with(BEGIN).then(|| String::from_utf8_lossy(bytes))?;
     Some(text.lines().find_map(|line| line.strip_prefix("size ")?.trim().parse().ok()))
 }
 

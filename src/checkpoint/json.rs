@@ -5,7 +5,7 @@ use std::path::{Component, Path};
 
 use serde_json::Value;
 
-use super::header::check_file;
+use super::header::{check_file, lfs_size};
 use crate::error::{Error, Result};
 
 /// The shard of every tensor, checked to be plain file names.
@@ -33,11 +33,14 @@ fn is_file_name(name: &str) -> bool {
 /// names, so that a reader of another field is not affected.
 ///
 /// # Errors
-/// A file that cannot be read or is not valid JSON; a directory, a pipe or a device in its place.
+/// A file that cannot be read or is not valid JSON; a directory, a pipe, a device or a Git LFS pointer in its place.
 pub fn read_json(path: impl AsRef<Path>) -> Result<Value> {
     let path = path.as_ref();
     check_file(path)?;
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    if let Some(size) = lfs_size(&bytes) {
+        return Err(Error::LfsPointer { path: path.to_path_buf(), size });
+    }
     parse(&bytes).map_err(|source| Error::Json { path: path.to_path_buf(), source })
 }
 

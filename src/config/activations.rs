@@ -69,6 +69,15 @@ const FIELDS: [&str; 15] = [
 
 const FEED_FORWARD: &str = "feed_forward_proj";
 
+/// A field that is not in [`FIELDS`] but whose name says that it is the feed-forward block's activation (`mlp_act`).
+fn looks_like_one(name: &str) -> bool {
+    const OF_THE_BLOCK: [&str; 9] = ["hidden", "mlp", "ffn", "ff", "feed", "forward", "glu", "gate", "dense"];
+    const KIND: [&str; 5] = ["fn", "func", "function", "name", "type"];
+    let mut parts = name.split('_').skip_while(|part| OF_THE_BLOCK.contains(part));
+    let is_act = matches!(parts.next(), Some("act" | "activation"));
+    name == "feed_forward_type" || (is_act && parts.all(|part| KIND.contains(&part)) && !FIELDS.contains(&name))
+}
+
 fn rule(model: &str) -> Rule {
     match model {
         "gpt_oss" | "openai_privacy_filter" | "minimax_m3_vl" => Rule::Fixed(Silu), // with a slope, see huggingface.rs
@@ -109,7 +118,7 @@ pub(super) fn read(json: &Value, model: &str) -> Result<GluActivation> {
         _ if t5.is_some() => (FEED_FORWARD, t5.transpose()?.unwrap_or_default()),
         _ => match FIELDS.into_iter().find(|name| field(json, name).is_some()) {
             Some(name) => (name, named(json, name, model)?.unwrap_or_default()),
-            None => return Ok(Silu),
+            None => ("hidden_act", Silu),
         },
     };
     agree(json, model, name, activation)?;
@@ -126,6 +135,12 @@ fn agree(json: &Value, model: &str, read: &str, activation: GluActivation) -> Re
             && named(json, name, model).ok().flatten() != Some(activation)
         {
             return Err(unsupported(name, &value, reason));
+        }
+    }
+    for (name, value) in json.as_object().into_iter().flatten().filter(|(name, _)| looks_like_one(name)) {
+        let same = |text: &str| named(json, name, model).is_ok_and(|found| found == Some(activation)) || text.is_empty();
+        if value.as_str().is_some_and(|text| !same(text)) {
+            return Err(unsupported(name, value, reason));
         }
     }
     // Pop2Piano's dense_act_fn does not follow from it.

@@ -61,6 +61,7 @@ fn stem(model_type: &str) -> &str {
     match stem {
         "paligemma" => "gemma", // whose text model is one unless it says otherwise
         "step3p7" => "step3p5",
+        "new" => "gte", // Alibaba's own code of the same model
         other => other,
     }
 }
@@ -98,7 +99,8 @@ impl Config<'_> {
         self.refuse_sparsity()?;
         for (name, value) in self.json.as_object().into_iter().flatten() {
             let off = value.is_null() || *value == Value::Bool(false) || value.as_f64() == Some(0.0);
-            if is_modifier(name) && !off {
+            let factor_of_one = value.as_f64() == Some(1.0) && (name.ends_with("multiplier") || name.ends_with("scale"));
+            if is_modifier(name) && !off && !factor_of_one {
                 return Err(unsupported(name, value, "it seems to change the formula, and this crate does not know how"));
             }
         }
@@ -253,7 +255,8 @@ impl Config<'_> {
 /// Names of fields that bound, scale or normalise something inside a feed-forward block, but for
 /// those read above.
 fn is_modifier(name: &str) -> bool {
-    const READ: [&str; 7] = [
+    const READ: [&str; 8] = [
+        "activation_sparsity_pattern",
         "swiglu_limit",
         "swiglu_alpha",
         "swiglu_limits",
@@ -263,7 +266,7 @@ fn is_modifier(name: &str) -> bool {
         "ffn_dim_multiplier",
     ];
     const INSIDE: [&str; 9] = ["softcap", "clip", "clamp", "limit", "scale", "multiplier", "sub_norm", "layernorm", "sparsity"];
-    let block = ["mlp_", "ffn_", "glu_"].iter().any(|prefix| name.starts_with(prefix));
+    let block = ["mlp_", "ffn_", "glu_", "moe_swiglu_", "act_", "activation_"].iter().any(|prefix| name.starts_with(prefix));
     let modifies = name.starts_with("swiglu_") || (block && INSIDE.iter().any(|part| name.contains(part)));
     (modifies || name == "use_clipped_linears") && !READ.contains(&name)
 }

@@ -51,6 +51,8 @@ fn what_the_block_does_not_read_is_named() {
         ("mlp.gate_proj.weight_scale_inv", &[1, 1]),
         ("mlp.up_proj.scales", &[I, 1]),
         ("mlp.up_proj.biases", &[I, 1]),
+        ("mlp.up_proj.lora_a", &[I, 1]),
+        ("mlp.dwconv.weight", &[I]),
     ] {
         for (source, vb) in sources(&with(name, shape)) {
             let block = swiglu_ffn(&FfnConfig::new(H, I), vb.pp("model.layers.0.mlp"));
@@ -59,11 +61,13 @@ fn what_the_block_does_not_read_is_named() {
             assert_error!(block, Error::UnreadTensors { layer: "block", .. }, [full.as_str(), "would not be read"]);
         }
     }
-    // A name that nobody knows: only a checkpoint can list it.
-    let tensors = with("mlp.something_new", &[3]);
-    let (_, vb) = sources(&tensors).remove(0);
-    let block = swiglu_ffn(&FfnConfig::new(H, I), vb.pp("model.layers.0.mlp"));
-    assert_error!(block, Error::UnreadTensors { .. }, ["model.layers.0.mlp.something_new"]);
+    // A name that nobody knows: only a checkpoint can list it. Names of attention and its like do not make a layer of a block.
+    for name in ["something_new", "conv.weight", "attn_ln.weight", "mixer_norm.weight"] {
+        let full = format!("model.layers.0.mlp.{name}");
+        let (_, vb) = sources(&with(&format!("mlp.{name}"), &[3])).remove(0);
+        let block = swiglu_ffn(&FfnConfig::new(H, I), vb.pp("model.layers.0.mlp"));
+        assert_error!(block, Error::UnreadTensors { .. }, [full.as_str()]);
+    }
 }
 
 #[test]
@@ -104,6 +108,15 @@ fn what_a_linear_layer_does_not_read_is_named() {
     let tensors = HashMap::from([("embed.weight".to_string(), zeros(&[I, H], DType::F32))]);
     for (_, vb) in sources(&tensors) {
         assert!(embedding(I, H, vb.pp("embed")).is_ok());
+    }
+    for name in ["weight_scale", "lora_embedding_A.default"] {
+        let full = format!("embed.{name}");
+        let mut tensors = tensors.clone();
+        tensors.insert(full.clone(), zeros(&[1], DType::F32));
+        for (_, vb) in sources(&tensors) {
+            let parts = [full.as_str(), "the embedding would compute"];
+            assert_error!(embedding(I, H, vb.pp("embed")), Error::UnreadTensors { .. }, parts);
+        }
     }
 }
 
