@@ -71,12 +71,13 @@ impl Checkpoint {
 
     /// The names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.contents.tensors.keys().map(String::as_str)
+        let there = self.contents.tensors.iter().filter(|(_, entry)| !entry.is_hidden());
+        there.map(|(name, _)| name.as_str())
     }
 
     /// There is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
-        self.contents.tensors.contains_key(name)
+        self.contents.tensors.get(name).is_some_and(|entry| !entry.is_hidden())
     }
 
     /// The shape of a tensor in the files.
@@ -101,7 +102,7 @@ impl Checkpoint {
     /// Left out are constants that a model computes itself: names that end in `rotary_emb.inv_freq`, `position_ids` or
     /// `masked_bias`, and causal masks (names that end in `.attn.bias` or `.attention.bias`, of shape (1, 1, n, n)).
     pub fn unread(&self) -> Vec<String> {
-        let unread = self.contents.tensors.iter().filter(|(name, entry)| entry.is_unread(name));
+        let unread = self.contents.tensors.iter().filter(|(name, entry)| entry.is_unread(name) && !entry.is_hidden());
         unread.map(|(name, _)| name.clone()).collect()
     }
 
@@ -110,6 +111,14 @@ impl Checkpoint {
     pub fn mark_read(&self, name: &str) {
         if let Some(entry) = self.contents.tensors.get(name) {
             entry.mark_read();
+        }
+    }
+
+    /// From now on this checkpoint and its clones behave as if there were no such tensor: for one that would be refused (a bias that
+    /// the config does not have, say) where the caller knows better. A name that is not there changes nothing.
+    pub fn hide(&self, name: &str) {
+        if let Some(entry) = self.contents.tensors.get(name) {
+            entry.hide();
         }
     }
 

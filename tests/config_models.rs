@@ -281,3 +281,10 @@ fn blocks_with_other_parts_are_refused_by_model_type() {
         assert_eq!(refused(FfnConfig::from_json(&config(json!({"model_type": model})))), "use_gated_mlp", "{model}");
     }
 }
+
+#[test]
+fn the_text_model_of_an_omni_model() {
+    let json = json!({"model_type": "qwen2_5_omni", "thinker_config": {"model_type": "qwen2_5_omni_thinker",
+        "text_config": {"model_type": "qwen2_5_omni_text", "hidden_size": 64, "intermediate_size": 96, "hidden_act": "silu"}}});
+    assert_eq!(FfnConfig::from_json(&json).unwrap(), FfnConfig::new(64, 96));
+}

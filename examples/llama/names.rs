@@ -181,14 +181,14 @@ pub fn check_all_read(checkpoint: &Checkpoint) -> std::result::Result<(), Unread
     unread(checkpoint, |_| true).map_or(Ok(()), Err)
 }
 
-/// Marks the tensors that the model will not read as read, so that it loads in spite of them, and
-/// returns them for a warning.
+/// Hides the tensors that the model will not read, so that it loads in spite of them, and returns
+/// them for a warning.
 ///
 /// # Errors
 /// As [`Names::find`].
 pub fn ignore_unread(checkpoint: &Checkpoint, cfg: &LlamaConfig) -> Result<Option<Unread>> {
     let unknown = Names::find(checkpoint, cfg)?.unknown(checkpoint, cfg);
-    unknown.iter().flat_map(|unknown| &unknown.names).for_each(|name| checkpoint.mark_read(name));
+    unknown.iter().flat_map(|unknown| &unknown.names).for_each(|name| checkpoint.hide(name));
     Ok(unknown)
 }
 

@@ -50,7 +50,7 @@ pub fn read_config(checkpoint: &Checkpoint) -> Result<LlamaConfig> {
     let dir = checkpoint.dir();
     let mut cfg = LlamaConfig::of(checkpoint).with_context(|| dir.display().to_string())?;
     let path = dir.join("generation_config.json");
-    if path.exists() {
+    if path.exists() || path.is_symlink() {
         cfg.add_eos_of(&read_json(&path)?).with_context(|| path.display().to_string())?;
     }
     Ok(cfg)

@@ -39,11 +39,21 @@ pub(super) struct Entry {
     pub(super) bytes: u64,
     /// Its data has been read.
     read: AtomicBool,
+    /// It counts as not there.
+    hidden: AtomicBool,
 }
 
 impl Entry {
     pub(super) fn mark_read(&self) {
         self.read.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn hide(&self) {
+        self.hidden.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_hidden(&self) -> bool {
+        self.hidden.load(Ordering::Relaxed)
     }
 
     /// Nobody has read the data, and it is no constant that a model computes itself.
@@ -163,6 +173,7 @@ impl Contents {
                 start: data_start + start as u64,
                 bytes: (end - start) as u64,
                 read: AtomicBool::new(false),
+                hidden: AtomicBool::new(false),
             };
             self.tensors.insert(name, entry);
         }
@@ -171,7 +182,7 @@ impl Contents {
     }
 
     pub(super) fn entry(&self, name: &str) -> Result<&Entry> {
-        self.tensors.get(name).ok_or_else(|| {
+        self.tensors.get(name).filter(|entry| !entry.is_hidden()).ok_or_else(|| {
             // "mlp.gate_proj.weight": gate_proj.weight is missing under mlp.
             let module = name.rsplit_once('.').map_or("", |(module, _)| module);
             let prefix = module.rsplit_once('.').map_or("", |(prefix, _)| prefix);
@@ -200,7 +211,7 @@ impl Contents {
     /// The tensors under a prefix.
     pub(super) fn list(&self, prefix: &str) -> Listing {
         let dotted = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
-        let tensors = self.tensors.iter().filter_map(|(name, entry)| {
+        let tensors = self.tensors.iter().filter(|(_, entry)| !entry.is_hidden()).filter_map(|(name, entry)| {
             let short = name.strip_prefix(&dotted)?.to_string();
             Some(Listed { name: short, unread: entry.is_unread(name) })
         });

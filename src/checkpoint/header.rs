@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 
 /// Neither a directory nor a pipe, which would be waited for.
 pub(super) fn check_file(path: &Path) -> Result<()> {
+    if let (false, Ok(target)) = (path.exists(), std::fs::read_link(path)) {
+        return Err(Error::DanglingLink { path: path.to_path_buf(), target });
+    }
     let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
     if metadata.is_file() {
         return Ok(());

@@ -49,7 +49,8 @@ pub(super) fn read(whole: &Value, layer: Option<usize>, part: Part) -> Result<Ff
 /// The text model's config inside a multimodal one. The sizes beside it, if any, are not the block's.
 fn nested(whole: &Value) -> Option<&Value> {
     let parts = ["text_config", "llm_config", "language_config"];
-    let part = parts.into_iter().find_map(|name| field(whole, name))?;
+    let thinker = || field(field(whole, "thinker_config")?, "text_config"); // Qwen's Omni models
+    let part = parts.into_iter().find_map(|name| field(whole, name)).or_else(thinker)?;
     let has = |json: &Value, names: &[&str]| names.iter().any(|name| field(json, name).is_some());
     let complete = has(whole, &["hidden_size", "d_model"]) && has(whole, &INTERMEDIATE);
     (has(part, &["hidden_size", "d_model"]) || !complete).then_some(part)

@@ -127,4 +127,8 @@ fn which_tensors_have_been_read() {
     assert_eq!(checkpoint.unread(), ["b.weight", "c.weight"]);
     checkpoint.mark_read("c.weight");
     assert_eq!(checkpoint.unread(), ["b.weight"]);
+    checkpoint.hide("b.weight");
+    assert!(checkpoint.unread().is_empty() && !checkpoint.contains("b.weight"));
+    assert!(!checkpoint.names().any(|name| name == "b.weight"));
+    assert_error!(checkpoint.tensor("b.weight", DType::F32, &Device::Cpu), Error::MissingTensor { .. }, ["weight", "b"]);
 }
