@@ -210,18 +210,22 @@ impl Contents {
 
     /// The tensors under a prefix.
     pub(super) fn list(&self, prefix: &str) -> Listing {
-        let dotted = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
-        let tensors = self.tensors.iter().filter(|(_, entry)| !entry.is_hidden()).filter_map(|(name, entry)| {
-            let short = name.strip_prefix(&dotted)?.to_string();
-            Some(Listed { name: short, unread: entry.is_unread(name) })
-        });
-        Listing { prefix: prefix.to_string(), tensors: tensors.collect() }
+        let there = self.below(prefix).filter(|(_, _, entry)| !entry.is_hidden());
+        let listed = there.map(|(name, short, entry)| Listed { name: short.to_string(), unread: entry.is_unread(name) });
+        Listing { prefix: prefix.to_string(), tensors: listed.collect() }
     }
 
     /// The names under a prefix, without it.
     fn under(&self, prefix: &str) -> Vec<String> {
+        self.below(prefix).map(|(_, short, _)| short.to_string()).collect()
+    }
+
+    /// The tensors under a prefix: name, name without the prefix, entry. (A checkpoint of experts has tens of thousands of tensors,
+    /// and each layer looks under its own prefix.)
+    fn below(&self, prefix: &str) -> impl Iterator<Item = (&str, &str, &Entry)> {
         let dotted = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
-        self.tensors.keys().filter_map(|name| name.strip_prefix(&dotted)).map(str::to_string).collect()
+        let from = self.tensors.range(dotted.clone()..);
+        from.map_while(move |(name, entry)| Some((name.as_str(), name.strip_prefix(&dotted)?, entry)))
     }
 }
 
