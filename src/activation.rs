@@ -50,6 +50,22 @@ pub enum GluActivation {
     Identity,
 }
 
+#[cfg(test)]
+impl GluActivation {
+    /// One of each variant. A new variant does not compile until it has a place in this chain.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        std::iter::successors(Some(Self::Silu), |activation| match activation {
+            Self::Silu => Some(Self::Swish { beta: 2.0 }),
+            Self::Swish { .. } => Some(Self::Sigmoid),
+            Self::Sigmoid => Some(Self::Relu),
+            Self::Relu => Some(Self::Gelu),
+            Self::Gelu => Some(Self::GeluTanh),
+            Self::GeluTanh => Some(Self::Identity),
+            Self::Identity => None,
+        })
+    }
+}
+
 /// The pair operation with the modifiers that published models put around it:
 ///
 /// `out = act(min(m·gate, limit)) ⊙ (clamp(up, ±limit) + c)`

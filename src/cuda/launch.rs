@@ -251,3 +251,35 @@ pub(super) fn tensor_map<T: Element>(
     .w()?;
     Ok(map)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADER: &str = include_str!("activation.cuh");
+
+    /// The name of an activation in activation.cuh.
+    fn name(activation: GluActivation) -> &'static str {
+        match activation {
+            GluActivation::Silu => "SILU",
+            GluActivation::Swish { .. } => "SWISH",
+            GluActivation::Sigmoid => "SIGMOID",
+            GluActivation::Relu => "RELU",
+            GluActivation::Gelu => "GELU",
+            GluActivation::GeluTanh => "GELU_TANH",
+            GluActivation::Identity => "IDENTITY",
+        }
+    }
+
+    #[test]
+    fn every_activation_has_its_number_and_its_case_in_the_kernels() {
+        let numbers: Vec<String> = GluActivation::all()
+            .map(|activation| format!("{} = {}", name(activation), GluOp::from(&Glu::new(activation)).activation))
+            .collect();
+        let declared = format!("enum Activation : int {{ {} }};", numbers.join(", "));
+        assert!(HEADER.contains(&declared), "activation.cuh has no line {declared}");
+        for name in GluActivation::all().map(name) {
+            assert_eq!(HEADER.matches(&format!(" case {name}: return ")).count(), 1, "{name}");
+        }
+    }
+}

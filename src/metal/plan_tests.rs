@@ -30,17 +30,26 @@ fn constants_are_those_of_the_kernels() {
     ] {
         assert_eq!(constant(name), value, "{name}");
     }
-    let activations = [
-        ("SWISH", GluActivation::Silu),
-        ("SWISH", GluActivation::Swish { beta: 2.0 }),
-        ("SIGMOID", GluActivation::Sigmoid),
-        ("RELU", GluActivation::Relu),
-        ("GELU", GluActivation::Gelu),
-        ("GELU_TANH", GluActivation::GeluTanh),
-        ("IDENTITY", GluActivation::Identity),
-    ];
-    for (name, activation) in activations {
+}
+
+/// The constant of an activation in the kernels.
+fn constant_of(activation: GluActivation) -> &'static str {
+    match activation {
+        GluActivation::Silu | GluActivation::Swish { .. } => "SWISH",
+        GluActivation::Sigmoid => "SIGMOID",
+        GluActivation::Relu => "RELU",
+        GluActivation::Gelu => "GELU",
+        GluActivation::GeluTanh => "GELU_TANH",
+        GluActivation::Identity => "IDENTITY",
+    }
+}
+
+#[test]
+fn every_activation_has_its_number_and_its_case_in_the_kernels() {
+    for activation in GluActivation::all() {
+        let name = constant_of(activation);
         assert_eq!(constant(name), GluParameters::new(&Glu::new(activation)).activation as usize, "{name}");
+        assert_eq!(SOURCE.matches(&format!(" case {name}: return ")).count(), 1, "{name}");
     }
 }
 
