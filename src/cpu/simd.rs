@@ -1,9 +1,11 @@
 //! The small vector type that the CPU kernels are written over, and how each dtype enters and leaves it.
 //!
-//! Every operation is a correctly rounded IEEE one, so an algorithm gives the same bits on every instruction set; the tests
-//! assert it. The exception is `mul_add`, the step of long sums, which rounds the product too where an instruction set has no
-//! fused multiply-add (scalar, simd128). A value of a type that implements [`Simd`] is the proof that the CPU has the instructions: it can be made only
-//! inside this folder's instruction-set files, after detection.
+//! Every operation is a correctly rounded IEEE one, so an algorithm gives the same bits on every
+//! instruction set; the tests assert it. The exception is `mul_add`, the step of long sums. It rounds
+//! the product too where an instruction set has no fused multiply-add (scalar, simd128).
+//!
+//! A value of a type that implements [`Simd`] is the proof that the CPU has the instructions: it can be
+//! made only inside this folder's instruction-set files, after detection.
 
 use half::{bf16, f16};
 
