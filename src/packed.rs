@@ -192,9 +192,12 @@ impl Packed {
         }
     }
 
-    pub(crate) fn read(&self, streams: usize) -> u32 {
+    pub(crate) fn read(&self, _streams: usize) -> u32 {
         match &self.0.store {
-            Store::Cpu(layer) => layer.read(streams),
+            Store::Cpu(layer) => {
+                let words = layer.packed_bytes().into_iter().flat_map(|bytes| bytes.chunks_exact(4));
+                words.fold(0, |sum, word| sum.wrapping_add(u32::from_ne_bytes([word[0], word[1], word[2], word[3]])))
+            }
             Store::Linear(_) | Store::Block(_) => 0,
         }
     }

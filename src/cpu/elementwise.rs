@@ -9,8 +9,9 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, Layout};
 
+use super::kernels::{CpuKernels, GateKernels};
+use super::pages;
 use super::threads::{self, SendPtr};
-use super::{Functions, Kernel, pages};
 use crate::activation::Glu;
 use crate::error::{Error, Result};
 use crate::reference;
@@ -26,29 +27,29 @@ const MIN_RUN: usize = 64;
 
 /// `op` of gate and up, of equal shape -> a contiguous storage of that shape.
 pub(crate) fn forward(
-    kernel: &Kernel,
+    kernels: &CpuKernels,
     op: &Glu,
     gate: (&CpuStorage, &Layout),
     up: (&CpuStorage, &Layout),
 ) -> Result<CpuStorage> {
     use CpuStorage as C;
     Ok(match (gate.0, up.0) {
-        (C::F32(g), C::F32(u)) => C::F32(run_forward(&kernel.f32, op, (g, gate.1), (u, up.1))),
-        (C::BF16(g), C::BF16(u)) => C::BF16(run_forward(&kernel.bf16, op, (g, gate.1), (u, up.1))),
-        (C::F16(g), C::F16(u)) => C::F16(run_forward(&kernel.f16, op, (g, gate.1), (u, up.1))),
+        (C::F32(g), C::F32(u)) => C::F32(run_forward(&kernels.gate_f32, op, (g, gate.1), (u, up.1))),
+        (C::BF16(g), C::BF16(u)) => C::BF16(run_forward(&kernels.gate_bf16, op, (g, gate.1), (u, up.1))),
+        (C::F16(g), C::F16(u)) => C::F16(run_forward(&kernels.gate_f16, op, (g, gate.1), (u, up.1))),
         (C::F64(g), C::F64(u)) => C::F64(run_forward(&F64, op, (g, gate.1), (u, up.1))),
         _ => return Err(unsupported()),
     })
 }
 
 /// The gradients of gate, up under dy, all of one shape -> a contiguous storage of shape (2, ..): dgate, then dup.
-pub(crate) fn backward(kernel: &Kernel, op: &Glu, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
+pub(crate) fn backward(kernels: &CpuKernels, op: &Glu, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
     use CpuStorage as C;
     let layouts = inputs.map(|(_, layout)| layout);
     Ok(match inputs.map(|(storage, _)| storage) {
-        [C::F32(g), C::F32(u), C::F32(dy)] => C::F32(run_backward(&kernel.f32, op, [g, u, dy], layouts)),
-        [C::BF16(g), C::BF16(u), C::BF16(dy)] => C::BF16(run_backward(&kernel.bf16, op, [g, u, dy], layouts)),
-        [C::F16(g), C::F16(u), C::F16(dy)] => C::F16(run_backward(&kernel.f16, op, [g, u, dy], layouts)),
+        [C::F32(g), C::F32(u), C::F32(dy)] => C::F32(run_backward(&kernels.gate_f32, op, [g, u, dy], layouts)),
+        [C::BF16(g), C::BF16(u), C::BF16(dy)] => C::BF16(run_backward(&kernels.gate_bf16, op, [g, u, dy], layouts)),
+        [C::F16(g), C::F16(u), C::F16(dy)] => C::F16(run_backward(&kernels.gate_f16, op, [g, u, dy], layouts)),
         [C::F64(g), C::F64(u), C::F64(dy)] => C::F64(run_backward(&F64, op, [g, u, dy], layouts)),
         _ => return Err(unsupported()),
     })
@@ -60,7 +61,7 @@ fn unsupported() -> Error {
 }
 
 /// f64 is computed by the definition itself.
-const F64: Functions<f64> = Functions {
+const F64: GateKernels<f64> = GateKernels {
     forward: |op, gate, up, out| {
         for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
             out.write(reference::glu(op, g, u));
@@ -75,7 +76,7 @@ const F64: Functions<f64> = Functions {
     },
 };
 
-fn run_forward<T: Copy + Send + Sync>(f: &Functions<T>, op: &Glu, gate: (&[T], &Layout), up: (&[T], &Layout)) -> Vec<T> {
+fn run_forward<T: Copy + Send + Sync>(f: &GateKernels<T>, op: &Glu, gate: (&[T], &Layout), up: (&[T], &Layout)) -> Vec<T> {
     let n = gate.1.shape().elem_count();
     let views = [View::new(gate.0, gate.1), View::new(up.0, up.1)];
     let mut out: Vec<T> = Vec::with_capacity(n);
@@ -93,7 +94,7 @@ fn run_forward<T: Copy + Send + Sync>(f: &Functions<T>, op: &Glu, gate: (&[T], &
     out
 }
 
-fn run_backward<T: Copy + Send + Sync>(f: &Functions<T>, op: &Glu, data: [&[T]; 3], layouts: [&Layout; 3]) -> Vec<T> {
+fn run_backward<T: Copy + Send + Sync>(f: &GateKernels<T>, op: &Glu, data: [&[T]; 3], layouts: [&Layout; 3]) -> Vec<T> {
     let n = layouts[0].shape().elem_count();
     let views = [0, 1, 2].map(|i| View::new(data[i], layouts[i]));
     let mut out: Vec<T> = Vec::with_capacity(2 * n);

@@ -6,6 +6,7 @@
 use std::mem::MaybeUninit;
 
 use super::activation::{self, Activation, Gelu, GeluTanh, Identity, Relu, Sigmoid, Swish};
+use super::epilogue::{Hidden, PanelSums};
 use super::simd::{Element, MAX_LANES, Simd};
 use crate::activation::{Glu, GluActivation};
 
@@ -43,70 +44,18 @@ pub(super) fn backward<S: Simd, T: Element>(s: S, op: &Glu, inputs: [&[T]; 3], o
 /// Sums of one panel (rows, NR), gate in the first NR/2 columns -> h (rows, NR/2), rounded once to T.
 ///
 /// # Safety
-/// The CPU has the instructions. `tile.sums` points to rows·NV·LANES f32, `tile.bias` to NV·LANES, if any; `h` to `rows` rows,
+/// The CPU has the instructions. `panel.sums` points to rows·NV·LANES f32, `panel.bias` to NV·LANES, if any; `h` to `rows` rows,
 /// `h_stride` apart, of NV/2·LANES writable elements.
 #[inline(always)]
 pub(super) unsafe fn tile<S: Simd, T: Element, H: Hidden<T>, const NV: usize>(
     s: S,
     op: &Glu,
-    tile: Tile,
+    panel: PanelSums,
     h: *mut H,
     h_stride: usize,
 ) {
     // SAFETY: the caller's contract.
-    unsafe { with_activation!(op, act => tile_with::<S, T, H, _, NV>(s, act, op, tile, h, h_stride)) }
-}
-
-/// The sums of one panel.
-#[derive(Clone, Copy)]
-pub(super) struct Tile {
-    /// (rows, NR)
-    pub(super) sums: *const f32,
-    pub(super) rows: usize,
-    /// (NR), or null
-    pub(super) bias: *const f32,
-}
-
-impl Tile {
-    /// Vector v of a row, with its bias.
-    ///
-    /// # Safety
-    /// The CPU has the instructions; the vector lies within the tile.
-    #[inline(always)]
-    pub(super) unsafe fn vector<S: Simd, const NV: usize>(&self, s: S, row: usize, v: usize) -> S::F {
-        // SAFETY: the caller's contract; a bias is as wide as a row.
-        unsafe {
-            let sum = s.load_f32(self.sums.add((row * NV + v) * S::LANES));
-            if self.bias.is_null() { sum } else { s.add(sum, s.load_f32(self.bias.add(v * S::LANES))) }
-        }
-    }
-}
-
-/// What h of dtype T is kept as until the down projection: T itself, or f32 after it was rounded to T.
-pub(super) trait Hidden<T: Element>: Copy {
-    /// # Safety
-    /// The CPU has the instructions; `dst` has LANES writable elements.
-    unsafe fn keep<S: Simd>(s: S, value: S::F, dst: *mut Self);
-}
-
-impl<T: Element> Hidden<T> for f32 {
-    #[inline(always)]
-    unsafe fn keep<S: Simd>(s: S, value: S::F, dst: *mut Self) {
-        let mut rounded = [T::default(); MAX_LANES];
-        // SAFETY: the buffer has MAX_LANES >= LANES elements; `dst` by the caller's contract.
-        unsafe {
-            T::store(s, value, rounded.as_mut_ptr());
-            s.store_f32(T::load(s, rounded.as_ptr()), dst);
-        }
-    }
-}
-
-impl Hidden<half::bf16> for half::bf16 {
-    #[inline(always)]
-    unsafe fn keep<S: Simd>(s: S, value: S::F, dst: *mut Self) {
-        // SAFETY: the caller's contract.
-        unsafe { Self::store(s, value, dst) }
-    }
+    unsafe { with_activation!(op, act => tile_with::<S, T, H, _, NV>(s, act, op, panel, h, h_stride)) }
 }
 
 /// # Safety
@@ -116,16 +65,16 @@ unsafe fn tile_with<S: Simd, T: Element, H: Hidden<T>, A: Activation, const NV: 
     s: S,
     act: A,
     op: &Glu,
-    tile: Tile,
+    panel: PanelSums,
     h: *mut H,
     h_stride: usize,
 ) {
     // SAFETY: the caller's contract.
     unsafe {
         if op.is_plain() {
-            tile_rows::<S, T, H, _, NV>(s, Plain(act), tile, h, h_stride);
+            tile_rows::<S, T, H, _, NV>(s, Plain(act), panel, h, h_stride);
         } else {
-            tile_rows::<S, T, H, _, NV>(s, Modified(act, op), tile, h, h_stride);
+            tile_rows::<S, T, H, _, NV>(s, Modified(act, op), panel, h, h_stride);
         }
     }
 }
@@ -136,15 +85,15 @@ unsafe fn tile_with<S: Simd, T: Element, H: Hidden<T>, A: Activation, const NV: 
 unsafe fn tile_rows<S: Simd, T: Element, H: Hidden<T>, F: Formula, const NV: usize>(
     s: S,
     formula: F,
-    tile: Tile,
+    panel: PanelSums,
     h: *mut H,
     h_stride: usize,
 ) {
-    for row in 0..tile.rows {
+    for row in 0..panel.rows {
         for v in 0..NV / 2 {
             // SAFETY: the caller's contract.
             unsafe {
-                let (gate, up) = (tile.vector::<S, NV>(s, row, v), tile.vector::<S, NV>(s, row, NV / 2 + v));
+                let (gate, up) = (panel.vector::<S, NV>(s, row, v), panel.vector::<S, NV>(s, row, NV / 2 + v));
                 H::keep(s, formula.value(s, gate, up), h.add(row * h_stride + v * S::LANES));
             }
         }

@@ -1,12 +1,13 @@
-//! Packed weights of any dtype behind one interface, in candle's terms.
+//! Layers with packed weights behind one interface, in candle's terms.
 
 use candle_core::{CpuStorage, DType, Layout, WithDType};
 use half::{bf16, f16};
 
-use super::Kernel;
-use super::gemm::GemmElement;
-use super::pack::{Matrix, Place};
-use super::pass::{Block, Projection};
+use super::format::{Format, Stored};
+use super::kernels::{CpuKernels, Io};
+use super::matrix::Matrix;
+use super::panels::Columns;
+use super::pass::{Block, Linear, Projection};
 use crate::activation::Glu;
 use crate::error::{Error, Result};
 
@@ -33,8 +34,8 @@ pub(crate) trait Layer: Send + Sync {
     fn rows(&self, part: Part, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage;
     /// The bias (rows), if one was set.
     fn bias(&self, part: Part) -> Option<Vec<f32>>;
-    /// Reads all packed weights with all threads, as a sweep over them would: the floor of a decode step. Gives their sum mod 2³².
-    fn read(&self, streams: usize) -> u32;
+    /// The bytes of all packed weights, padding included.
+    fn packed_bytes(&self) -> Vec<&[u8]>;
     /// x (M, k) of any layout -> y (M, columns)
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage>;
     /// The same with y in f32, not rounded to the dtype of the weights; none if this layer has no such output.
@@ -43,48 +44,36 @@ pub(crate) trait Layer: Send + Sync {
     }
 }
 
-/// y = x·Wᵀ + b with W (columns, k); none if the kernels do not take `dtype`.
-pub(crate) fn linear(kernel: &'static Kernel, dtype: DType, columns: usize, k: usize) -> Option<Box<dyn Layer>> {
-    fn new<T: GemmElement + WithDType>(kernel: &'static Kernel, columns: usize, k: usize) -> Option<Box<dyn Layer>> {
-        Some(Box::new(LinearLayer { kernel, projection: Projection::<T>::new(kernel, columns, k) }))
+/// y = x·Wᵀ + b with W (columns, k); none if the kernels do not support `dtype`.
+pub(crate) fn linear(kernels: &'static CpuKernels, dtype: DType, columns: usize, k: usize) -> Option<Box<dyn Layer>> {
+    let projection = Projection::new(kernels, Format::of(dtype)?, columns, k);
+    fn boxed<T: Io + Stored>(projection: Projection) -> Option<Box<dyn Layer>> {
+        Some(Box::new(Linear::<T>::new(projection)?))
     }
     match dtype {
-        DType::F32 => new::<f32>(kernel, columns, k),
-        DType::BF16 => new::<bf16>(kernel, columns, k),
-        DType::F16 => new::<f16>(kernel, columns, k),
+        DType::F32 => boxed::<f32>(projection),
+        DType::BF16 => boxed::<bf16>(projection),
+        DType::F16 => boxed::<f16>(projection),
         _ => None,
     }
 }
 
-/// The block of these sizes; none if the kernels do not take `dtype`.
+/// The block of these sizes; none if the kernels do not support `dtype`.
 pub(crate) fn block(
-    kernel: &'static Kernel,
+    kernels: &'static CpuKernels,
     dtype: DType,
-    (hidden_size, intermediate_size): (usize, usize),
+    (h, i): (usize, usize),
     glu: Glu,
     down_multiplier: f32,
 ) -> Option<Box<dyn Layer>> {
-    fn new<T: GemmElement + WithDType>(
-        kernel: &'static Kernel,
-        (h, i): (usize, usize),
-        glu: Glu,
-        down_multiplier: f32,
-    ) -> Option<Box<dyn Layer>> {
-        let gate_up = Projection::<T>::new_pair(kernel, i, h);
-        Some(Box::new(Block { kernel, glu, gate_up, down: Projection::new(kernel, h, i), down_multiplier }))
-    }
-    let sizes = (hidden_size, intermediate_size);
+    let format = Format::of(dtype)?;
+    let (gate_up, down) = (Projection::new_pair(kernels, format, i, h), Projection::new(kernels, format, h, i));
     match dtype {
-        DType::F32 => new::<f32>(kernel, sizes, glu, down_multiplier),
-        DType::BF16 => new::<bf16>(kernel, sizes, glu, down_multiplier),
-        DType::F16 => new::<f16>(kernel, sizes, glu, down_multiplier),
+        DType::F32 => Some(Box::new(Block::<f32>::new(glu, gate_up, down, down_multiplier)?)),
+        DType::BF16 => Some(Box::new(Block::<bf16>::new(glu, gate_up, down, down_multiplier)?)),
+        DType::F16 => Some(Box::new(Block::<f16>::new(glu, gate_up, down, down_multiplier)?)),
         _ => None,
     }
-}
-
-struct LinearLayer<T> {
-    kernel: &'static Kernel,
-    projection: Projection<T>,
 }
 
 /// A tensor of rank 2 as it lies.
@@ -95,96 +84,90 @@ fn matrix<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<
     Ok(Matrix { data: data.get(layout.start_offset()..).unwrap_or_default(), rows, k, strides })
 }
 
-fn read_rows<T: GemmElement + WithDType>(
-    projection: &Projection<T>,
-    place: Place,
-    rows: &mut dyn Iterator<Item = usize>,
-) -> CpuStorage {
+fn read_rows<T: Io + Stored>(projection: &Projection, columns: Columns, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage {
     let k = projection.weight.k();
     let mut data: Vec<T> = vec![];
     for row in rows {
         let start = data.len();
         data.resize(start + k, T::default());
-        projection.weight.read_row(place, row, &mut data[start..]);
+        projection.weight.read_row(columns, row, &mut data[start..]);
     }
     T::to_cpu_storage_owned(data)
 }
 
-impl<T: GemmElement + WithDType> Layer for LinearLayer<T> {
+impl<T: Io + Stored> Layer for Linear<T> {
     fn set_weight(&mut self, _: Part, storage: &CpuStorage, layout: &Layout) -> Result<()> {
-        self.projection.set_weight(Place::Whole, matrix(storage, layout)?);
+        self.projection.weight.fill::<T>(Columns::All, matrix(storage, layout)?);
         Ok(())
     }
 
     fn set_bias(&mut self, _: Part, bias: &[f32]) {
-        self.projection.set_bias(Place::Whole, bias);
+        self.projection.set_bias(Columns::All, bias);
     }
 
     fn rows(&self, _: Part, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage {
-        read_rows(&self.projection, Place::Whole, rows)
+        read_rows::<T>(&self.projection, Columns::All, rows)
     }
 
     fn bias(&self, _: Part) -> Option<Vec<f32>> {
-        self.projection.bias(Place::Whole)
+        self.projection.bias(Columns::All)
     }
 
-    fn read(&self, streams: usize) -> u32 {
-        self.projection.weight.read(self.kernel.sum_words, streams)
+    fn packed_bytes(&self) -> Vec<&[u8]> {
+        vec![self.projection.weight.bytes()]
     }
 
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
-        Ok(T::to_cpu_storage_owned(self.projection.forward(self.kernel, matrix(storage, layout)?)))
+        Ok(T::to_cpu_storage_owned(Linear::forward(self, matrix(storage, layout)?)))
     }
 
     fn forward_f32(&self, storage: &CpuStorage, layout: &Layout) -> Result<Option<CpuStorage>> {
-        Ok(Some(CpuStorage::F32(self.projection.forward_f32(self.kernel, matrix(storage, layout)?))))
+        Ok(Some(CpuStorage::F32(Linear::forward_f32(self, matrix(storage, layout)?))))
     }
 }
 
 impl<T> Block<T> {
-    fn part(&self, part: Part) -> (&Projection<T>, Place) {
+    fn part(&self, part: Part) -> (&Projection, Columns) {
         match part {
-            Part::Gate => (&self.gate_up, Place::Gate),
-            Part::Up => (&self.gate_up, Place::Up),
-            Part::Down | Part::Whole => (&self.down, Place::Whole),
+            Part::Gate => (&self.gate_up, Columns::FirstHalf),
+            Part::Up => (&self.gate_up, Columns::SecondHalf),
+            Part::Down | Part::Whole => (&self.down, Columns::All),
         }
     }
 
-    fn part_mut(&mut self, part: Part) -> (&mut Projection<T>, Place) {
+    fn part_mut(&mut self, part: Part) -> (&mut Projection, Columns) {
         match part {
-            Part::Gate => (&mut self.gate_up, Place::Gate),
-            Part::Up => (&mut self.gate_up, Place::Up),
-            Part::Down | Part::Whole => (&mut self.down, Place::Whole),
+            Part::Gate => (&mut self.gate_up, Columns::FirstHalf),
+            Part::Up => (&mut self.gate_up, Columns::SecondHalf),
+            Part::Down | Part::Whole => (&mut self.down, Columns::All),
         }
     }
 }
 
-impl<T: GemmElement + WithDType> Layer for Block<T> {
+impl<T: Io + Stored> Layer for Block<T> {
     fn set_weight(&mut self, part: Part, storage: &CpuStorage, layout: &Layout) -> Result<()> {
-        let (projection, place) = self.part_mut(part);
-        projection.set_weight(place, matrix(storage, layout)?);
+        let (projection, columns) = self.part_mut(part);
+        projection.weight.fill::<T>(columns, matrix(storage, layout)?);
         Ok(())
     }
 
     fn set_bias(&mut self, part: Part, bias: &[f32]) {
-        let (projection, place) = self.part_mut(part);
-        projection.set_bias(place, bias);
+        let (projection, columns) = self.part_mut(part);
+        projection.set_bias(columns, bias);
     }
 
     fn rows(&self, part: Part, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage {
-        let (projection, place) = self.part(part);
-        read_rows(projection, place, rows)
+        let (projection, columns) = self.part(part);
+        read_rows::<T>(projection, columns, rows)
     }
 
     fn bias(&self, part: Part) -> Option<Vec<f32>> {
-        let (projection, place) = self.part(part);
-        projection.bias(place)
+        let (projection, columns) = self.part(part);
+        projection.bias(columns)
     }
 
-    fn read(&self, streams: usize) -> u32 {
-        let read = |projection: &Projection<T>| projection.weight.read(self.kernel.sum_words, streams);
-        let parts = [&self.gate_up, &self.down].map(read);
-        parts[0].wrapping_add(parts[1])
+    fn packed_bytes(&self) -> Vec<&[u8]> {
+        vec![self.gate_up.weight.bytes(), self.down.weight.bytes()]
     }
 
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {

@@ -1,96 +1,160 @@
-//! The microkernel: `acc (MR, NR) += A (MR, k) · B (k, NR)` with the sums in registers, written once over [`Simd`].
+//! The microkernel `sums (MR, NR) += A (MR, k) · B (k, NR)`, with the sums in registers.
 //!
-//! B is one panel of a packed weight (`pack.rs`), or a few: for each step of `K_STEP` values of k, NR columns of `K_STEP` neighbours.
-//! A is row-major. A step loads NV vectors of B and, for each of MR rows, broadcasts the row's element(s) and adds the
-//! products (`product.rs`). Nothing is summed across lanes, and each sum runs over k in order, in parts of [`Product::SUM_K`]: a
-//! result does not depend on how many rows or threads there are, nor on where `gemm.rs` cuts k.
+//! B is one panel of a packed weight (`panels.rs`), or a few adjacent ones. A is row-major. Each step
+//! loads NV vectors of B and, for each of MR rows, broadcasts the row's values and adds the products
+//! (`product.rs`). Nothing is summed across lanes, and each sum runs over k in order, in parts of
+//! [`Product::SUM_K`]. A result therefore depends neither on the number of rows or threads nor on where
+//! `sweep.rs` cuts k.
+//!
+//! [`run`] reads a panel of one stream: part of a sum -> {load the total, groups of steps, unrolled
+//! steps, single steps, switch of the prefetch address} -> store. [`run_streams`] reads several streams
+//! or panels: part of a sum -> {load the total, rounds over the streams, the rest of a round} -> store.
 
+use std::marker::PhantomData;
+
+use super::prefetch::{Prefetch, fetch, fetch_half, prefetch};
 use super::product::Product;
-use super::simd::Simd;
+use super::simd::{Body, Isa, Simd};
+use super::tuning::Access;
 
-/// What a microkernel is called with; the pointers' contract is at [`run`].
+/// The arguments of a microkernel. [`run`] says what the pointers must satisfy.
 #[derive(Clone, Copy)]
-pub(super) struct Call {
-    /// A (MR, k), its first element
+pub(super) struct MicroArgs {
+    /// A (MR, k), its first element.
     pub(super) a: *const u8,
     /// Elements from one row of A to the next.
     pub(super) a_stride: usize,
-    /// B (k, NR), packed
+    /// B (k, NR), packed.
     pub(super) b: *const u8,
     /// Bytes from one stream of a panel to the next.
-    pub(super) stream: usize,
+    pub(super) stream_stride: usize,
     /// Bytes from one panel to the next.
-    pub(super) apart: usize,
+    pub(super) panel_stride: usize,
     pub(super) steps: usize,
-    /// acc (PANELS, MR, NR)
-    pub(super) acc: *mut f32,
-    /// Start from zero, not from what `acc` holds.
-    pub(super) first: bool,
-    /// What to bring into the cache meanwhile, see [`Ahead`]: from here on, and from the step `turn` on from there.
-    pub(super) next: [*const u8; 2],
-    pub(super) turn: usize,
-    /// Bytes of each stream that [`Ahead::PACE`] fetches in a round.
-    pub(super) pace: usize,
+    /// sums (PANELS, MR, NR)
+    pub(super) sums: *mut f32,
+    /// Add to what `sums` holds instead of starting from zero.
+    pub(super) accumulate: bool,
+    /// Prefetch addresses: the first until step `prefetch_switch`, the second from then on.
+    pub(super) prefetch: [*const u8; 2],
+    pub(super) prefetch_switch: usize,
+    /// Bytes of each stream that a round prefetches of the next k-block.
+    pub(super) prefetch_bytes: usize,
 }
 
-/// How much a microkernel prefetches.
-pub(super) struct Ahead;
+/// A microkernel for a fixed number of rows.
+pub(super) type Micro = unsafe fn(&MicroArgs);
 
-impl Ahead {
-    pub(super) const NOTHING: u8 = 0;
-    /// The first line of every page, into the second-level cache: the rest the processor fetches by itself.
-    pub(super) const PAGES: u8 = 1;
-    /// As much as it reads.
-    pub(super) const A_STEP: u8 = 2;
-    /// The same into the second-level cache.
-    pub(super) const A_STEP_FAR: u8 = 3;
-    /// `pace` bytes of every stream in a round over them, of a block that all microkernels that pass the one before fetch together.
-    pub(super) const PACE: u8 = 4;
-    /// The same of one stream into the second-level cache: where the first does not hold two blocks.
-    pub(super) const PACE_FAR: u8 = 5;
+/// What a microkernel prefetches, as a constant of its type.
+pub(super) struct Role;
 
-    /// What a sweep along a panel does best with so many rows, measured: Zen 4 for 16 lanes, Zen 3 for 8. `streams`: of a panel.
-    /// `reads`: there is little to do for each line, so that the processor by itself keeps enough of several streams under way.
-    pub(super) const fn of_sweep(lanes: usize, streams: usize, reads: bool, rows: usize) -> u8 {
-        match (lanes, streams) {
-            (16, _) if rows > PAGES_ROWS => Self::A_STEP_FAR,
-            (16, _) => Self::PAGES,
-            (_, 2..) if reads => Self::NOTHING,
-            _ => Self::A_STEP,
+impl Role {
+    /// Nothing.
+    pub(super) const QUIET: u8 = 0;
+    /// Ahead in the panel that it sweeps.
+    pub(super) const SWEEP: u8 = 1;
+    /// A share of the next k-block.
+    pub(super) const BLOCK: u8 = 2;
+
+    const fn prefetch<S: Simd, P: Product<S>, A: Access>(role: u8, rows: usize) -> Prefetch {
+        let many = (rows > A::SWEEP_ROWS) as usize;
+        match role {
+            Self::SWEEP if P::MEMORY_BOUND => A::SWEEP_MEMORY_BOUND[many],
+            Self::SWEEP => A::SWEEP[many],
+            Self::BLOCK => A::BLOCK,
+            _ => Prefetch::Nothing,
         }
     }
 }
 
-/// Up to so many rows the processor by itself runs far enough ahead, and each line asked for by name takes from that (6 rows 1 to
-/// 12 % slower, 4 rows up to 40 %). With more it does not while memory is quick (8 rows 8 to 20 % slower; 5 % faster while it is slow).
-const PAGES_ROWS: usize = 6;
-const PAGE: usize = 4096;
-const LINE: usize = 64;
-/// Steps that a sweep fetches ahead in each of several streams.
-const STREAM_AHEAD: usize = 32;
-
-/// A microkernel of fixed MR.
-pub(super) type Micro = unsafe fn(Call);
-
-/// The body of every microkernel.
+/// A microkernel for one panel.
 ///
 /// # Safety
-/// The CPU has the instructions of S and P. A has MR rows of at least `steps·K_STEP` readable elements, B `steps` packed
-/// steps of NV·LANES columns, `acc` MR·NV·LANES writable f32. `next` is never read, so it may point anywhere.
+/// The CPU has the instructions of I; the arguments as [`run`] or, with several streams,
+/// [`run_streams`] require.
+pub(super) unsafe fn micro<I: Isa, P: Product<I::Simd>, A: Access, const ROLE: u8, const MR: usize, const NV: usize>(
+    args: &MicroArgs,
+) {
+    // SAFETY: the caller's contract.
+    unsafe { I::assume() }.vectorize(OnePanel::<P, A, ROLE, MR, NV>(args, PhantomData));
+}
+
+/// A microkernel for PANELS adjacent panels, which prefetches nothing.
+///
+/// # Safety
+/// The CPU has the instructions of I; the arguments as [`run_streams`] requires.
+pub(super) unsafe fn micro_adjacent<
+    I: Isa,
+    P: Product<I::Simd>,
+    A: Access,
+    const MR: usize,
+    const NV: usize,
+    const PANELS: usize,
+>(
+    args: &MicroArgs,
+) {
+    // SAFETY: the caller's contract.
+    unsafe { I::assume() }.vectorize(AdjacentPanels::<P, A, MR, NV, PANELS>(args, PhantomData));
+}
+
+/// The body of [`micro`], which alone makes one.
+struct OnePanel<'a, P, A, const ROLE: u8, const MR: usize, const NV: usize>(&'a MicroArgs, PhantomData<(P, A)>);
+
+impl<S: Simd, P: Product<S>, A: Access, const ROLE: u8, const MR: usize, const NV: usize> Body<S>
+    for OnePanel<'_, P, A, ROLE, MR, NV>
+{
+    type Output = ();
+    #[inline(always)]
+    fn run(self, s: S) {
+        let what = const { Role::prefetch::<S, P, A>(ROLE, MR) };
+        // SAFETY: `micro`'s contract.
+        unsafe {
+            match A::STREAMS {
+                1 => run::<S, P, MR, NV>(s, *self.0, what),
+                4 => run_streams::<S, P, MR, NV, 1, 4>(s, *self.0, what),
+                _ => const { assert!(A::STREAMS == 1 || A::STREAMS == 4, "microkernels read 1 or 4 streams") },
+            }
+        }
+    }
+}
+
+/// The body of [`micro_adjacent`], which alone makes one.
+struct AdjacentPanels<'a, P, A, const MR: usize, const NV: usize, const PANELS: usize>(&'a MicroArgs, PhantomData<(P, A)>);
+
+impl<S: Simd, P: Product<S>, A: Access, const MR: usize, const NV: usize, const PANELS: usize> Body<S>
+    for AdjacentPanels<'_, P, A, MR, NV, PANELS>
+{
+    type Output = ();
+    #[inline(always)]
+    fn run(self, s: S) {
+        // SAFETY: `micro_adjacent`'s contract.
+        unsafe {
+            match A::STREAMS {
+                1 => run_streams::<S, P, MR, NV, PANELS, 1>(s, *self.0, Prefetch::Nothing),
+                _ => run_streams::<S, P, MR, NV, PANELS, 4>(s, *self.0, Prefetch::Nothing),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has the instructions of S and P. A has MR rows of at least `steps·K_STEP` readable elements,
+/// B `steps` packed steps of NV·LANES columns, `sums` MR·NV·LANES writable f32. The prefetch addresses
+/// are never read and may point anywhere.
 #[inline(always)]
-pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const AHEAD: u8>(s: S, call: Call) {
+unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize>(s: S, args: MicroArgs, what: Prefetch) {
     let step_len = NV * S::LANES * P::K_STEP;
     let step_bytes = step_len * size_of::<P::B>();
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
-        let mut a = [call.a.cast::<P::A>(); MR];
+        let mut a = [args.a.cast::<P::A>(); MR];
         for (r, row) in a.iter_mut().enumerate() {
-            *row = row.add(r * call.a_stride);
+            *row = row.add(r * args.a_stride);
         }
-        let mut b = call.b.cast::<P::B>();
-        let mut next = call.next[0];
-        let (mut at, end, turn) = (0, call.steps * P::K_STEP, call.turn * P::K_STEP);
-        let mut first = call.first;
+        let mut b = args.b.cast::<P::B>();
+        let mut next = args.prefetch[0];
+        let (mut at, end, switch) = (0, args.steps * P::K_STEP, args.prefetch_switch * P::K_STEP);
+        let mut first = !args.accumulate;
         loop {
             let mut acc = [[s.splat(0.0); NV]; MR];
             let sum_end = if P::SUM_K < end - at { at + P::SUM_K } else { end };
@@ -98,20 +162,20 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
             if whole && !first {
                 for (r, row) in acc.iter_mut().enumerate() {
                     for (v, sum) in row.iter_mut().enumerate() {
-                        *sum = s.load_f32(call.acc.add((r * NV + v) * S::LANES));
+                        *sum = s.load_f32(args.sums.add((r * NV + v) * S::LANES));
                     }
                 }
             }
             while at < sum_end {
-                let stop = if at < turn && turn < sum_end { turn } else { sum_end };
+                let stop = if at < switch && switch < sum_end { switch } else { sum_end };
                 while P::GROUP > 1 && at + P::GROUP * P::K_STEP <= stop {
-                    next = fetch::<AHEAD>(next, P::GROUP, step_bytes, call.pace);
+                    next = fetch(what, next, P::GROUP, step_bytes, args.prefetch_bytes);
                     P::group(s, &mut acc, &a, at, b);
                     b = b.add(P::GROUP * step_len);
                     at += P::K_STEP * P::GROUP;
                 }
                 while S::UNROLL > 1 && at + S::UNROLL * P::K_STEP <= stop {
-                    next = fetch::<AHEAD>(next, S::UNROLL, step_bytes, call.pace);
+                    next = fetch(what, next, S::UNROLL, step_bytes, args.prefetch_bytes);
                     for i in 0..S::UNROLL {
                         P::step(s, &mut acc, &a, at + i * P::K_STEP, b.add(i * step_len));
                     }
@@ -119,19 +183,19 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
                     at += S::UNROLL * P::K_STEP;
                 }
                 while at < stop {
-                    next = fetch::<AHEAD>(next, 1, step_bytes, call.pace);
+                    next = fetch(what, next, 1, step_bytes, args.prefetch_bytes);
                     P::step(s, &mut acc, &a, at, b);
                     b = b.add(step_len);
                     at += P::K_STEP;
                 }
-                if at == turn {
-                    next = call.next[1];
+                if at == switch {
+                    next = args.prefetch[1];
                 }
             }
-            // Not by `store_sums`, with which the same inner loop runs 6 % slower on Zen 4 (AVX2, 512 rows, bf16).
+            // Not `store_sums`: with it, the inner loop of AVX2 in bf16 is 6 % slower on Zen 4 (512 rows).
             for (r, row) in acc.into_iter().enumerate() {
                 for (v, sum) in row.into_iter().enumerate() {
-                    let total = call.acc.add((r * NV + v) * S::LANES);
+                    let total = args.sums.add((r * NV + v) * S::LANES);
                     let joins = !whole && !first;
                     s.store_f32(if joins { s.add(s.load_f32(total), sum) } else { sum }, total);
                 }
@@ -144,62 +208,56 @@ pub(super) unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usiz
     }
 }
 
-/// [`run`] over panels in streams, PANELS neighbours at once: a step of each in turn. Step t of a panel is the next one of its
-/// stream t mod STREAMS (`pack.rs`). `turn` is unused.
+/// [`run`] over panels in several streams, PANELS adjacent ones at once: one step of each panel after
+/// the other. Step t of a panel is the next one of its stream t mod STREAMS (`panels.rs`).
+/// `prefetch_switch` is unused.
 ///
 /// # Safety
-/// As [`run`] for each panel, `apart` bytes after the one before it, `stream` bytes from one of its streams to the next; its sums
-/// (MR, NR) lie behind those of the one before it.
+/// As [`run`] for each panel. The panels are `panel_stride` bytes apart, the streams of a panel
+/// `stream_stride` bytes. The sums (MR, NR) of each panel follow those of the panel before it.
 #[inline(always)]
-pub(super) unsafe fn run_streams<
-    S: Simd,
-    P: Product<S>,
-    const MR: usize,
-    const NV: usize,
-    const PANELS: usize,
-    const STREAMS: usize,
-    const AHEAD: u8,
->(
+unsafe fn run_streams<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const PANELS: usize, const STREAMS: usize>(
     s: S,
-    call: Call,
+    args: MicroArgs,
+    what: Prefetch,
 ) {
     let step_len = NV * S::LANES * P::K_STEP;
     const { assert!(P::SUM_K == usize::MAX || P::SUM_K % (STREAMS * P::K_STEP) == 0, "a sum ends with a round") };
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
-        let mut a = [call.a.cast::<P::A>(); MR];
+        let mut a = [args.a.cast::<P::A>(); MR];
         for (r, row) in a.iter_mut().enumerate() {
-            *row = row.add(r * call.a_stride);
+            *row = row.add(r * args.a_stride);
         }
-        let mut b = [call.b.cast::<P::B>(); PANELS];
+        let mut b = [args.b.cast::<P::B>(); PANELS];
         for (p, panel) in b.iter_mut().enumerate() {
-            *panel = panel.byte_add(p * call.apart);
+            *panel = panel.byte_add(p * args.panel_stride);
         }
-        let (mut at, end) = (0, call.steps * P::K_STEP);
-        let (mut next, mut first) = (call.next[0], call.first);
+        let (mut at, end) = (0, args.steps * P::K_STEP);
+        let (mut next, mut first) = (args.prefetch[0], !args.accumulate);
         loop {
             let mut acc = [[[s.splat(0.0); NV]; MR]; PANELS];
             let sum_end = if P::SUM_K < end - at { at + P::SUM_K } else { end };
             let whole = P::SUM_K == usize::MAX;
             if whole && !first {
-                load_sums(s, acc.as_flattened_mut().as_flattened_mut(), call.acc);
+                load_sums(s, acc.as_flattened_mut().as_flattened_mut(), args.sums);
             }
-            // A round over the streams, unrolled, and what is left of one.
+            // Unrolled rounds over the streams, then the rest of a round.
             while at + STREAMS * P::K_STEP <= sum_end {
                 for i in 0..STREAMS {
-                    stream_step::<S, P, MR, NV, PANELS, AHEAD>(s, &mut acc, &a, at, &b, i * call.stream, next);
+                    stream_step::<S, P, MR, NV, PANELS>(s, &mut acc, &a, at, &b, i * args.stream_stride, next, what);
                     at += P::K_STEP;
                 }
                 b.iter_mut().for_each(|b| *b = b.add(step_len));
-                next = next.wrapping_add(call.pace);
+                next = next.wrapping_add(args.prefetch_bytes);
             }
             let mut stream = 0;
             while at < sum_end {
-                stream_step::<S, P, MR, NV, PANELS, AHEAD>(s, &mut acc, &a, at, &b, stream, next);
+                stream_step::<S, P, MR, NV, PANELS>(s, &mut acc, &a, at, &b, stream, next, what);
                 at += P::K_STEP;
-                stream += call.stream;
+                stream += args.stream_stride;
             }
-            store_sums(s, acc.as_flattened().as_flattened(), call.acc, !whole && !first);
+            store_sums(s, acc.as_flattened().as_flattened(), args.sums, !whole && !first);
             first = false;
             if at >= end {
                 return;
@@ -209,7 +267,7 @@ pub(super) unsafe fn run_streams<
 }
 
 /// # Safety
-/// `from` has as many f32 as the sums have lanes.
+/// `from` has one f32 for each lane of the sums.
 #[inline(always)]
 unsafe fn load_sums<S: Simd>(s: S, sums: &mut [S::F], from: *const f32) {
     for (i, sum) in sums.iter_mut().enumerate() {
@@ -218,10 +276,10 @@ unsafe fn load_sums<S: Simd>(s: S, sums: &mut [S::F], from: *const f32) {
     }
 }
 
-/// Writes the sums, or where they join a total adds them to it.
+/// Writes the sums, or adds them to the totals.
 ///
 /// # Safety
-/// `totals` has as many f32 as the sums have lanes.
+/// `totals` has one f32 for each lane of the sums.
 #[inline(always)]
 unsafe fn store_sums<S: Simd>(s: S, sums: &[S::F], totals: *mut f32, joins: bool) {
     for (i, &sum) in sums.iter().enumerate() {
@@ -233,12 +291,17 @@ unsafe fn store_sums<S: Simd>(s: S, sums: &[S::F], totals: *mut f32, joins: bool
     }
 }
 
-/// A step of each panel, and what goes with it of fetching: `stream` bytes from the first stream of a round on.
+/// Steps that a sweep prefetches ahead in each of several streams.
+const STREAM_AHEAD: usize = 32;
+
+/// One step of each panel with its prefetching; `stream` is the distance in bytes from the first stream
+/// of the round.
 ///
 /// # Safety
 /// As [`Product::step`] for each panel.
 #[inline(always)]
-unsafe fn stream_step<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const PANELS: usize, const AHEAD: u8>(
+#[allow(clippy::too_many_arguments)]
+unsafe fn stream_step<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const PANELS: usize>(
     s: S,
     acc: &mut [[[S::F; NV]; MR]; PANELS],
     a: &[*const P::A; MR],
@@ -246,14 +309,12 @@ unsafe fn stream_step<S: Simd, P: Product<S>, const MR: usize, const NV: usize, 
     b: &[*const P::B; PANELS],
     stream: usize,
     next: *const u8,
+    what: Prefetch,
 ) {
-    match AHEAD {
-        Ahead::PACE => {
-            // Half a step: two groups of rows at least pass a block.
-            let half = NV * S::LANES * P::K_STEP * size_of::<P::B>() / 2;
-            (0..half.div_ceil(LINE)).for_each(|line| prefetch(next.wrapping_add(stream + line * LINE)));
-        }
-        Ahead::A_STEP => prefetch(b[0].wrapping_add(STREAM_AHEAD * NV * S::LANES * P::K_STEP).wrapping_byte_add(stream).cast()),
+    let step_len = NV * S::LANES * P::K_STEP;
+    match what {
+        Prefetch::BlockIntoL1 => fetch_half(next.wrapping_add(stream), step_len * size_of::<P::B>()),
+        Prefetch::StepIntoL1 => prefetch(b[0].wrapping_add(STREAM_AHEAD * step_len).wrapping_byte_add(stream).cast()),
         _ => (),
     }
     for (acc, b) in acc.iter_mut().zip(b) {
@@ -261,55 +322,3 @@ unsafe fn stream_step<S: Simd, P: Product<S>, const MR: usize, const NV: usize, 
         unsafe { P::step(s, acc, a, at, b.byte_add(stream)) };
     }
 }
-
-/// Prefetches what belongs to some steps (twice where two steps share a line); where to go on.
-#[inline(always)]
-fn fetch<const AHEAD: u8>(next: *const u8, steps: usize, step_bytes: usize, pace: usize) -> *const u8 {
-    let bytes = steps * step_bytes;
-    let (bytes, further) = match AHEAD {
-        Ahead::NOTHING => return next,
-        Ahead::PAGES => (usize::from(next.addr() % PAGE < bytes), bytes),
-        // Half a step: two groups of rows at least pass a block.
-        Ahead::PACE | Ahead::PACE_FAR => (bytes / 2, steps * pace),
-        _ => (bytes, bytes),
-    };
-    for line in 0..bytes.div_ceil(LINE) {
-        let line = next.wrapping_add(line * LINE);
-        if matches!(AHEAD, Ahead::A_STEP | Ahead::PACE) { prefetch(line) } else { prefetch_far(line) }
-    }
-    next.wrapping_add(further)
-}
-
-macro_rules! prefetch {
-    ($(#[$doc:meta])* $name:ident, $x86:ident, $arm:literal) => {
-        $(#[$doc])*
-        #[inline(always)]
-        pub(super) fn $name(p: *const u8) {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: a prefetch reads nothing and cannot fault.
-            unsafe {
-                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::$x86 }>(p.cast())
-            };
-            #[cfg(target_arch = "aarch64")]
-            // SAFETY: as above.
-            unsafe {
-                std::arch::asm!(concat!("prfm ", $arm, ", [{p}]"), p = in(reg) p, options(nomem, nostack, preserves_flags))
-            };
-            #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-            let _ = p;
-        }
-    };
-}
-
-prefetch!(
-    /// Asks for the line at `p` in the first-level cache; any address will do.
-    prefetch,
-    _MM_HINT_T0,
-    "pldl1keep"
-);
-prefetch!(
-    /// The same for the second-level cache.
-    prefetch_far,
-    _MM_HINT_T1,
-    "pldl2keep"
-);

@@ -1,143 +1,164 @@
 //! The whole block, `h = glu(x·Wgᵀ, x·Wuᵀ)`, `y = h·Wdᵀ`, or one projection.
 //!
-//! 1. Rows of x are copied, in the microkernel's element type and with padded strides, into scratch; at most
-//!    [`CHUNK_ROWS`] at a time, so that scratch is bounded.
-//! 2. Units of work are panels of weights times rows (`cut.rs`, `gemm.rs`). Threads claim them in order. The sums of a unit,
-//!    (panels, rows, NR) in f32, lie in its thread's scratch.
-//! 3. An epilogue turns the sums into h or y while they are in cache; gate and up are never written.
-//! 4. Threads go on to the down projection when all of h is there.
+//! 1. Rows of x are copied into scratch as A: in the microkernel's element type and with padded strides,
+//!    at most [`CHUNK_ROWS`] at a time, so that scratch is bounded.
+//! 2. A unit of work is a panel of weights, or a few, times some rows (`partition.rs`, `sweep.rs`).
+//!    Threads claim units in order. The sums of a unit, (panels, rows, NR) in f32, are in its thread's
+//!    scratch.
+//! 3. An epilogue turns the sums into h or y while they are in cache. gate and up are never written.
+//! 4. A thread starts the down projection when all of h is complete.
+
+use std::ops::Range;
 
 use super::buffer::{Buffer, Scratch};
-use super::cut::Cut;
-use super::gemm::{BLOCK, Gemm, GemmElement, OutTile, Rows, product, sweep_beside};
-use super::glu::Tile;
-use super::pack::{Matrix, Packed, Place};
+use super::epilogue::PanelSums;
+use super::format::Format;
+use super::kernels::{CpuKernels, Edges, FormatKernels, Io, OutputFn};
+use super::matrix::Matrix;
+use super::pages;
+use super::panels::{Columns, Panels};
+use super::partition::Partition;
+use super::sweep::{Rows, Sweep};
 use super::threads::{self, Phase, SendPtr};
-use super::{Kernel, pages};
 use crate::activation::Glu;
 
-/// Rows of x that are worked on at a time. Scratch of a block is at most
-/// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes, with a = 2 where the kernel multiplies bf16 as it is, else 4;
-/// rows ≤ 512.
+/// Rows of x that are processed at a time. The scratch of a block is at most
+/// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes for `rows` ≤ 512, where a is 2 if the
+/// kernel multiplies bf16 and 4 otherwise.
 pub(super) const CHUNK_ROWS: usize = 512;
-/// Elements between the rows of A beyond their length: rows a power of two apart would share cache sets.
+/// Elements of padding between the rows of A. Rows a power of two apart would share cache sets.
 const PAD: usize = 64;
-/// Below this many multiply-adds per thread one thread is faster than waking another.
+/// Below this many multiply-adds, one thread is faster than waking another.
 const SERIAL: usize = 1 << 16;
 /// Rows that a thread copies at a time.
 const COPY_ROWS: usize = 8;
 
-/// A projection's packed weight and bias.
-pub(super) struct Projection<T> {
-    pub(super) weight: Packed<T>,
-    /// (panels·NR), in the order of the packed columns
+/// A projection's packed weight and bias, and the kernels for its format.
+pub(super) struct Projection {
+    kernels: &'static FormatKernels,
+    pub(super) weight: Panels,
+    /// (panels·NR), in the order of the packed columns.
     bias: Option<Buffer>,
-    /// out
+    /// Outputs.
     pub(super) columns: usize,
 }
 
-impl<T: GemmElement> Projection<T> {
-    /// Of zeros: (columns, k).
-    pub(super) fn new(kernel: &Kernel, columns: usize, k: usize) -> Self {
-        let gemm = T::gemm(kernel);
-        Self { weight: Packed::zeroed(columns, k, gemm.nr, gemm.streams), bias: None, columns }
+impl Projection {
+    /// Zeros (columns, k).
+    pub(super) fn new(kernels: &'static CpuKernels, format: Format, columns: usize, k: usize) -> Self {
+        let kernels = kernels.format(format);
+        let weight = Panels::zeroed(format, columns, k, kernels.sweep.nr, kernels.sweep.streams);
+        Self { kernels, weight, bias: None, columns }
     }
 
     /// Zeros for gate and up, (intermediate_size, k) each.
-    pub(super) fn new_pair(kernel: &Kernel, intermediate_size: usize, k: usize) -> Self {
-        let gemm = T::gemm(kernel);
-        let columns = 2 * intermediate_size.next_multiple_of(gemm.nr / 2);
-        Self { weight: Packed::zeroed(columns, k, gemm.nr, gemm.streams), bias: None, columns: intermediate_size }
+    pub(super) fn new_pair(kernels: &'static CpuKernels, format: Format, intermediate_size: usize, k: usize) -> Self {
+        let half = kernels.format(format).sweep.nr / 2;
+        let columns = 2 * intermediate_size.next_multiple_of(half);
+        Self { columns: intermediate_size, ..Self::new(kernels, format, columns, k) }
     }
 
-    pub(super) fn set_weight(&mut self, place: Place, weight: Matrix<T>) {
-        self.weight.fill(place, weight);
-    }
-
-    pub(super) fn set_bias(&mut self, place: Place, bias: &[f32]) {
-        let len = self.weight.panels * self.weight.nr();
+    pub(super) fn set_bias(&mut self, columns: Columns, bias: &[f32]) {
+        let len = self.weight.count() * self.weight.nr();
         let buffer = self.bias.get_or_insert_with(|| Buffer::zeroed(len * size_of::<f32>()));
         for (row, &value) in bias.iter().enumerate() {
-            let column = self.weight.column(place, row);
+            let column = self.weight.column(columns, row);
             assert!(column < len);
             // SAFETY: the buffer has `len` f32.
             unsafe { *buffer.as_mut_ptr::<f32>().add(column) = value };
         }
     }
 
-    /// The bias as it was set, of the rows of `place`.
-    pub(super) fn bias(&self, place: Place) -> Option<Vec<f32>> {
+    /// The bias of the rows of `columns` as it was set.
+    pub(super) fn bias(&self, columns: Columns) -> Option<Vec<f32>> {
         let buffer = self.bias.as_ref()?;
         // SAFETY: columns of existing rows lie within the buffer.
-        let at = |row| unsafe { *buffer.as_ptr::<f32>().add(self.weight.column(place, row)) };
+        let at = |row| unsafe { *buffer.as_ptr::<f32>().add(self.weight.column(columns, row)) };
         Some((0..self.columns).map(at).collect())
     }
 
-    fn tile(&self, panel: usize, rows: usize, sums: *const f32) -> Tile {
-        assert!(panel < self.weight.panels);
+    fn sums(&self, panel: usize, rows: usize, sums: *const f32) -> PanelSums {
+        assert!(panel < self.weight.count());
         let bias = match &self.bias {
             // SAFETY: the bias is as wide as all panels.
             Some(buffer) => unsafe { buffer.as_ptr::<f32>().add(panel * self.weight.nr()) },
             None => std::ptr::null(),
         };
-        Tile { sums, rows, bias }
+        PanelSums { sums, rows, bias }
+    }
+
+    fn sweep(&self) -> &'static Sweep {
+        &self.kernels.sweep
+    }
+}
+
+/// A linear layer with packed weights; x and y have dtype T.
+pub(super) struct Linear<T: 'static> {
+    pub(super) projection: Projection,
+    edges: &'static Edges<T>,
+}
+
+impl<T: Io> Linear<T> {
+    /// None if the format's kernels do not support T.
+    pub(super) fn new(projection: Projection) -> Option<Self> {
+        let edges = T::edges(projection.kernels)?;
+        Some(Self { projection, edges })
     }
 
     /// x (M, k) -> y (M, columns)
-    pub(super) fn forward(&self, kernel: &'static Kernel, x: Matrix<T>) -> Vec<T> {
-        let gemm = T::gemm(kernel);
-        forward(gemm, gemm.out_tile, &[self.stage()], x, self.columns)
+    pub(super) fn forward(&self, x: Matrix<T>) -> Vec<T> {
+        forward(self.edges, self.edges.output, &[self.stage()], x, self.projection.columns)
     }
 
-    /// x (M, k) -> y (M, columns) in f32: the sums, without a rounding to T.
-    pub(super) fn forward_f32(&self, kernel: &'static Kernel, x: Matrix<T>) -> Vec<f32> {
-        let gemm = T::gemm(kernel);
-        forward(gemm, gemm.out_tile_f32, &[self.stage()], x, self.columns)
+    /// x (M, k) -> y (M, columns) in f32: the sums, without rounding to T.
+    pub(super) fn forward_f32(&self, x: Matrix<T>) -> Vec<f32> {
+        forward(self.edges, self.edges.output_f32, &[self.stage()], x, self.projection.columns)
     }
 
-    fn stage(&self) -> Stage<'_, T> {
-        Stage { projection: self, glu: None, factor: 1.0 }
+    fn stage(&self) -> Stage<'_> {
+        Stage { projection: &self.projection, glu: None, factor: 1.0 }
     }
 }
 
-/// The block's packed weights.
-pub(super) struct Block<T> {
-    pub(super) kernel: &'static Kernel,
+/// The block with packed weights; x, h and y have dtype T.
+pub(super) struct Block<T: 'static> {
     pub(super) glu: Glu,
-    pub(super) gate_up: Projection<T>,
-    pub(super) down: Projection<T>,
+    pub(super) gate_up: Projection,
+    pub(super) down: Projection,
     pub(super) down_multiplier: f32,
+    edges: &'static Edges<T>,
 }
 
-impl<T: GemmElement> Block<T> {
+impl<T: Io> Block<T> {
+    /// None if the format's kernels do not support T.
+    pub(super) fn new(glu: Glu, gate_up: Projection, down: Projection, down_multiplier: f32) -> Option<Self> {
+        // gate_up's epilogue writes h as the element type of A that down reads.
+        assert!(gate_up.sweep().a_bytes == down.sweep().a_bytes);
+        let edges = T::edges(gate_up.kernels)?;
+        Some(Self { glu, gate_up, down, down_multiplier, edges })
+    }
+
     /// x (M, H) -> y (M, H)
     pub(super) fn forward(&self, x: Matrix<T>) -> Vec<T> {
         let stages = [
             Stage { projection: &self.gate_up, glu: Some(&self.glu), factor: 1.0 },
             Stage { projection: &self.down, glu: None, factor: self.down_multiplier },
         ];
-        let gemm = T::gemm(self.kernel);
-        forward(gemm, gemm.out_tile, &stages, x, self.down.columns)
+        forward(self.edges, self.edges.output, &stages, x, self.down.columns)
     }
 }
 
 /// One product and its epilogue.
 #[derive(Clone, Copy)]
-struct Stage<'a, T> {
-    projection: &'a Projection<T>,
-    /// The columns are gate and up, and become h. Else they become y, times `factor`.
+struct Stage<'a> {
+    projection: &'a Projection,
+    /// The columns are gate and up, and become h. Otherwise they become y, times `factor`.
     glu: Option<&'a Glu>,
     factor: f32,
 }
 
-/// x (M, k) through one or two stages -> y (M, columns), written by `out_tile`
-fn forward<T: GemmElement, Y: Send>(
-    gemm: &Gemm<T>,
-    out_tile: OutTile<Y>,
-    stages: &[Stage<T>],
-    x: Matrix<T>,
-    columns: usize,
-) -> Vec<Y> {
+/// x (M, k) through one or two stages -> y (M, columns), written by `output`.
+fn forward<T: Io, Y: Send>(edges: &Edges<T>, output: OutputFn<Y>, stages: &[Stage], x: Matrix<T>, columns: usize) -> Vec<Y> {
     x.check();
     let mut y: Vec<Y> = Vec::with_capacity(x.rows * columns);
     pages::advise_huge(y.as_mut_ptr(), y.capacity());
@@ -147,8 +168,8 @@ fn forward<T: GemmElement, Y: Send>(
         let rows = CHUNK_ROWS.min(x.rows - start);
         let part = Matrix { data: &x.data[start * x.strides.0..], rows, ..x };
         // SAFETY: y has room for all rows, and the chunks of rows are disjoint.
-        let out = SendPtr(unsafe { out.at(start * columns) });
-        Pass::new(gemm, stages, part, Out { tile: out_tile, y: out, stride: columns }).run();
+        let y = SendPtr(unsafe { out.at(start * columns) });
+        Pass::new(edges, stages, part, Out { write: output, y, stride: columns }).run();
         start += rows;
     }
     // SAFETY: every chunk has written all its rows.
@@ -156,53 +177,62 @@ fn forward<T: GemmElement, Y: Send>(
     y
 }
 
-/// Where y goes, and what writes it.
+/// Where y is written, and by which function.
 struct Out<Y> {
-    tile: OutTile<Y>,
+    write: OutputFn<Y>,
     y: SendPtr<Y>,
     stride: usize,
 }
 
 /// One chunk of rows on its way through the stages.
-struct Pass<'a, T, Y> {
-    gemm: &'a Gemm<T>,
-    stages: &'a [Stage<'a, T>],
+struct Pass<'a, T: 'static, Y> {
+    edges: &'a Edges<T>,
+    stages: &'a [Stage<'a>],
     x: Matrix<'a, T>,
     out: Out<Y>,
     threads: usize,
     /// The units of each stage.
-    cuts: [Cut; 2],
+    partitions: [Partition; 2],
     scratch: Scratch,
-    /// A of the first stage, A of the second, then each thread's own: sums, and widened weights.
+    /// A of the first stage, A of the second, then each thread's own: sums and a rewritten k-block.
     offsets: [usize; 3],
     a_strides: [usize; 2],
     thread_bytes: usize,
 }
 
-impl<'a, T: GemmElement, Y: Send> Pass<'a, T, Y> {
-    fn new(gemm: &'a Gemm<T>, stages: &'a [Stage<'a, T>], x: Matrix<'a, T>, out: Out<Y>) -> Self {
-        let multiply_adds: usize = stages.iter().map(|s| s.projection.weight.len()).sum::<usize>() * x.rows;
+impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
+    fn new(edges: &'a Edges<T>, stages: &'a [Stage<'a>], x: Matrix<'a, T>, out: Out<Y>) -> Self {
+        let multiply_adds: usize = stages.iter().map(|s| s.projection.weight.multiply_adds()).sum::<usize>() * x.rows;
         let threads = if multiply_adds < SERIAL { 1 } else { threads::count() };
-        let a_bytes = if gemm.a_is_f32 { size_of::<f32>() } else { size_of::<T>() };
-        let a_strides = [0, 1].map(|i| stages.get(i).map_or(0, |s| s.projection.weight.k().next_multiple_of(gemm.nr) + PAD));
-        let offsets = [0, x.rows * a_strides[0] * a_bytes, x.rows * (a_strides[0] + a_strides[1]) * a_bytes];
-        let offsets = offsets.map(|offset| offset.next_multiple_of(64));
-        let cuts = [0, 1].map(|i| {
-            let weight = stages.get(i).map(|s| &s.projection.weight);
-            let beside = gemm.panels_at_once(x.rows, weight.map_or(0, Packed::bytes));
-            Cut::new(x.rows, weight.map_or(0, |w| w.panels), threads, beside)
+        let stage = |i: usize| stages.get(i).map(|s| s.projection);
+        let nr = stages[0].projection.sweep().nr;
+        // h is written in whole panels of the first stage.
+        let a_strides = [0, 1].map(|i| stage(i).map_or(0, |p| p.weight.k().next_multiple_of(nr) + PAD));
+        let a_sizes = [0, 1].map(|i| stage(i).map_or(0, |p| x.rows * a_strides[i] * p.sweep().a_bytes));
+        let offsets = [0, a_sizes[0], a_sizes[0] + a_sizes[1]].map(|offset| offset.next_multiple_of(64));
+        let partitions = [0, 1].map(|i| match stage(i) {
+            Some(p) => {
+                let adjacent = p.sweep().panels_at_once(x.rows, p.weight.bytes().len());
+                Partition::new(x.rows, p.weight.count(), threads, adjacent)
+            }
+            None => Partition::new(x.rows, 0, threads, 1),
         });
-        let sums = x.rows * gemm.nr * cuts[0].beside().max(cuts[1].beside()) * size_of::<f32>();
-        let widened = if gemm.widen.is_some() && x.rows >= gemm.widen_from { BLOCK } else { 0 };
-        let thread_bytes = (sums + widened).next_multiple_of(64);
+        let own = |i: usize| {
+            let bytes = |p: &Projection| {
+                let sums = x.rows * p.sweep().nr * partitions[i].adjacent() * size_of::<f32>();
+                sums + p.sweep().rewritten_bytes(x.rows)
+            };
+            stage(i).map_or(0, bytes)
+        };
+        let thread_bytes = own(0).max(own(1)).next_multiple_of(64);
         let scratch = Scratch::borrow(offsets[2] + threads * thread_bytes);
-        Self { gemm, stages, x, out, threads, cuts, scratch, offsets, a_strides, thread_bytes }
+        Self { edges, stages, x, out, threads, partitions, scratch, offsets, a_strides, thread_bytes }
     }
 
     fn run(mut self) {
         let scratch = SendPtr(self.scratch.as_mut_ptr());
         let copy = Phase::new(self.x.rows.div_ceil(COPY_ROWS));
-        let phases = self.cuts.map(|cut| Phase::new(cut.units()));
+        let phases = self.partitions.map(|partition| Phase::new(partition.units()));
         let work = |thread: usize| {
             // SAFETY: scratch has `threads` pieces of this size from the last offset on.
             let own = unsafe { scratch.at(self.offsets[2] + thread * self.thread_bytes) };
@@ -227,7 +257,8 @@ impl<'a, T: GemmElement, Y: Send> Pass<'a, T, Y> {
     /// `scratch` is this pass's, and no other thread has this unit.
     unsafe fn copy_rows(&self, scratch: &SendPtr<u8>, unit: usize) {
         let (k, stride) = (self.x.k, self.x.strides.1);
-        let a_bytes = self.a_bytes();
+        let projection = self.stages[0].projection;
+        let (a_bytes, padded_k) = (projection.sweep().a_bytes, projection.weight.padded_k());
         let mut gathered: Vec<T> = Vec::new();
         for row in unit * COPY_ROWS..self.x.rows.min((unit + 1) * COPY_ROWS) {
             let source = &self.x.data[row * self.x.strides.0..];
@@ -241,39 +272,39 @@ impl<'a, T: GemmElement, Y: Send> Pass<'a, T, Y> {
             // SAFETY: A has room for k elements and the padding in every row.
             unsafe {
                 let a = scratch.at(row * self.a_strides[0] * a_bytes);
-                (self.gemm.convert)(source.as_ptr(), k, a);
-                // An odd k is filled up to a whole step.
-                a.add(k * a_bytes).write_bytes(0, (k.next_multiple_of(T::K_STEP) - k) * a_bytes);
+                (self.edges.take_x)(source.as_ptr(), k, a);
+                a.add(k * a_bytes).write_bytes(0, (padded_k - k) * a_bytes);
             }
         }
     }
 
-    /// One panel of a stage, or some side by side, times all rows or a block of them.
+    /// One panel of a stage, or some adjacent ones, times all rows or some of them.
     ///
     /// # Safety
-    /// `scratch` is this pass's, `own` this thread's piece of it; A of this stage is complete; no other thread has this unit.
+    /// `scratch` is this pass's, `own` this thread's piece of it; A of this stage is complete; no other
+    /// thread has this unit.
     unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, unit: usize, next: usize) {
-        let (panels, std::ops::Range { start, end }) = self.cuts[stage].unit(unit);
+        let (panels, Range { start, end }) = self.partitions[stage].unit(unit);
         let rows = end - start;
         let projection = self.stages[stage].projection;
-        let (a_bytes, a_stride) = (self.a_bytes(), self.a_strides[stage]);
+        let (sweep, weight, a_stride) = (projection.sweep(), &projection.weight, self.a_strides[stage]);
         let sums = own.cast::<f32>();
         // SAFETY: the pieces lie within scratch as `new` laid it out; y has this chunk's rows.
         unsafe {
-            let a = scratch.at(self.offsets[stage] + start * a_stride * a_bytes);
-            let a = Rows { a, a_stride, a_bytes, rows };
-            let most = self.cuts[stage].beside();
+            let a = Rows { a: scratch.at(self.offsets[stage] + start * a_stride * sweep.a_bytes), a_stride, rows };
+            let most = self.partitions[stage].adjacent();
             if most > 1 && panels.len() == most {
-                sweep_beside(self.gemm, &projection.weight, panels.start, a, sums);
+                sweep.adjacent(weight, panels.start, a, sums);
             } else {
-                let widened = own.add(self.x.rows * self.gemm.nr * most * size_of::<f32>()).cast();
+                let rewritten = own.add(self.x.rows * sweep.nr * most * size_of::<f32>());
                 for (i, panel) in panels.clone().enumerate() {
-                    let sums = sums.add(i * rows * self.gemm.nr);
-                    product(self.gemm, &projection.weight, panel, a, sums, widened, self.first_byte(stage, next));
+                    let sums = sums.add(i * rows * sweep.nr);
+                    sweep.panel(weight, panel, a, sums, rewritten, self.first_byte(stage, next));
                 }
             }
             for (i, panel) in panels.enumerate() {
-                self.write(stage, scratch, panel, start, projection.tile(panel, rows, sums.add(i * rows * self.gemm.nr)));
+                let sums = projection.sums(panel, rows, sums.add(i * rows * sweep.nr));
+                self.write(stage, scratch, panel, start, sums);
             }
         }
     }
@@ -281,53 +312,57 @@ impl<'a, T: GemmElement, Y: Send> Pass<'a, T, Y> {
     /// The sums of one panel and the rows from `start` on -> h or y.
     ///
     /// # Safety
-    /// As [`Pass::unit`], whose tile it is.
-    unsafe fn write(&self, stage: usize, scratch: &SendPtr<u8>, panel: usize, start: usize, tile: Tile) {
-        let (rows, Stage { projection, glu, factor }) = (tile.rows, self.stages[stage]);
+    /// As [`Pass::unit`], whose sums they are.
+    unsafe fn write(&self, stage: usize, scratch: &SendPtr<u8>, panel: usize, start: usize, sums: PanelSums) {
+        let (rows, Stage { projection, glu, factor }) = (sums.rows, self.stages[stage]);
+        let nr = projection.sweep().nr;
         // SAFETY: as there.
         unsafe {
             match glu {
                 Some(glu) => {
-                    let (width, stride) = (self.gemm.nr / 2, self.a_strides[1]);
-                    let h = scratch.at(self.offsets[1] + (start * stride + panel * width) * self.a_bytes());
-                    (self.gemm.glu_tile)(glu, tile, h, stride);
-                    self.fill_up(scratch, panel, start..start + rows);
+                    let (width, stride) = (nr / 2, self.a_strides[1]);
+                    let h = scratch.at(self.offsets[1] + (start * stride + panel * width) * self.h_bytes());
+                    (self.edges.gate)(glu, sums, h, stride);
+                    self.pad(scratch, panel, start..start + rows);
                 }
                 None => {
-                    let columns = self.gemm.nr.min(projection.columns - panel * self.gemm.nr);
-                    let Out { tile: out_tile, ref y, stride } = self.out;
-                    out_tile(tile, factor, y.at(start * stride + panel * self.gemm.nr), stride, columns);
+                    let columns = nr.min(projection.columns - panel * nr);
+                    let Out { write, ref y, stride } = self.out;
+                    write(sums, factor, y.at(start * stride + panel * nr), stride, columns);
                 }
             }
         }
     }
 
-    /// The weights of a unit; behind the last one of a stage, of the first of the next.
+    /// The weights of a unit; after the last unit of a stage, those of the first unit of the next stage.
     fn first_byte(&self, stage: usize, unit: usize) -> *const u8 {
-        let (stage, unit) = if unit < self.cuts[stage].units() { (stage, unit) } else { (stage + 1, 0) };
-        let panel = |s: &Stage<T>| s.projection.weight.panel(self.cuts[stage].unit(unit).0.start).cast();
+        let (stage, unit) = if unit < self.partitions[stage].units() { (stage, unit) } else { (stage + 1, 0) };
+        let panel = |s: &Stage| s.projection.weight.panel(self.partitions[stage].unit(unit).0.start);
         self.stages.get(stage).map_or(std::ptr::null(), panel)
     }
 
-    /// Zeros behind h where its width is no multiple of a step: 0 times a weight of 0, not NaN.
+    /// Writes zeros behind h where its width is not a multiple of a step. Otherwise a padding weight of 0
+    /// could be multiplied with a NaN.
     ///
     /// # Safety
     /// As [`Pass::unit`], which has just written these rows of h.
-    unsafe fn fill_up(&self, scratch: &SendPtr<u8>, panel: usize, rows: std::ops::Range<usize>) {
-        let k = self.stages[1].projection.weight.k();
-        let (padding, width, a_bytes) = (k.next_multiple_of(T::K_STEP) - k, self.gemm.nr / 2, self.a_bytes());
+    unsafe fn pad(&self, scratch: &SendPtr<u8>, panel: usize, rows: Range<usize>) {
+        let weight = &self.stages[1].projection.weight;
+        let (k, h_bytes, width) = (weight.k(), self.h_bytes(), self.stages[0].projection.sweep().nr / 2);
+        let padding = weight.padded_k() - k;
         if padding > 0 && panel == (k - 1) / width {
             for row in rows {
                 // SAFETY: a row of h has room for whole panels and PAD.
                 unsafe {
-                    let end = scratch.at(self.offsets[1] + (row * self.a_strides[1] + k) * a_bytes);
-                    end.write_bytes(0, padding * a_bytes);
+                    let end = scratch.at(self.offsets[1] + (row * self.a_strides[1] + k) * h_bytes);
+                    end.write_bytes(0, padding * h_bytes);
                 }
             }
         }
     }
 
-    fn a_bytes(&self) -> usize {
-        if self.gemm.a_is_f32 { size_of::<f32>() } else { size_of::<T>() }
+    /// Bytes of an element of h, which is A of the second stage.
+    fn h_bytes(&self) -> usize {
+        self.stages[1].projection.sweep().a_bytes
     }
 }

@@ -1,20 +1,27 @@
-//! The step of a product for one pair of element types: a microkernel (`micro.rs`) is a loop over it.
+//! One step of a product, for the element type of A and the format of B. A microkernel (`micro.rs`)
+//! is a loop over it.
 
 use half::{bf16, f16};
 
+use super::format::{Format, Stored};
 use super::simd::{Element, Simd};
 
 /// One step of a product.
 pub(super) trait Product<S: Simd> {
-    /// What A's rows hold.
+    /// The elements of A's rows.
     type A: Copy + Default + Send + Sync;
-    /// What B holds.
-    type B;
-    /// k per step.
-    const K_STEP: usize;
-    /// Sums of this many k begin at zero in registers and then join the total: what rounding does to a sum of n then grows with
-    /// √(`SUM_K` + n / `SUM_K`), not with √n.
+    /// The elements of B.
+    type B: Stored;
+    /// How B is stored in a panel.
+    const FORMAT: Format = <Self::B as Stored>::FORMAT;
+    /// Values of k per step.
+    const K_STEP: usize = Self::FORMAT.k_step();
+    /// Sums over this many k start at zero in registers and are then added to the total. The rounding
+    /// error of a sum over n values then grows with √(`SUM_K` + n / `SUM_K`) instead of √n.
     const SUM_K: usize;
+    /// There are few instructions per cache line, so that the hardware prefetcher keeps up with several
+    /// streams without help.
+    const MEMORY_BOUND: bool;
 
     /// acc (MR, NV·LANES) += a (MR, K_STEP) · b (K_STEP, NV·LANES)
     ///
@@ -28,13 +35,13 @@ pub(super) trait Product<S: Simd> {
         b: *const Self::B,
     );
 
-    /// Steps that [`Product::group`] takes.
+    /// Steps that one call of [`Product::group`] takes.
     const GROUP: usize = 1;
 
-    /// So many steps at once.
+    /// `GROUP` steps at once.
     ///
     /// # Safety
-    /// As that many calls of [`Product::step`].
+    /// As `GROUP` calls of [`Product::step`].
     #[inline(always)]
     unsafe fn group<const MR: usize, const NV: usize>(
         s: S,
@@ -61,7 +68,7 @@ unsafe fn rank_one<S: Simd, const MR: usize, const NV: usize>(
         // SAFETY: `Product::step`'s contract.
         let a = s.splat(unsafe { *a[r].add(at) });
         for v in 0..NV {
-            acc[r][v] = s.in_turn(s.mul_add(a, b[v], acc[r][v]));
+            acc[r][v] = s.pin(s.mul_add(a, b[v], acc[r][v]));
         }
     }
 }
@@ -110,11 +117,12 @@ macro_rules! for_lanes {
 #[cfg(target_arch = "aarch64")]
 pub(super) use for_lanes;
 
-/// About √K of the models at hand, and a divisor of the k in every block of `gemm.rs`. Joining the total that often costs little
-/// (64: f32 5 % slower with many rows; 256: no faster, and for K = 512 further from f64 than oneDNN).
+/// `SUM_K` of products in f32: about √K of common models, and a divisor of the length of every k-block
+/// (`sweep.rs`). Measured on Zen 4: 64 makes f32 with many rows 5 % slower; 256 is no faster and, for
+/// K = 512, less accurate than oneDNN.
 pub(super) const SUM_F32: usize = 128;
 
-/// f32 activations, B of one element per k: f32, or f16 widened as it is loaded.
+/// A in f32, B in T. Every element of B is widened to f32 as it is loaded.
 pub(super) struct Widen<T>(std::marker::PhantomData<T>);
 
 macro_rules! widen {
@@ -122,8 +130,8 @@ macro_rules! widen {
         impl<S: Simd> Product<S> for Widen<$dtype> {
             type A = f32;
             type B = $dtype;
-            const K_STEP: usize = 1;
             const SUM_K: usize = SUM_F32;
+            const MEMORY_BOUND: bool = size_of::<$dtype>() == size_of::<f32>();
 
             #[inline(always)]
             unsafe fn step<const MR: usize, const NV: usize>(
@@ -171,12 +179,12 @@ macro_rules! widen {
 widen!(f32);
 widen!(f16);
 
-/// f32 activations, pairs of bf16 widened as they are loaded: first the even, then the odd k.
+/// bf16 is stored as pairs of neighbours in k: the even value of each pair is widened first, then the odd.
 impl<S: Simd> Product<S> for Widen<bf16> {
     type A = f32;
     type B = bf16;
-    const K_STEP: usize = 2;
     const SUM_K: usize = SUM_F32;
+    const MEMORY_BOUND: bool = false;
 
     #[inline(always)]
     unsafe fn step<const MR: usize, const NV: usize>(
@@ -193,7 +201,7 @@ impl<S: Simd> Product<S> for Widen<bf16> {
                 *column = s.load_bf16_even(b.add(v * S::LANES * 2));
             }
             rank_one(s, acc, a, at, columns);
-            // Vectors that stayed in registers for both would take the place of sums, which then go to memory and back each time.
+            // Reload the pairs: keeping them in registers for both halves would spill accumulators.
             let b = unknown(b);
             for (v, column) in columns.iter_mut().enumerate() {
                 *column = s.load_bf16_odd(b.add(v * S::LANES * 2));
@@ -230,7 +238,7 @@ impl<S: Simd> Product<S> for Widen<bf16> {
     }
 }
 
-/// The same pointer, but the compiler does not know that: what was loaded from it is loaded again.
+/// Returns `p` unchanged. The compiler cannot know that, and loads from it again.
 #[inline(always)]
 #[cfg_attr(target_arch = "x86_64", allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is read or written"))]
 fn unknown<T>(p: *const T) -> *const T {
@@ -248,36 +256,3 @@ fn unknown<T>(p: *const T) -> *const T {
 /// Pairs of bf16 on both sides, by the instruction for them.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(super) struct DotBf16;
-
-#[cfg(target_arch = "x86_64")]
-impl Product<super::avx512::Avx512> for DotBf16 {
-    type A = bf16;
-    type B = bf16;
-    const K_STEP: usize = 2;
-    /// What bf16 rounds away at the end is a thousand times more.
-    const SUM_K: usize = usize::MAX;
-
-    #[inline(always)]
-    unsafe fn step<const MR: usize, const NV: usize>(
-        s: super::avx512::Avx512,
-        acc: &mut [[std::arch::x86_64::__m512; NV]; MR],
-        a: &[*const bf16; MR],
-        at: usize,
-        b: *const bf16,
-    ) {
-        use super::avx512::{dot_bf16, splat_pair};
-        // SAFETY: the caller's contract.
-        unsafe {
-            let mut columns = [s.splat(0.0); NV];
-            for (v, column) in columns.iter_mut().enumerate() {
-                *column = s.load_f32(b.add(v * 32).cast());
-            }
-            for r in 0..MR {
-                let a = splat_pair(a[r].add(at));
-                for v in 0..NV {
-                    acc[r][v] = s.in_turn(dot_bf16(acc[r][v], a, columns[v]));
-                }
-            }
-        }
-    }
-}

@@ -43,7 +43,7 @@ pub(super) trait Simd: Copy {
     /// Returns `a` unchanged. Acts as a scheduling fence: without it the compiler hoists loads, runs out of registers and spills
     /// accumulators.
     #[inline(always)]
-    fn in_turn(self, a: Self::F) -> Self::F {
+    fn pin(self, a: Self::F) -> Self::F {
         a
     }
     fn abs(self, a: Self::F) -> Self::F;
@@ -54,8 +54,6 @@ pub(super) trait Simd: Copy {
     /// a ≤ b; false where either is NaN.
     fn le(self, a: Self::F, b: Self::F) -> Self::Mask;
     fn select(self, mask: Self::Mask, yes: Self::F, no: Self::F) -> Self::F;
-    /// The bits of each lane as a 32-bit integer: their sum mod 2³².
-    fn add_bits(self, a: Self::F, b: Self::F) -> Self::F;
 
     /// # Safety
     /// `src` points to `LANES` readable f32, at any alignment.
@@ -85,6 +83,27 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `dst` points to `LANES` writable f16, at any alignment.
     unsafe fn store_f16(self, value: Self::F, dst: *mut f16);
+}
+
+/// An instruction set that the CPU has: a value is the proof, and is made only after detection.
+pub(super) trait Isa: Copy + 'static {
+    /// Its vectors. Instruction sets that differ in products alone share them.
+    type Simd: Simd;
+
+    /// # Safety
+    /// The CPU has the instructions.
+    unsafe fn assume() -> Self;
+
+    /// Runs `body` in a function that is compiled with the instruction set's target features. The body
+    /// is inlined into it and takes them on, as closures would not.
+    fn vectorize<B: Body<Self::Simd>>(self, body: B) -> B::Output;
+}
+
+/// Code to be compiled for an instruction set.
+pub(super) trait Body<S: Simd> {
+    type Output;
+    /// Every implementation is `#[inline(always)]`.
+    fn run(self, s: S) -> Self::Output;
 }
 
 /// A dtype that the vector kernels read and write.

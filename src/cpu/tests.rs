@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, Layout, Shape};
 use half::{bf16, f16};
 
 use super::threads::{self, Phase};
-use super::{Kernel, available, backward, forward};
+use super::{CpuKernels, available, backward, forward};
 use crate::activation::{Glu, GluActivation};
 use crate::reference;
 
@@ -64,7 +64,7 @@ fn contiguous(n: usize) -> Layout {
     Layout::contiguous(Shape::from(n))
 }
 
-fn run_f32(kernel: &Kernel, op: &Glu, gate: &[f32], up: &[f32]) -> Vec<f32> {
+fn run_f32(kernel: &CpuKernels, op: &Glu, gate: &[f32], up: &[f32]) -> Vec<f32> {
     let layout = contiguous(gate.len());
     let (g, u) = (CpuStorage::F32(gate.to_vec()), CpuStorage::F32(up.to_vec()));
     match forward(kernel, op, (&g, &layout), (&u, &layout)) {
@@ -204,7 +204,7 @@ fn all_kernels_give_the_same_bits() {
         }
     }
     let dy = numbers(gate.len(), 9, 3);
-    let bits = |kernel: &Kernel, op: &Glu| {
+    let bits = |kernel: &CpuKernels, op: &Glu| {
         let layout = contiguous(gate.len());
         let storage = |v: &[f32]| CpuStorage::F32(v.to_vec());
         let (g, u, d) = (storage(&gate), storage(&up), storage(&dy));

@@ -5,7 +5,9 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::simd::Simd;
+use crate::cpu::kernels::{CpuKernels, TwoBySix, kernels};
+use crate::cpu::simd::{Body, Isa, Simd};
+use crate::cpu::tuning::{Avx2OnZen3, CpuFamily};
 
 /// Proof that the CPU has avx2, fma and f16c: every `unsafe` below that only needs those rests on it.
 #[derive(Clone, Copy)]
@@ -16,13 +18,30 @@ impl Avx2 {
         let has = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         has.then_some(Self(()))
     }
+}
 
-    /// # Safety
-    /// The CPU has the three features.
+impl Isa for Avx2 {
+    type Simd = Self;
+
     #[inline(always)]
-    pub(super) unsafe fn assume() -> Self {
+    unsafe fn assume() -> Self {
         Self(())
     }
+
+    #[inline(always)]
+    fn vectorize<B: Body<Self>>(self, body: B) -> B::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn enabled<B: Body<Avx2>>(s: Avx2, body: B) -> B::Output {
+            body.run(s)
+        }
+        // SAFETY: `self` proves the target features.
+        unsafe { enabled(self, body) }
+    }
+}
+
+/// The kernels, if the CPU has the instructions.
+pub(super) fn detect(_: CpuFamily) -> Option<CpuKernels> {
+    Some(kernels::<_, TwoBySix, TwoBySix, TwoBySix, Avx2OnZen3>("avx2", Avx2::new()?))
 }
 
 /// 2ⁿ for n in [-126, 127].
@@ -35,10 +54,10 @@ unsafe fn pow2(n: __m256i) -> __m256 {
     unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127)))) }
 }
 
-/// See [`Simd::in_turn`]; assembly takes vectors only where the features are enabled.
+/// See [`Simd::pin`]; assembly takes vectors only where the features are enabled.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn in_turn(mut a: __m256) -> __m256 {
+fn pin(mut a: __m256) -> __m256 {
     // SAFETY: a comment alone, which for all the compiler knows changes `a` and memory.
     unsafe { asm!("/* {0} */", inout(ymm_reg) a, options(nostack, preserves_flags)) };
     a
@@ -81,9 +100,9 @@ impl Simd for Avx2 {
         unsafe { _mm256_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
-    fn in_turn(self, a: __m256) -> __m256 {
+    fn pin(self, a: __m256) -> __m256 {
         // SAFETY: `self` proves the instructions.
-        unsafe { in_turn(a) }
+        unsafe { pin(a) }
     }
     #[inline(always)]
     fn abs(self, a: __m256) -> __m256 {
@@ -114,11 +133,6 @@ impl Simd for Avx2 {
     fn select(self, mask: __m256, yes: __m256, no: __m256) -> __m256 {
         // SAFETY: `self` proves the instructions.
         unsafe { _mm256_blendv_ps(no, yes, mask) }
-    }
-    #[inline(always)]
-    fn add_bits(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: `self` proves the instructions.
-        unsafe { _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))) }
     }
 
     #[inline(always)]

@@ -5,7 +5,9 @@ use std::arch::asm;
 
 use half::{bf16, f16};
 
-use super::simd::Simd;
+use crate::cpu::kernels::{CpuKernels, FourByFive, FourBySix, kernels};
+use crate::cpu::simd::{Body, Isa, Simd};
+use crate::cpu::tuning::{CpuFamily, Unmeasured};
 
 /// Proof that the CPU has NEON: every `unsafe` below that only needs that rests on it.
 #[derive(Clone, Copy)]
@@ -15,13 +17,31 @@ impl Neon {
     pub(super) fn new() -> Option<Self> {
         std::arch::is_aarch64_feature_detected!("neon").then_some(Self(()))
     }
+}
 
-    /// # Safety
-    /// The CPU has NEON.
+impl Isa for Neon {
+    type Simd = Self;
+
     #[inline(always)]
-    pub(super) unsafe fn assume() -> Self {
+    unsafe fn assume() -> Self {
         Self(())
     }
+
+    #[inline(always)]
+    fn vectorize<B: Body<Self>>(self, body: B) -> B::Output {
+        #[target_feature(enable = "neon")]
+        fn enabled<B: Body<Neon>>(s: Neon, body: B) -> B::Output {
+            body.run(s)
+        }
+        // SAFETY: `self` proves the target features.
+        unsafe { enabled(self, body) }
+    }
+}
+
+/// The kernels, if the CPU has the instructions. bf16 and f16 take five rows, not six: widening needs the
+/// registers of the sixth row's sums.
+pub(super) fn detect(_: CpuFamily) -> Option<CpuKernels> {
+    Some(kernels::<_, FourBySix, FourByFive, FourByFive, Unmeasured>("neon", Neon::new()?))
 }
 
 /// 2ⁿ for n in [-126, 127].
@@ -112,11 +132,6 @@ impl Simd for Neon {
     fn select(self, mask: uint32x4_t, yes: float32x4_t, no: float32x4_t) -> float32x4_t {
         // SAFETY: `self` proves the instructions.
         unsafe { vbslq_f32(mask, yes, no) }
-    }
-    #[inline(always)]
-    fn add_bits(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        // SAFETY: `self` proves the instructions.
-        unsafe { vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b))) }
     }
 
     #[inline(always)]

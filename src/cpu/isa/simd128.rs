@@ -5,19 +5,37 @@ use std::arch::wasm32::*;
 
 use half::{bf16, f16};
 
-use super::simd::Simd;
+use crate::cpu::kernels::{CpuKernels, TwoByFour, kernels};
+use crate::cpu::simd::{Body, Isa, Simd};
+use crate::cpu::tuning::{CpuFamily, Unmeasured};
 
 /// There is simd128: this file is not built otherwise.
 #[derive(Clone, Copy)]
 pub(super) struct Simd128(());
 
 impl Simd128 {
-    /// # Safety
-    /// None: the module would not run. The other instruction sets have this function too.
-    #[inline(always)]
-    pub(super) unsafe fn assume() -> Self {
+    pub(super) fn new() -> Self {
         Self(())
     }
+}
+
+impl Isa for Simd128 {
+    type Simd = Self;
+
+    #[inline(always)]
+    unsafe fn assume() -> Self {
+        Self(())
+    }
+
+    #[inline(always)]
+    fn vectorize<B: Body<Self>>(self, body: B) -> B::Output {
+        body.run(self)
+    }
+}
+
+/// The kernels.
+pub(super) fn detect(_: CpuFamily) -> Option<CpuKernels> {
+    Some(kernels::<_, TwoByFour, TwoByFour, TwoByFour, Unmeasured>("simd128", Simd128::new()))
 }
 
 /// 2ⁿ for n in [-126, 127].
@@ -104,10 +122,6 @@ impl Simd for Simd128 {
     #[inline(always)]
     fn select(self, mask: v128, yes: v128, no: v128) -> v128 {
         v128_bitselect(yes, no, mask)
-    }
-    #[inline(always)]
-    fn add_bits(self, a: v128, b: v128) -> v128 {
-        i32x4_add(a, b)
     }
 
     #[inline(always)]

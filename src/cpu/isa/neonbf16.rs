@@ -15,10 +15,49 @@ use std::arch::asm;
 
 use half::bf16;
 
-use super::micro::{Call, Micro};
 use super::neon::Neon;
-use super::product::{DotBf16, Product, for_lanes, load_rows};
-use super::simd::Simd;
+use crate::cpu::kernels::{CpuKernels, FourBySix, with_bf16};
+use crate::cpu::micro::{Micro, MicroArgs};
+use crate::cpu::product::{DotBf16, Product, for_lanes, load_rows};
+use crate::cpu::simd::{Body, Isa, Simd};
+use crate::cpu::sweep::Rewritten;
+use crate::cpu::tuning::{CpuFamily, Unmeasured};
+
+/// Proof that the CPU has NEON and FEAT_BF16.
+#[derive(Clone, Copy)]
+pub(super) struct NeonBf16(Neon);
+
+impl NeonBf16 {
+    pub(super) fn new() -> Option<Self> {
+        Neon::new().filter(|_| std::arch::is_aarch64_feature_detected!("bf16")).map(Self)
+    }
+}
+
+impl Isa for NeonBf16 {
+    type Simd = Neon;
+
+    #[inline(always)]
+    unsafe fn assume() -> Self {
+        // SAFETY: the caller's contract.
+        Self(unsafe { Neon::assume() })
+    }
+
+    #[inline(always)]
+    fn vectorize<B: Body<Neon>>(self, body: B) -> B::Output {
+        #[target_feature(enable = "neon,bf16")]
+        fn enabled<B: Body<Neon>>(s: Neon, body: B) -> B::Output {
+            body.run(s)
+        }
+        // SAFETY: `self` proves the target features.
+        unsafe { enabled(self.0, body) }
+    }
+}
+
+/// The kernels, if the CPU has the instructions: those of NEON but for products in bf16.
+pub(super) fn detect(family: CpuFamily) -> Option<CpuKernels> {
+    let (isa, base) = (NeonBf16::new()?, super::neon::detect(family)?);
+    Some(with_bf16::<_, FourBySix, Unmeasured>("neonbf16", isa, base, Some(many_rows())))
+}
 
 /// acc + a₀·b₀ + a₁·b₁ in every lane, the pair `LANE` of bf16 from `a` with each pair of `b`.
 ///
@@ -53,9 +92,10 @@ unsafe fn multiply(mut acc: float32x4_t, a: uint16x8_t, b: uint16x8_t) -> float3
 impl Product<Neon> for DotBf16 {
     type A = bf16;
     type B = bf16;
-    const K_STEP: usize = 2;
-    /// What bf16 rounds away at the end is a thousand times more.
+    /// No intermediate flush is needed: rounding the result to bf16 loses about 1,000 times more than
+    /// summing in f32.
     const SUM_K: usize = usize::MAX;
+    const MEMORY_BOUND: bool = true;
 
     #[inline(always)]
     unsafe fn step<const MR: usize, const NV: usize>(
@@ -108,9 +148,11 @@ const NR: usize = 16;
 /// Values of k that `bfmmla` takes.
 const QUAD: usize = 4;
 
-/// The function that puts a block of packed steps in order, and the microkernels for 1, 2, .., 6 rows of it.
-pub(super) fn many_rows() -> (unsafe fn(*const bf16, usize, usize, *mut f32), Vec<Micro>) {
-    (interleave, vec![micro::<1>, micro::<2>, micro::<3>, micro::<4>, micro::<5>, micro::<6>])
+/// [`interleave`], and the microkernels for 1, 2, .., 6 rows of its result.
+fn many_rows() -> Rewritten {
+    let micro: Vec<Micro> = vec![micro::<1>, micro::<2>, micro::<3>, micro::<4>, micro::<5>, micro::<6>];
+    // The result needs 2 bytes for a value; 4 halve the block, as measured for f32.
+    Rewritten { from_rows: micro.len() + 1, rewrite: interleave, micro, value_bytes: 4 }
 }
 
 /// Steps `[k / 2][NR][2]` of one stream -> `[k / 4][NR][4]`, an odd step filled up with zeros.
@@ -118,12 +160,13 @@ pub(super) fn many_rows() -> (unsafe fn(*const bf16, usize, usize, *mut f32), Ve
 /// # Safety
 /// The CPU has bf16; `b` has `steps` steps, `out` room for `steps` + 1.
 #[target_feature(enable = "neon,bf16")]
-unsafe fn interleave(b: *const bf16, _stream: usize, steps: usize, out: *mut f32) {
+unsafe fn interleave(b: *const u8, _stream_stride: usize, steps: usize, out: *mut u8) {
+    let (b, out) = (b.cast::<f32>(), out.cast::<f32>());
     for quad in 0..steps.div_ceil(2) {
         for v in 0..NR / 4 {
             // SAFETY: the caller's contract.
             unsafe {
-                let pairs = b.cast::<f32>().add(quad * 2 * NR + v * 4);
+                let pairs = b.add(quad * 2 * NR + v * 4);
                 let second = if 2 * quad + 1 < steps { vld1q_f32(pairs.add(NR)) } else { vdupq_n_f32(0.0) };
                 let (first, out) = (vld1q_f32(pairs), out.add(quad * 2 * NR + v * 8));
                 vst1q_f32(out, vzip1q_f32(first, second));
@@ -133,40 +176,40 @@ unsafe fn interleave(b: *const bf16, _stream: usize, steps: usize, out: *mut f32
     }
 }
 
-/// As `micro::run`, over what [`interleave`] has written: `call.steps` are single values of k, an even number; nothing is
-/// fetched ahead.
+/// As `micro::run`, over the result of [`interleave`]. `args.steps` is a number of values of k and even.
+/// Nothing is prefetched.
 ///
 /// # Safety
 /// As `micro::run`.
 #[target_feature(enable = "neon,bf16")]
-unsafe fn micro<const MR: usize>(call: Call) {
-    let (a, mut b) = (call.a.cast::<u16>(), call.b.cast::<u16>());
+unsafe fn micro<const MR: usize>(args: &MicroArgs) {
+    let (a, mut b) = (args.a.cast::<u16>(), args.b.cast::<u16>());
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
-        let mut acc = load_tiles::<MR>(call.acc, call.first);
+        let mut acc = load_tiles::<MR>(args.sums, !args.accumulate);
         let mut at = 0;
-        while at + QUAD <= call.steps {
+        while at + QUAD <= args.steps {
             let mut pairs = [vdupq_n_u16(0); 3];
             for (pair, rows) in pairs.iter_mut().enumerate().take(MR.div_ceil(2)) {
-                let row = |r: usize| vld1_u16(a.add(r.min(MR - 1) * call.a_stride + at));
+                let row = |r: usize| vld1_u16(a.add(r.min(MR - 1) * args.a_stride + at));
                 *rows = vcombine_u16(row(2 * pair), row(2 * pair + 1));
             }
             add_quad::<MR>(&mut acc, &pairs, b);
             b = b.add(QUAD * NR);
             at += QUAD;
         }
-        if at < call.steps {
+        if at < args.steps {
             let mut pairs = [vdupq_n_u16(0); 3];
             for (pair, rows) in pairs.iter_mut().enumerate().take(MR.div_ceil(2)) {
                 let row = |r: usize| {
-                    let two = a.add(r.min(MR - 1) * call.a_stride + at).cast::<u32>().read_unaligned();
+                    let two = a.add(r.min(MR - 1) * args.a_stride + at).cast::<u32>().read_unaligned();
                     vcreate_u16(u64::from(two))
                 };
                 *rows = vcombine_u16(row(2 * pair), row(2 * pair + 1));
             }
             add_quad::<MR>(&mut acc, &pairs, b);
         }
-        store_tiles::<MR>(&acc, call.acc);
+        store_tiles::<MR>(&acc, args.sums);
     }
 }
 

@@ -2,18 +2,30 @@
 
 use half::{bf16, f16};
 
-use super::simd::Simd;
+use crate::cpu::kernels::{CpuKernels, EightByTwo, kernels};
+use crate::cpu::simd::{Body, Isa, Simd};
+use crate::cpu::tuning::{CpuFamily, Scalars};
 
 #[derive(Clone, Copy)]
 pub(super) struct Scalar;
 
-impl Scalar {
-    /// # Safety
-    /// None: every CPU can. The other instruction sets have this function too.
+impl Isa for Scalar {
+    type Simd = Self;
+
     #[inline(always)]
-    pub(super) unsafe fn assume() -> Self {
+    unsafe fn assume() -> Self {
         Self
     }
+
+    #[inline(always)]
+    fn vectorize<B: Body<Self>>(self, body: B) -> B::Output {
+        body.run(self)
+    }
+}
+
+/// The kernels, which every CPU can run.
+pub(super) fn detect(_: CpuFamily) -> Option<CpuKernels> {
+    Some(kernels::<_, EightByTwo, EightByTwo, EightByTwo, Scalars>("scalar", Scalar))
 }
 
 impl Simd for Scalar {
@@ -72,10 +84,6 @@ impl Simd for Scalar {
     #[inline(always)]
     fn select(self, mask: bool, yes: f32, no: f32) -> f32 {
         if mask { yes } else { no }
-    }
-    #[inline(always)]
-    fn add_bits(self, a: f32, b: f32) -> f32 {
-        f32::from_bits(a.to_bits().wrapping_add(b.to_bits()))
     }
 
     #[inline(always)]

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, DType, Layout, Shape, WithDType};
 use half::{bf16, f16};
 
 use super::tests::{activation_bound, ops};
-use super::{Kernel, Layer, Part, available, block, linear};
+use super::{CpuKernels, Layer, Part, available, block, linear};
 use crate::activation::{Glu, GluActivation};
 use crate::reference;
 
@@ -116,7 +116,7 @@ impl Case {
         }
     }
 
-    fn layer<T: WithDType>(&self, kernel: &'static Kernel) -> Box<dyn Layer> {
+    fn layer<T: WithDType>(&self, kernel: &'static CpuKernels) -> Box<dyn Layer> {
         let sizes = (self.down.rows, self.gate.rows);
         let mut layer = block(kernel, T::DTYPE, sizes, self.op, self.down_multiplier).unwrap();
         let weights = [(Part::Gate, &self.gate), (Part::Up, &self.up), (Part::Down, &self.down)];
@@ -381,7 +381,7 @@ fn vector_kernels_of_one_arithmetic_give_the_same_bits() {
     const F32: u64 = 0xbdcd_bfb4_7a85_f4c6;
     const F16: u64 = 0x17fb_75f1_5015_e7c1;
     const BF16: u64 = 0x977a_13f2_06c7_62fa;
-    fn digest<T: WithDType>(kernel: &'static Kernel) -> u64 {
+    fn digest<T: WithDType>(kernel: &'static CpuKernels) -> u64 {
         let case = Case::new::<T>(silu(), 131, 67, true);
         let y = run::<T>(&*case.layer::<T>(kernel), &Matrix::random::<T>(33, 131, 1.0, 4));
         y.iter().fold(0, |hash: u64, y| (hash ^ y.to_bits()).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32))
@@ -400,20 +400,18 @@ fn vector_kernels_of_one_arithmetic_give_the_same_bits() {
     }
 }
 
-/// The benchmark's floor reads every word.
+/// Every weight is in the packed bytes once, and padding is zero.
 #[test]
-fn reading_sums_all_words() {
+fn packed_bytes_are_all_weights() {
     let matrix = Matrix::random::<f32>(300, 700, 1.0, 1);
     let (storage, layout) = matrix.storage::<f32>();
     for kernel in available() {
         let mut layer = linear(kernel, DType::F32, 300, 700).unwrap();
         layer.set_weight(Part::Whole, &storage, &layout).unwrap();
-        // Padding adds nothing.
         let words = (0..300).flat_map(|row| matrix.row(row)).map(|value| (*value as f32).to_bits());
-        let expected = words.fold(0, u32::wrapping_add);
-        for streams in [1, 4] {
-            assert_eq!(layer.read(streams), expected, "{}, {streams} streams", kernel.name);
-        }
+        let packed = layer.packed_bytes().concat();
+        let packed = packed.chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap()));
+        assert_eq!(packed.fold(0, u32::wrapping_add), words.fold(0, u32::wrapping_add), "{}", kernel.name);
     }
 }
 
@@ -429,7 +427,7 @@ fn dtypes_without_a_kernel_are_left_to_the_plain_path() {
 /// Rows are cut only where panels leave threads idle, and never into blocks too small to pay.
 #[test]
 fn rows_are_cut_where_panels_do_not_come_out_even() {
-    use super::cut::Cut;
+    use super::partition::Partition;
     for (rows, panels, threads, units, last) in [
         (512, 448, 2, 448, 512), // even
         (512, 447, 2, 447, 512), // one in 447 idle
@@ -444,32 +442,32 @@ fn rows_are_cut_where_panels_do_not_come_out_even() {
         (1, 1, 64, 1, 1),
         (512, 1, 64, 64, 8),
     ] {
-        let cut = Cut::new(rows, panels, threads, 1);
+        let cut = Partition::new(rows, panels, threads, 1);
         assert_eq!(cut.units(), units, "{rows} rows, {panels} panels, {threads} threads");
         assert_eq!(cut.unit(units - 1).1.len(), last, "{rows} rows, {panels} panels, {threads} threads");
     }
-    assert_eq!(Cut::new(1, 43, 2, 2).units(), 22);
-    assert_eq!(Cut::new(1, 43, 6, 2).units(), 43); // too few for two at once
+    assert_eq!(Partition::new(1, 43, 2, 2).units(), 22);
+    assert_eq!(Partition::new(1, 43, 6, 2).units(), 43); // too few for two at once
 }
 
 /// Every panel meets every row in one unit.
 #[test]
 fn units_are_all_panels_and_rows_once() {
-    use super::cut::Cut;
+    use super::partition::Partition;
     for (rows, panels, threads) in (1..520).step_by(7).flat_map(|rows| (1..50).map(move |n| (rows, n, 1 + (rows + n) % 17))) {
-        for beside in [1, 2] {
-            let cut = Cut::new(rows, panels, threads, beside);
+        for adjacent in [1, 2] {
+            let cut = Partition::new(rows, panels, threads, adjacent);
             let (mut seen, mut small) = (vec![0; rows * panels], 0);
             for unit in 0..cut.units() {
                 let (unit_panels, unit_rows) = cut.unit(unit);
-                assert!(!unit_rows.is_empty() && (1..=cut.beside()).contains(&unit_panels.len()));
+                assert!(!unit_rows.is_empty() && (1..=cut.adjacent()).contains(&unit_panels.len()));
                 assert!(unit_rows.len() >= 4.min(rows));
                 small += usize::from(unit_rows.len() < 86.min(rows));
                 unit_panels.for_each(|panel| unit_rows.clone().for_each(|row| seen[panel * rows + row] += 1));
             }
             // Blocks that hardly pay are of the last round only.
             assert!(small <= threads, "{rows} rows, {panels} panels, {threads} threads: {small} small units");
-            assert!(seen.iter().all(|&n| n == 1), "{rows} rows, {panels} panels, {threads} threads, {beside} beside");
+            assert!(seen.iter().all(|&n| n == 1), "{rows} rows, {panels} panels, {threads} threads, {adjacent} adjacent");
         }
     }
 }

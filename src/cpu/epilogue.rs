@@ -1,0 +1,143 @@
+//! What surrounds a product: x becomes A before it, and the sums of a panel become y after it. The
+//! epilogue of gate and up is in `glu.rs`.
+
+use std::mem::MaybeUninit;
+
+use half::bf16;
+
+use super::simd::{Body, Element, MAX_LANES, Simd};
+
+/// The sums of one panel, as an epilogue reads them.
+#[derive(Clone, Copy)]
+pub(super) struct PanelSums {
+    /// (rows, NR)
+    pub(super) sums: *const f32,
+    pub(super) rows: usize,
+    /// (NR), or null.
+    pub(super) bias: *const f32,
+}
+
+impl PanelSums {
+    /// Vector v of a row, with its bias.
+    ///
+    /// # Safety
+    /// The CPU has the instructions; the row and the vector exist.
+    #[inline(always)]
+    pub(super) unsafe fn vector<S: Simd, const NV: usize>(&self, s: S, row: usize, v: usize) -> S::F {
+        // SAFETY: the caller's contract; a bias is as wide as a row.
+        unsafe {
+            let sum = s.load_f32(self.sums.add((row * NV + v) * S::LANES));
+            if self.bias.is_null() { sum } else { s.add(sum, s.load_f32(self.bias.add(v * S::LANES))) }
+        }
+    }
+}
+
+/// How h of dtype T is stored until the down projection reads it as A: as T itself, or as f32 after it
+/// was rounded to T.
+pub(super) trait Hidden<T: Element>: Copy {
+    /// # Safety
+    /// The CPU has the instructions; `dst` has LANES writable elements.
+    unsafe fn keep<S: Simd>(s: S, value: S::F, dst: *mut Self);
+}
+
+impl<T: Element> Hidden<T> for f32 {
+    #[inline(always)]
+    unsafe fn keep<S: Simd>(s: S, value: S::F, dst: *mut Self) {
+        let mut rounded = [T::default(); MAX_LANES];
+        // SAFETY: the buffer has MAX_LANES >= LANES elements; `dst` by the caller's contract.
+        unsafe {
+            T::store(s, value, rounded.as_mut_ptr());
+            s.store_f32(T::load(s, rounded.as_ptr()), dst);
+        }
+    }
+}
+
+impl Hidden<bf16> for bf16 {
+    #[inline(always)]
+    unsafe fn keep<S: Simd>(s: S, value: S::F, dst: *mut Self) {
+        // SAFETY: the caller's contract.
+        unsafe { Self::store(s, value, dst) }
+    }
+}
+
+/// Widens x (n) to A (n) in f32. Made by callers who have n readable elements and room for n f32.
+pub(super) struct Widening<T> {
+    pub(super) from: *const T,
+    pub(super) n: usize,
+    pub(super) to: *mut f32,
+}
+
+impl<S: Simd, T: Element> Body<S> for Widening<T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, s: S) {
+        let Self { from, n, to } = self;
+        let whole = n - n % S::LANES;
+        let mut i = 0;
+        // SAFETY: what the maker of this value has promised; the tail goes through a buffer.
+        unsafe {
+            while i < whole {
+                s.store_f32(T::load(s, from.add(i)), to.add(i));
+                i += S::LANES;
+            }
+            if whole < n {
+                let mut tail = [T::default(); MAX_LANES];
+                std::ptr::copy_nonoverlapping(from.add(whole), tail.as_mut_ptr(), n - whole);
+                let mut wide = [0f32; MAX_LANES];
+                s.store_f32(T::load(s, tail.as_ptr()), wide.as_mut_ptr());
+                std::ptr::copy_nonoverlapping(wide.as_ptr(), to.add(whole), n - whole);
+            }
+        }
+    }
+}
+
+/// Copies x (n) to A (n) in bf16.
+///
+/// # Safety
+/// `from` has n elements, `to` room for them.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(super) unsafe fn copy_bf16(from: *const bf16, n: usize, to: *mut u8) {
+    // SAFETY: the caller's contract.
+    unsafe { std::ptr::copy_nonoverlapping(from, to.cast(), n) }
+}
+
+/// The sums of a panel, plus their bias, times `factor`, rounded once -> y (rows, columns). Made by
+/// callers whose panel has NV·LANES columns and whose `y` has `rows` rows, `y_stride` apart, of `columns`
+/// writable elements.
+pub(super) struct Output<Y, const NV: usize> {
+    pub(super) panel: PanelSums,
+    pub(super) factor: f32,
+    pub(super) y: *mut Y,
+    pub(super) y_stride: usize,
+    pub(super) columns: usize,
+}
+
+impl<S: Simd, Y: Element, const NV: usize> Body<S> for Output<Y, NV> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, s: S) {
+        let Self { panel, factor, y, y_stride, columns } = self;
+        let factor = s.splat(factor);
+        for row in 0..panel.rows {
+            for v in 0..NV {
+                let at = v * S::LANES;
+                // SAFETY: what the maker of this value has promised; an incomplete vector goes through
+                // a buffer.
+                unsafe {
+                    let value = s.mul(panel.vector::<S, NV>(s, row, v), factor);
+                    if at >= columns {
+                        break; // the panel's padding, beyond y
+                    }
+                    let out = y.add(row * y_stride + at);
+                    if at + S::LANES <= columns {
+                        Y::store(s, value, out);
+                    } else {
+                        let mut buffer = [MaybeUninit::<Y>::uninit(); MAX_LANES];
+                        Y::store(s, value, buffer.as_mut_ptr().cast());
+                        std::ptr::copy_nonoverlapping(buffer.as_ptr().cast::<Y>(), out, columns - at);
+                    }
+                }
+            }
+        }
+    }
+}

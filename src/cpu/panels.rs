@@ -1,0 +1,198 @@
+//! Panels: weights in the order in which the microkernels read them.
+//!
+//! A matrix W (N, K) is cut into panels of NR rows of W, which are columns of Wᵀ. A panel holds its steps
+//! `[K / k_step][NR][k_step]`: for each step, its NR columns with the step's values side by side
+//! (`format.rs`). The last panel and the last step are padded with zeros.
+//!
+//! The steps of a panel follow each other in one stream or are dealt to several: step t is number
+//! t / STREAMS of stream t mod STREAMS, and the streams are stored one after the other. A hardware
+//! prefetcher follows each stream by itself; `tuning.rs` says which CPU wants how many.
+//!
+//! gate_proj and up_proj (I, H) share panels: NR/2 columns of gate, then the same NR/2 channels of up, so
+//! that both halves of a channel meet in the registers of one microkernel.
+
+use std::ops::Range;
+
+use super::buffer::Buffer;
+use super::format::{Format, Stored};
+use super::matrix::Matrix;
+use super::threads::{self, Phase, SendPtr};
+
+/// The columns of each panel that a matrix fills.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Columns {
+    /// All of them: row n of W becomes column n.
+    All,
+    /// The first half: gate_proj.
+    FirstHalf,
+    /// The second half: up_proj.
+    SecondHalf,
+}
+
+/// A packed matrix: bytes in the order of a [`Format`].
+pub(super) struct Panels {
+    buffer: Buffer,
+    format: Format,
+    /// K
+    k: usize,
+    /// Columns of a panel.
+    nr: usize,
+    streams: usize,
+    /// Bytes from one stream of a panel to the next.
+    stream_stride: usize,
+    count: usize,
+}
+
+impl Panels {
+    /// Zeros for `columns` columns; a gate and an up column count as two.
+    pub(super) fn zeroed(format: Format, columns: usize, k: usize, nr: usize, streams: usize) -> Self {
+        let count = columns.div_ceil(nr);
+        let stream_stride = k.div_ceil(format.k_step()).div_ceil(streams) * nr * format.column_bytes();
+        let buffer = Buffer::zeroed(count * streams * stream_stride);
+        Self { buffer, format, k, nr, streams, stream_stride, count }
+    }
+
+    /// Panels.
+    pub(super) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// K
+    pub(super) fn k(&self) -> usize {
+        self.k
+    }
+
+    /// K, padded to whole steps.
+    pub(super) fn padded_k(&self) -> usize {
+        self.k.next_multiple_of(self.format.k_step())
+    }
+
+    /// Columns of a panel.
+    pub(super) fn nr(&self) -> usize {
+        self.nr
+    }
+
+    /// Steps of a panel.
+    pub(super) fn steps(&self) -> usize {
+        self.k.div_ceil(self.format.k_step())
+    }
+
+    /// Bytes of one step.
+    pub(super) fn step_bytes(&self) -> usize {
+        self.nr * self.format.column_bytes()
+    }
+
+    /// Bytes from one stream of a panel to the next.
+    pub(super) fn stream_stride(&self) -> usize {
+        self.stream_stride
+    }
+
+    /// Bytes from one panel to the next.
+    pub(super) fn panel_stride(&self) -> usize {
+        self.streams * self.stream_stride
+    }
+
+    /// Multiply-adds of one row of A, padding included.
+    pub(super) fn multiply_adds(&self) -> usize {
+        self.count * self.panel_stride() / self.format.column_bytes() * self.format.k_step()
+    }
+
+    /// All panels, padding included.
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.buffer.bytes()
+    }
+
+    pub(super) fn panel(&self, panel: usize) -> *const u8 {
+        assert!(panel < self.count);
+        // SAFETY: the buffer holds `count` panels of this size.
+        unsafe { self.buffer.as_ptr::<u8>().add(panel * self.panel_stride()) }
+    }
+
+    /// The column of row `row` of a matrix, counted over all panels.
+    pub(super) fn column(&self, columns: Columns, row: usize) -> usize {
+        let (width, first) = self.share(columns);
+        row / width * self.nr + first + row % width
+    }
+
+    /// Rows of a matrix in one panel, and the panel's column of the first.
+    fn share(&self, columns: Columns) -> (usize, usize) {
+        match columns {
+            Columns::All => (self.nr, 0),
+            Columns::FirstHalf => (self.nr / 2, 0),
+            Columns::SecondHalf => (self.nr / 2, self.nr / 2),
+        }
+    }
+
+    /// Calls `f` with each k of `range`, which begins with a round over the streams, and with the byte
+    /// at which it is stored in the first column of a panel.
+    #[inline(always)]
+    fn each_k<T: Stored>(&self, range: Range<usize>, mut f: impl FnMut(usize, usize)) {
+        let k_step = const { T::FORMAT.k_step() };
+        let round_len = self.streams * k_step;
+        debug_assert!(range.start.is_multiple_of(round_len));
+        let (mut k, mut round) = (range.start, range.start / round_len * self.step_bytes());
+        while k < range.end {
+            let mut step = round;
+            for _ in 0..self.streams {
+                for i in 0..k_step.min(range.end - k) {
+                    f(k + i, step + i * size_of::<T>());
+                }
+                k = range.end.min(k + k_step);
+                step += self.stream_stride;
+            }
+            round += self.step_bytes();
+        }
+    }
+
+    /// Packs all rows of a matrix.
+    pub(super) fn fill<T: Stored>(&mut self, columns: Columns, source: Matrix<T>) {
+        source.check();
+        let (width, first) = self.share(columns);
+        let filled = source.rows.div_ceil(width);
+        assert!(T::FORMAT == self.format && source.k == self.k && filled <= self.count);
+        let data = SendPtr(self.buffer.as_mut_ptr::<u8>());
+        let (this, panels) = (&*self, Phase::new(filled));
+        threads::run(|_| {
+            panels.work(|panel, _| {
+                let rows = panel * width..source.rows.min((panel + 1) * width);
+                // SAFETY: panels are disjoint, and zeroed before.
+                unsafe { this.fill_panel(data.at(panel * this.panel_stride()), first, source, rows) };
+            });
+        });
+    }
+
+    /// Writes `rows` of the source side by side into a panel, a block of k at a time so that the block
+    /// stays in L1.
+    ///
+    /// # Safety
+    /// `panel` is a panel of this matrix, of T's format, which has room for the rows from column `first`
+    /// on.
+    unsafe fn fill_panel<T: Stored>(&self, panel: *mut u8, first: usize, source: Matrix<T>, rows: Range<usize>) {
+        const BLOCK: usize = 64; // values of k: 64 columns · 64 · 4 B = 16 KiB
+        let mut start = 0;
+        while start < source.k {
+            let end = source.k.min(start + BLOCK);
+            for (column, row) in rows.clone().enumerate() {
+                let from = row * source.strides.0;
+                let column = (first + column) * const { T::FORMAT.column_bytes() };
+                self.each_k::<T>(start..end, |k, at| {
+                    // SAFETY: the caller's contract; panels and steps are aligned to their elements.
+                    unsafe { *panel.add(column + at).cast::<T>() = source.data[from + k * source.strides.1] };
+                });
+            }
+            start = end;
+        }
+    }
+
+    /// Reads a row of a matrix, k elements, as it was packed.
+    pub(super) fn read_row<T: Stored>(&self, columns: Columns, row: usize, out: &mut [T]) {
+        let column = self.column(columns, row);
+        assert!(T::FORMAT == self.format && out.len() == self.k && column / self.nr < self.count);
+        let panel = self.panel(column / self.nr);
+        let column = column % self.nr * self.format.column_bytes();
+        self.each_k::<T>(0..self.k, |k, at| {
+            // SAFETY: k < self.k, so the step is one of the panel's.
+            out[k] = unsafe { *panel.add(column + at).cast::<T>() };
+        });
+    }
+}

@@ -1,0 +1,197 @@
+//! The product with one panel, or a few adjacent ones: A (rows, k) · panel (k, NR) -> sums (rows, NR) in
+//! f32.
+//!
+//! As many rows as a microkernel takes make one sweep along the panel, which is prefetched (decode).
+//! More rows read the panel in k-blocks that stay in cache while all rows are multiplied with them
+//! (prefill). Sums run over k in the same parts and the same order either way.
+
+use super::micro::{Micro, MicroArgs};
+use super::panels::Panels;
+use super::product::SUM_F32;
+use super::tuning::Tuning;
+
+/// The least share of a k-block, in bytes of each stream and round, for which a prefetch is worth its
+/// instruction.
+const LEAST_PREFETCH: usize = 8;
+
+/// The microkernels of one instruction set for weights of one format.
+pub(super) struct Sweep {
+    /// Columns of a panel.
+    pub(super) nr: usize,
+    /// Streams of a panel.
+    pub(super) streams: usize,
+    /// Bytes of an element of A: f32, or bf16 where the instruction set multiplies bf16.
+    pub(super) a_bytes: usize,
+    /// Values of k in one step.
+    pub(super) k_step: usize,
+    /// Bytes of one column in one step.
+    pub(super) column_bytes: usize,
+    /// Microkernels for 1, 2, .., MR rows that prefetch nothing.
+    pub(super) micro: Vec<Micro>,
+    /// The same, which together prefetch the next k-block.
+    pub(super) micro_block: Vec<Micro>,
+    /// The same for one sweep along the panel.
+    pub(super) micro_sweep: Vec<Micro>,
+    /// For 1, 2, .. rows: the number of adjacent panels and the microkernel that multiplies them at
+    /// once. With few rows there are registers to spare, and a single panel would be limited by the
+    /// latency of the multiply-add.
+    pub(super) micro_adjacent: Vec<(usize, Micro)>,
+    /// How more than MR rows are multiplied after each k-block was rewritten.
+    pub(super) rewritten: Option<Rewritten>,
+    pub(super) tuning: Tuning,
+}
+
+/// Rewrites one k-block for all rows at once: widens it to f32, or reorders it for instructions that read
+/// it in another order.
+pub(super) struct Rewritten {
+    /// Rows from which this is faster. Never fewer than a sweep takes.
+    pub(super) from_rows: usize,
+    /// Packed steps, bytes from stream to stream, number of steps, result.
+    pub(super) rewrite: unsafe fn(*const u8, usize, usize, *mut u8),
+    /// Microkernels for 1, 2, .., MR rows of the result. Their steps are single values of k.
+    pub(super) micro: Vec<Micro>,
+    /// Bytes of one column and value of k for which the result has room.
+    pub(super) value_bytes: usize,
+}
+
+/// Rows of A.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    pub(super) a: *const u8,
+    pub(super) a_stride: usize,
+    pub(super) rows: usize,
+}
+
+impl Sweep {
+    /// How many panels of a matrix of this many bytes are multiplied at once with this many rows.
+    pub(super) fn panels_at_once(&self, rows: usize, bytes: usize) -> usize {
+        let adjacent = self.micro_adjacent.get(rows.wrapping_sub(1));
+        adjacent.filter(|_| bytes <= self.tuning.adjacent_bytes).map_or(1, |&(panels, _)| panels)
+    }
+
+    /// Bytes of scratch for a rewritten k-block.
+    pub(super) fn rewritten_bytes(&self, rows: usize) -> usize {
+        self.rewritten.as_ref().filter(|r| rows >= r.from_rows).map_or(0, |_| self.tuning.many_rows_block)
+    }
+
+    /// A (rows, k) · panels (k, NR) -> sums (panels, rows, NR), for as many panels from this one on as
+    /// [`Sweep::panels_at_once`] says.
+    ///
+    /// # Safety
+    /// A and `sums` have the rows, A all steps of a panel; the panels exist and are of this format.
+    pub(super) unsafe fn adjacent(&self, weight: &Panels, panel: usize, a: Rows, sums: *mut f32) {
+        let (_, micro) = self.micro_adjacent[a.rows - 1];
+        // SAFETY: the caller's contract; panels follow each other.
+        unsafe { micro(&args(weight, weight.panel(panel), weight.steps(), a, sums)) }
+    }
+
+    /// A (rows, k) · panel (k, NR) -> sums (rows, NR)
+    ///
+    /// # Safety
+    /// A and `sums` have the rows, A all steps of the panel, which is of this format; `scratch` has
+    /// [`Sweep::rewritten_bytes`]. `after`, what this thread is likely to read next, is only prefetched.
+    pub(super) unsafe fn panel(
+        &self,
+        weight: &Panels,
+        panel: usize,
+        a: Rows,
+        sums: *mut f32,
+        scratch: *mut u8,
+        after: *const u8,
+    ) {
+        let (steps, b) = (weight.steps(), weight.panel(panel));
+        let step_bytes = weight.step_bytes();
+        if a.rows <= self.micro.len() {
+            let ahead = self.tuning.sweep_ahead / step_bytes;
+            let args = MicroArgs {
+                prefetch: [b.wrapping_add(ahead * step_bytes), after],
+                prefetch_switch: steps.saturating_sub(ahead),
+                ..args(weight, b, steps, a, sums)
+            };
+            // SAFETY: the caller's contract.
+            return unsafe { self.micro_sweep[a.rows - 1](&args) };
+        }
+        // SAFETY: the caller's contract.
+        unsafe { self.blocks(weight, b, a, sums, scratch, after) }
+    }
+
+    /// [`Sweep::panel`] for more rows than a microkernel takes.
+    ///
+    /// # Safety
+    /// As there; `b` is the panel.
+    unsafe fn blocks(&self, weight: &Panels, b: *const u8, a: Rows, sums: *mut f32, scratch: *mut u8, after: *const u8) {
+        let (steps, step_bytes) = (weight.steps(), weight.step_bytes());
+        let groups = a.rows.div_ceil(self.micro.len());
+        let first_row = |group: usize| a.rows * group / groups;
+        let rewritten = self.rewritten.as_ref().filter(|r| a.rows >= r.from_rows);
+        let block_steps = self.block_steps(a.rows, rewritten);
+        let rounds = block_steps / self.streams;
+        // Each microkernel's share of the next block, in bytes of each stream and round.
+        let share = (step_bytes / groups).max(LEAST_PREFETCH);
+        let mut start = 0;
+        loop {
+            let count = block_steps.min(steps - start);
+            // SAFETY: the caller's contract; the block's steps exist, and prefetch addresses are not read.
+            unsafe {
+                let packed = b.add(start / self.streams * step_bytes);
+                let (block, micro, micro_steps) = match rewritten {
+                    Some(Rewritten { rewrite, micro, .. }) => {
+                        rewrite(packed, weight.stream_stride(), count, scratch);
+                        (scratch.cast_const(), micro, count * self.k_step)
+                    }
+                    None => (packed, &self.micro, count),
+                };
+                let next = if start + count < steps { packed.wrapping_add(rounds * step_bytes) } else { after };
+                for group in 0..groups {
+                    let (row, end) = (first_row(group), first_row(group + 1));
+                    let ahead = group * rounds * share;
+                    let prefetches = rewritten.is_none() && ahead < rounds * step_bytes;
+                    let micro = if prefetches { &self.micro_block } else { micro };
+                    let first = (row * a.a_stride + start * self.k_step) * self.a_bytes;
+                    let a = Rows { a: a.a.add(first), ..a };
+                    micro[end - row - 1](&MicroArgs {
+                        accumulate: start > 0,
+                        prefetch: [next.wrapping_add(ahead); 2],
+                        prefetch_bytes: share,
+                        ..args(weight, block, micro_steps, a, sums.add(row * self.nr))
+                    });
+                }
+            }
+            start += count;
+            if start >= steps {
+                return;
+            }
+        }
+    }
+
+    /// Steps of a k-block. Blocks end where parts of sums and rounds over the streams do.
+    fn block_steps(&self, rows: usize, rewritten: Option<&Rewritten>) -> usize {
+        let k_bytes = self.nr * rewritten.map_or(self.column_bytes / self.k_step, |r| r.value_bytes);
+        let block_k = if rows <= self.tuning.few_rows {
+            (self.tuning.few_rows_block / k_bytes).max(SUM_F32)
+        } else {
+            self.tuning.many_rows_block / k_bytes
+        };
+        debug_assert!(block_k % SUM_F32 == 0, "blocks end where sums do");
+        let steps = block_k / self.k_step;
+        debug_assert!(steps.is_multiple_of(self.streams), "blocks end where rounds over the streams do");
+        steps
+    }
+}
+
+/// The arguments for the first `steps` steps at `b`, with nothing to prefetch.
+fn args(weight: &Panels, b: *const u8, steps: usize, a: Rows, sums: *mut f32) -> MicroArgs {
+    MicroArgs {
+        a: a.a,
+        a_stride: a.a_stride,
+        b,
+        stream_stride: weight.stream_stride(),
+        panel_stride: weight.panel_stride(),
+        steps,
+        sums,
+        accumulate: false,
+        prefetch: [b; 2],
+        prefetch_switch: 0,
+        prefetch_bytes: 0,
+    }
+}
