@@ -49,8 +49,8 @@
 //!
 //! # Training
 //!
-//! Weights of a `VarMap` stay variables and receive gradients. [`SwiGluFfn::freeze`] then packs them
-//! for the fast kernels.
+//! Weights of a `VarMap` stay variables and receive gradients. [`SwiGluFfn::freeze`] then packs
+//! them for the fast kernels.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -77,10 +77,13 @@
 //!
 //! | group | items |
 //! |---|---|
-//! | layers | [`SwiGluFfn`], [`swiglu_ffn`]; [`Linear`], [`linear`], [`linear_no_bias`], [`linear_b`]; [`Embedding`], [`embedding`] |
+//! | the block | [`SwiGluFfn`], [`swiglu_ffn`] |
+//! | projections | [`Linear`], [`linear`], [`linear_no_bias`], [`linear_b`] |
+//! | embeddings | [`Embedding`], [`embedding`] |
 //! | the formula | [`FfnConfig`], [`Biases`], [`GluActivation`] |
-//! | the gate alone | [`silu_mul`], [`glu_mul`], [`Glu`]: `act(gate) ⊙ up` with a fused backward pass |
-//! | loading | [`Checkpoint`], [`read_json`], [`Family`], [`Names`], [`Weights`], [`GateUp`]; module `hub` (feature `hub`) |
+//! | the gate alone | [`silu_mul`], [`glu_mul`], [`Glu`] |
+//! | loading | [`Checkpoint`], [`read_json`], `hub` (feature `hub`) |
+//! | names and layouts | [`Family`], [`Names`], [`Weights`], [`GateUp`] |
 //! | errors | [`Error`], [`Result`] |
 //! | kernels | [`cpu_kernels`], [`SwiGluFfn::kernel`] |
 //!
@@ -90,10 +93,10 @@
 //!
 //! | feature | effect |
 //! |---|---|
-//! | `cuda` | kernels for NVIDIA GPUs of compute capability 8.0 and newer; the build needs nvcc 12 or newer |
+//! | `cuda` | kernels for NVIDIA GPUs of compute capability 8.0 and newer; needs nvcc 12 or newer |
 //! | `metal` | kernels for Apple GPUs |
 //! | `hub` | `hub::download`: checkpoints from the Hugging Face hub |
-//! | `accelerate`, `mkl`, `cudnn` | passed on to candle; the kernels of this crate do not use them |
+//! | `accelerate`, `mkl`, `cudnn` | passed on to candle, without effect on these kernels |
 //!
 //! The environment variable `CANDLE_SWIGLU_KERNEL` forces one of [`cpu_kernels`].
 
