@@ -11,6 +11,7 @@ mod cpu;
 mod cuda;
 mod device;
 mod embedding;
+mod engine;
 mod error;
 mod family;
 mod ffn;
@@ -21,10 +22,11 @@ mod linear;
 #[cfg(any(feature = "metal", test))]
 mod metal;
 mod missing;
-mod packed;
+mod over_rows;
 pub mod reference;
 mod unread;
 mod weights;
+mod which;
 
 pub use activation::{Glu, GluActivation};
 pub use checkpoint::{Checkpoint, read_json};

@@ -6,9 +6,10 @@ use candle_nn::{Init, VarBuilder, init};
 use crate::config::{Biases, FfnConfig};
 use crate::error::{Error, Result};
 use crate::family::{Family, Names, PackedOrder};
-use crate::glu::check_float;
+use crate::glu::{check_float, check_same};
 use crate::missing::{plain_mlp, suggest};
 use crate::unread::{check_block, contains_anything, joined};
+use crate::which::Which;
 
 /// The family whose names stand under `vb`'s prefix; `Llama` where a `VarMap` is still to be filled.
 fn detect(vb: &VarBuilder) -> Result<Family> {
@@ -119,34 +120,33 @@ impl Weights {
     }
 }
 
-/// One projection's tensors, or both of gate and up.
+/// One projection's tensors, or gate's and up's in one.
 pub(crate) enum Piece {
-    Gate(Tensor, Option<Tensor>),
-    Up(Tensor, Option<Tensor>),
-    GateUp(Tensor, Option<Tensor>, PackedOrder),
-    Down(Tensor, Option<Tensor>),
+    One { which: Which, weight: Tensor, bias: Option<Tensor> },
+    GateUp { weight: Tensor, bias: Option<Tensor>, order: PackedOrder },
 }
 
 impl Piece {
-    /// The weight, and the bias if there is one.
-    pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        self.named().map(|(_, tensor)| tensor)
+    fn one(which: Which, (weight, bias): (Tensor, Option<Tensor>)) -> Self {
+        Self::One { which, weight, bias }
     }
 
-    /// The same with their names.
+    fn gate_up((weight, bias): (Tensor, Option<Tensor>), order: PackedOrder) -> Self {
+        Self::GateUp { weight, bias, order }
+    }
+
+    /// The weight, and the bias if there is one, with their names.
     pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
         let (names, weight, bias) = match self {
-            Self::Gate(weight, bias) => (["gate_proj", "gate_proj bias"], weight, bias),
-            Self::Up(weight, bias) => (["up_proj", "up_proj bias"], weight, bias),
-            Self::GateUp(weight, bias, _) => (["gate_up_proj", "gate_up_proj bias"], weight, bias),
-            Self::Down(weight, bias) => (["down_proj", "down_proj bias"], weight, bias),
+            Self::One { which, weight, bias } => ([which.name(), which.bias_name()], weight, bias),
+            Self::GateUp { weight, bias, .. } => (["gate_up_proj", "gate_up_proj bias"], weight, bias),
         };
         names.into_iter().zip(std::iter::once(weight).chain(bias))
     }
 
     /// The weight.
     pub(crate) fn weight(&self) -> &Tensor {
-        let (Self::Gate(weight, _) | Self::Up(weight, _) | Self::GateUp(weight, ..) | Self::Down(weight, _)) = self;
+        let (Self::One { weight, .. } | Self::GateUp { weight, .. }) = self;
         weight
     }
 }
@@ -169,7 +169,7 @@ pub(crate) fn split(packed: &Tensor, order: PackedOrder) -> candle_core::Result<
 
 impl Weights {
     /// Finds the weights under `vb`'s prefix and hands them over one projection after the other, each before the next is read.
-    pub(crate) fn load_each(cfg: &FfnConfig, vb: &VarBuilder, mut take: impl FnMut(Piece) -> Result<()>) -> Result<()> {
+    pub(crate) fn load_each(cfg: &FfnConfig, vb: &VarBuilder, take: &mut dyn FnMut(Piece) -> Result<()>) -> Result<()> {
         let (h, i) = (cfg.hidden_size, cfg.intermediate_size);
         let names = match (&cfg.names, cfg.family) {
             (Some(names), _) => names.clone(),
@@ -179,37 +179,70 @@ impl Weights {
         let loader = Loader { vb, names: &names, named: cfg.names.is_some() || cfg.family.is_some() };
         let down = match &names {
             Names::Separate { gate, up, down } => {
-                let (weight, bias) = loader.projection(gate, (i, h), cfg.biases.gate)?;
-                take(Piece::Gate(weight, bias))?;
-                let (weight, bias) = loader.projection(up, (i, h), cfg.biases.up)?;
-                take(Piece::Up(weight, bias))?;
+                take(Piece::one(Which::Gate, loader.projection(gate, (i, h), cfg.biases.gate)?))?;
+                take(Piece::one(Which::Up, loader.projection(up, (i, h), cfg.biases.up)?))?;
                 down
             }
             Names::Packed { gate_up, down, order } => {
-                let (weight, bias) = loader.projection(gate_up, (2 * i, h), packed_bias(cfg.biases)?)?;
-                take(Piece::GateUp(weight, bias, *order))?;
+                let tensors = loader.projection(gate_up, (2 * i, h), packed_bias(cfg.biases)?)?;
+                take(Piece::gate_up(tensors, *order))?;
                 down
             }
         };
-        let (weight, bias) = loader.projection(down, (h, i), cfg.biases.down)?;
+        let down = loader.projection(down, (h, i), cfg.biases.down)?;
         check_block(vb, &names, i)?;
-        take(Piece::Down(weight, bias))
+        take(Piece::one(Which::Down, down))
     }
 
     /// As pieces.
     pub(crate) fn into_pieces(self) -> Vec<Piece> {
         let mut pieces = match self.gate_up {
             GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => {
-                vec![Piece::Gate(gate_proj, gate_bias), Piece::Up(up_proj, up_bias)]
+                vec![Piece::one(Which::Gate, (gate_proj, gate_bias)), Piece::one(Which::Up, (up_proj, up_bias))]
             }
-            GateUp::Packed { gate_up_proj, bias, order } => vec![Piece::GateUp(gate_up_proj, bias, order)],
+            GateUp::Packed { gate_up_proj, bias, order } => vec![Piece::gate_up((gate_up_proj, bias), order)],
         };
-        pieces.push(Piece::Down(self.down_proj, self.down_bias));
+        pieces.push(Piece::one(Which::Down, (self.down_proj, self.down_bias)));
         pieces
     }
 
+    /// # Errors
+    /// Shapes, biases, dtypes or devices that are not those of the config and of down_proj.
+    pub(crate) fn check(&self, cfg: &FfnConfig) -> Result<()> {
+        for (name, tensor, expected) in self.expected(cfg) {
+            if tensor.rank() != expected.len() {
+                let expected = if expected.len() == 2 { "rank 2 (out, in)" } else { "rank 1 (out)" };
+                return Err(Error::Rank { name, expected, found: tensor.dims().to_vec() });
+            }
+            if tensor.dims() != expected {
+                let found = tensor.dims().to_vec();
+                return Err(Error::Shape { name: name.to_string(), expected, found, location: None });
+            }
+            check_float(name, tensor)?;
+            check_same(name, tensor, "down_proj", &self.down_proj)?;
+        }
+        self.check_biases(cfg.biases)
+    }
+
+    fn check_biases(&self, biases: Biases) -> Result<()> {
+        let gate_up = match &self.gate_up {
+            GateUp::Separate { gate_bias, up_bias, .. } => {
+                vec![("gate_proj", gate_bias, biases.gate), ("up_proj", up_bias, biases.up)]
+            }
+            GateUp::Packed { bias, .. } => vec![("gate_up_proj", bias, packed_bias(biases)?)],
+        };
+        for (name, bias, expected) in gate_up.into_iter().chain([("down_proj", &self.down_bias, biases.down)]) {
+            match bias {
+                Some(_) if !expected => return Err(Error::UnexpectedBias { name: format!("{name}.bias") }),
+                None if expected => return Err(Error::missing_tensor(format!("{name}.bias"))),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// The tensors with their names and the shapes that the config asks of them.
-    pub(crate) fn expected(&self, cfg: &FfnConfig) -> Vec<(&'static str, &Tensor, Vec<usize>)> {
+    fn expected(&self, cfg: &FfnConfig) -> Vec<(&'static str, &Tensor, Vec<usize>)> {
         let (h, i) = (cfg.hidden_size, cfg.intermediate_size);
         let mut all = vec![("down_proj", &self.down_proj, vec![h, i])];
         all.extend(self.down_bias.iter().map(|b| ("down_proj bias", b, vec![h])));

@@ -1,4 +1,4 @@
-//! Packed weights of any dtype behind one interface, in candle's terms.
+//! Packed layers of any dtype behind one interface, over candle's storage.
 
 use candle_core::{CpuStorage, DType, Layout, WithDType};
 use half::{bf16, f16};
@@ -9,44 +9,45 @@ use super::pack::{Matrix, Place};
 use super::pass::{Block, Projection};
 use crate::activation::Glu;
 use crate::error::{Error, Result};
+use crate::which::Which;
 
-/// Which weight of a layer.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Part {
-    /// A linear layer's only one.
-    Whole,
-    /// gate_proj
-    Gate,
-    /// up_proj
-    Up,
-    /// down_proj
-    Down,
-}
-
-/// A layer with packed weights, first of zeros, then as they are set.
-pub(crate) trait Layer: Send + Sync {
-    /// Packs a weight (rows, k) of any layout.
-    fn set_weight(&mut self, part: Part, storage: &CpuStorage, layout: &Layout) -> Result<()>;
-    /// Sets a bias (rows).
-    fn set_bias(&mut self, part: Part, bias: &[f32]);
-    /// These rows of a weight, one after the other, k elements each.
-    fn rows(&self, part: Part, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage;
-    /// The bias (rows), if one was set.
-    fn bias(&self, part: Part) -> Option<Vec<f32>>;
-    /// Reads all packed weights with all threads, as a sweep over them would: the floor of a decode step. Gives their sum mod 2³².
-    fn read(&self, streams: usize) -> u32;
+/// A linear layer with a packed weight. Weight and bias are zero until they are set.
+pub(crate) trait LinearLayer: Send + Sync {
+    /// Packs the weight (columns, k) of any layout.
+    fn set_weight(&mut self, storage: &CpuStorage, layout: &Layout) -> Result<()>;
+    /// Sets the bias (columns).
+    fn set_bias(&mut self, bias: &[f32]);
+    /// These rows of the weight, one after the other, k elements each.
+    fn rows(&self, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage;
+    /// The bias (columns), if one was set.
+    fn bias(&self) -> Option<Vec<f32>>;
     /// x (M, k) of any layout -> y (M, columns)
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage>;
-    /// The same with y in f32, not rounded to the dtype of the weights; none if this layer has no such output.
-    fn forward_f32(&self, _: &CpuStorage, _: &Layout) -> Result<Option<CpuStorage>> {
-        Ok(None)
-    }
+    /// x (M, k) of any layout -> y (M, columns) in f32, not rounded to the dtype of the weight
+    fn forward_f32(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage>;
+}
+
+/// A block with packed weights. Weights and biases are zero until they are set.
+pub(crate) trait BlockLayer: Send + Sync {
+    /// Packs a weight (rows, k) of any layout.
+    fn set_weight(&mut self, which: Which, storage: &CpuStorage, layout: &Layout) -> Result<()>;
+    /// Sets a bias (rows).
+    fn set_bias(&mut self, which: Which, bias: &[f32]);
+    /// These rows of a weight, one after the other, k elements each.
+    fn rows(&self, which: Which, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage;
+    /// The bias (rows) of a weight. gate and up share a buffer: if one of them has a bias, the
+    /// other's is zero.
+    fn bias(&self, which: Which) -> Option<Vec<f32>>;
+    /// x (M, H) of any layout -> y (M, H)
+    fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage>;
+    /// The memory of gate and up, and of down.
+    fn bytes(&self) -> [&[u8]; 2];
 }
 
 /// y = x·Wᵀ + b with W (columns, k); none if the kernels do not take `dtype`.
-pub(crate) fn linear(kernel: &'static Kernel, dtype: DType, columns: usize, k: usize) -> Option<Box<dyn Layer>> {
-    fn new<T: GemmElement + WithDType>(kernel: &'static Kernel, columns: usize, k: usize) -> Option<Box<dyn Layer>> {
-        Some(Box::new(LinearLayer { kernel, projection: Projection::<T>::new(kernel, columns, k) }))
+pub(crate) fn linear(kernel: &'static Kernel, dtype: DType, columns: usize, k: usize) -> Option<Box<dyn LinearLayer>> {
+    fn new<T: GemmElement + WithDType>(kernel: &'static Kernel, columns: usize, k: usize) -> Option<Box<dyn LinearLayer>> {
+        Some(Box::new(Linear { kernel, projection: Projection::<T>::new(kernel, columns, k) }))
     }
     match dtype {
         DType::F32 => new::<f32>(kernel, columns, k),
@@ -56,24 +57,23 @@ pub(crate) fn linear(kernel: &'static Kernel, dtype: DType, columns: usize, k: u
     }
 }
 
-/// The block of these sizes; none if the kernels do not take `dtype`.
+/// The block of sizes (H, I); none if the kernels do not take `dtype`.
 pub(crate) fn block(
     kernel: &'static Kernel,
     dtype: DType,
-    (hidden_size, intermediate_size): (usize, usize),
+    sizes: (usize, usize),
     glu: Glu,
     down_multiplier: f32,
-) -> Option<Box<dyn Layer>> {
+) -> Option<Box<dyn BlockLayer>> {
     fn new<T: GemmElement + WithDType>(
         kernel: &'static Kernel,
         (h, i): (usize, usize),
         glu: Glu,
         down_multiplier: f32,
-    ) -> Option<Box<dyn Layer>> {
+    ) -> Option<Box<dyn BlockLayer>> {
         let gate_up = Projection::<T>::new_pair(kernel, i, h);
         Some(Box::new(Block { kernel, glu, gate_up, down: Projection::new(kernel, h, i), down_multiplier }))
     }
-    let sizes = (hidden_size, intermediate_size);
     match dtype {
         DType::F32 => new::<f32>(kernel, sizes, glu, down_multiplier),
         DType::BF16 => new::<bf16>(kernel, sizes, glu, down_multiplier),
@@ -82,12 +82,12 @@ pub(crate) fn block(
     }
 }
 
-struct LinearLayer<T> {
+struct Linear<T> {
     kernel: &'static Kernel,
     projection: Projection<T>,
 }
 
-/// A tensor of rank 2 as it lies.
+/// A tensor of rank 2, with its strides.
 fn matrix<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<Matrix<'a, T>> {
     let data = T::cpu_storage_as_slice(storage).map_err(Error::Candle)?;
     let (rows, k) = layout.shape().dims2().map_err(Error::Candle)?;
@@ -110,84 +110,75 @@ fn read_rows<T: GemmElement + WithDType>(
     T::to_cpu_storage_owned(data)
 }
 
-impl<T: GemmElement + WithDType> Layer for LinearLayer<T> {
-    fn set_weight(&mut self, _: Part, storage: &CpuStorage, layout: &Layout) -> Result<()> {
+impl<T: GemmElement + WithDType> LinearLayer for Linear<T> {
+    fn set_weight(&mut self, storage: &CpuStorage, layout: &Layout) -> Result<()> {
         self.projection.set_weight(Place::Whole, matrix(storage, layout)?);
         Ok(())
     }
 
-    fn set_bias(&mut self, _: Part, bias: &[f32]) {
+    fn set_bias(&mut self, bias: &[f32]) {
         self.projection.set_bias(Place::Whole, bias);
     }
 
-    fn rows(&self, _: Part, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage {
+    fn rows(&self, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage {
         read_rows(&self.projection, Place::Whole, rows)
     }
 
-    fn bias(&self, _: Part) -> Option<Vec<f32>> {
+    fn bias(&self) -> Option<Vec<f32>> {
         self.projection.bias(Place::Whole)
-    }
-
-    fn read(&self, streams: usize) -> u32 {
-        self.projection.weight.read(self.kernel.sum_words, streams)
     }
 
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
         Ok(T::to_cpu_storage_owned(self.projection.forward(self.kernel, matrix(storage, layout)?)))
     }
 
-    fn forward_f32(&self, storage: &CpuStorage, layout: &Layout) -> Result<Option<CpuStorage>> {
-        Ok(Some(CpuStorage::F32(self.projection.forward_f32(self.kernel, matrix(storage, layout)?))))
+    fn forward_f32(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
+        Ok(CpuStorage::F32(self.projection.forward_f32(self.kernel, matrix(storage, layout)?)))
+    }
+}
+
+/// The columns of a projection that a weight becomes.
+fn place(which: Which) -> Place {
+    match which {
+        Which::Gate => Place::Gate,
+        Which::Up => Place::Up,
+        Which::Down => Place::Whole,
     }
 }
 
 impl<T> Block<T> {
-    fn part(&self, part: Part) -> (&Projection<T>, Place) {
-        match part {
-            Part::Gate => (&self.gate_up, Place::Gate),
-            Part::Up => (&self.gate_up, Place::Up),
-            Part::Down | Part::Whole => (&self.down, Place::Whole),
-        }
+    fn projection(&self, which: Which) -> &Projection<T> {
+        if which == Which::Down { &self.down } else { &self.gate_up }
     }
 
-    fn part_mut(&mut self, part: Part) -> (&mut Projection<T>, Place) {
-        match part {
-            Part::Gate => (&mut self.gate_up, Place::Gate),
-            Part::Up => (&mut self.gate_up, Place::Up),
-            Part::Down | Part::Whole => (&mut self.down, Place::Whole),
-        }
+    fn projection_mut(&mut self, which: Which) -> &mut Projection<T> {
+        if which == Which::Down { &mut self.down } else { &mut self.gate_up }
     }
 }
 
-impl<T: GemmElement + WithDType> Layer for Block<T> {
-    fn set_weight(&mut self, part: Part, storage: &CpuStorage, layout: &Layout) -> Result<()> {
-        let (projection, place) = self.part_mut(part);
-        projection.set_weight(place, matrix(storage, layout)?);
+impl<T: GemmElement + WithDType> BlockLayer for Block<T> {
+    fn set_weight(&mut self, which: Which, storage: &CpuStorage, layout: &Layout) -> Result<()> {
+        self.projection_mut(which).set_weight(place(which), matrix(storage, layout)?);
         Ok(())
     }
 
-    fn set_bias(&mut self, part: Part, bias: &[f32]) {
-        let (projection, place) = self.part_mut(part);
-        projection.set_bias(place, bias);
+    fn set_bias(&mut self, which: Which, bias: &[f32]) {
+        self.projection_mut(which).set_bias(place(which), bias);
     }
 
-    fn rows(&self, part: Part, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage {
-        let (projection, place) = self.part(part);
-        read_rows(projection, place, rows)
+    fn rows(&self, which: Which, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage {
+        read_rows(self.projection(which), place(which), rows)
     }
 
-    fn bias(&self, part: Part) -> Option<Vec<f32>> {
-        let (projection, place) = self.part(part);
-        projection.bias(place)
-    }
-
-    fn read(&self, streams: usize) -> u32 {
-        let read = |projection: &Projection<T>| projection.weight.read(self.kernel.sum_words, streams);
-        let parts = [&self.gate_up, &self.down].map(read);
-        parts[0].wrapping_add(parts[1])
+    fn bias(&self, which: Which) -> Option<Vec<f32>> {
+        self.projection(which).bias(place(which))
     }
 
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
         Ok(T::to_cpu_storage_owned(Block::forward(self, matrix(storage, layout)?)))
+    }
+
+    fn bytes(&self) -> [&[u8]; 2] {
+        [self.gate_up.weight.memory(), self.down.weight.memory()]
     }
 }

@@ -40,7 +40,7 @@ use candle_core::DType;
 use half::{bf16, f16};
 
 pub(crate) use elementwise::{backward, forward};
-pub(crate) use layer::{Layer, Part, block, linear};
+pub(crate) use layer::{BlockLayer, LinearLayer, block, linear};
 
 use self::gemm::{Gemm, GemmElement};
 use crate::activation::Glu;
@@ -70,8 +70,6 @@ pub(crate) struct Kernel {
     gemm_f32: Gemm<f32>,
     gemm_bf16: Gemm<bf16>,
     gemm_f16: Gemm<f16>,
-    /// The sum of words mod 2³², as fast as this instruction set reads.
-    sum_words: pack::SumWords,
 }
 
 impl Kernel {
@@ -263,18 +261,6 @@ macro_rules! instantiate {
                 unsafe { gemm::convert(<$proof>::assume(), from, n, to.cast()) }
             }
 
-            $(#[target_feature(enable = $features)])?
-            fn sum_words_body(words: &[f32], streams: usize) -> u32 {
-                // SAFETY: the target features of this function are those the proof stands for.
-                pack::sum_words(unsafe { <$proof>::assume() }, words, streams)
-            }
-
-            #[allow(unused_unsafe, reason = "the scalar kernel has no target features")]
-            fn sum_words(words: &[f32], streams: usize) -> u32 {
-                // SAFETY: only `kernel` names this function, after detection.
-                unsafe { sum_words_body(words, streams) }
-            }
-
             fn functions<T: Element>() -> Functions<T> {
                 Functions { forward: forward::<T>, backward: backward::<T> }
             }
@@ -294,7 +280,6 @@ macro_rules! instantiate {
                     gemm_f16: gemm_widen!(
                         f16, $proof, nv $nvh, streams $streams, mr $mrh, beside $besideh, widen widened!(f16, $nvh, $mrh)
                     ),
-                    sum_words,
                 })
             }
         }

@@ -13,14 +13,13 @@
 //! of a channel meet in one microkernel's registers.
 
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytemuck::Pod;
 use half::{bf16, f16};
 
 use super::buffer::Buffer;
 use super::micro::prefetch;
-use super::simd::{Element, MAX_LANES, Simd};
+use super::simd::{Element, Simd};
 use super::threads::{self, Phase, SendPtr};
 
 /// A dtype of packed weights.
@@ -166,6 +165,11 @@ impl<T: Packable> Packed<T> {
         self.buffer.bytes()
     }
 
+    /// The buffer, padding included.
+    pub(super) fn memory(&self) -> &[u8] {
+        bytemuck::cast_slice(self.buffer.words())
+    }
+
     /// Elements from one panel to the next.
     pub(super) fn panel_len(&self) -> usize {
         self.streams * self.stream_len
@@ -268,20 +272,6 @@ impl<T: Packable> Packed<T> {
         }
     }
 
-    /// Reads everything once with all threads, in pieces of 512 KiB, each through `sum_words`; the sum of its words mod 2³².
-    pub(super) fn read(&self, sum_words: SumWords, streams: usize) -> u32 {
-        const LEN: usize = 128 << 10;
-        let words: &[f32] = self.buffer.words();
-        let (units, sum) = (Phase::new(words.len().div_ceil(LEN)), AtomicU32::new(0));
-        threads::run(|_| {
-            units.work(|unit, _| {
-                let part = sum_words(&words[unit * LEN..words.len().min((unit + 1) * LEN)], streams);
-                sum.fetch_add(part, Ordering::Relaxed);
-            });
-        });
-        sum.into_inner()
-    }
-
     /// Reads the row of W that lies at `place`, k elements.
     pub(super) fn read_row(&self, place: Place, row: usize, out: &mut [T]) {
         let column = self.column(place, row);
@@ -292,40 +282,4 @@ impl<T: Packable> Packed<T> {
             out[k] = unsafe { *panel.add(column + at) };
         });
     }
-}
-
-/// [`sum_words`] of one kernel.
-pub(super) type SumWords = fn(&[f32], usize) -> u32;
-
-/// The sum of 32-bit words mod 2³², in enough independent vectors that the memory is what it waits for. In order, or as four
-/// streams side by side: one of the two is as fast as the processor reads.
-#[inline(always)]
-pub(super) fn sum_words<S: Simd>(s: S, words: &[f32], streams: usize) -> u32 {
-    match streams {
-        4 => sum_streams::<S, 4>(s, words),
-        _ => sum_streams::<S, 1>(s, words),
-    }
-}
-
-#[inline(always)]
-fn sum_streams<S: Simd, const STREAMS: usize>(s: S, words: &[f32]) -> u32 {
-    const VECTORS: usize = 4;
-    let step = VECTORS * S::LANES;
-    let each = words.len() / STREAMS / step * step;
-    let mut sums = [s.splat(0.0); VECTORS];
-    for at in (0..each).step_by(step) {
-        for stream in 0..STREAMS {
-            let words = &words[stream * each + at..][..step];
-            for (i, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: `step` words are whole vectors.
-                *sum = s.add_bits(*sum, unsafe { s.load_f32(words.as_ptr().add(i * S::LANES)) });
-            }
-        }
-    }
-    let mut lanes = [0.0; VECTORS * MAX_LANES];
-    for (i, sum) in sums.into_iter().enumerate() {
-        // SAFETY: there is room for all lanes of all vectors.
-        unsafe { s.store_f32(sum, lanes.as_mut_ptr().add(i * S::LANES)) };
-    }
-    lanes.iter().chain(&words[STREAMS * each..]).fold(0, |sum, word| sum.wrapping_add(word.to_bits()))
 }
