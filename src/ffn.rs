@@ -8,8 +8,8 @@ use candle_nn::{Module, VarBuilder};
 use crate::config::FfnConfig;
 use crate::engine::{self, Block, BlockSpec};
 use crate::error::{Error, Result};
+use crate::load::{GateUp, Weights, load_each};
 use crate::over_rows::over_rows;
-use crate::weights::{GateUp, Weights};
 
 /// The SwiGLU feed-forward block, `y = (silu(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ`, and its relatives ([`FfnConfig`]).
 ///
@@ -86,7 +86,7 @@ impl SwiGluFfn {
     /// caller; in other sources of a `VarBuilder` names that are known from published checkpoints are looked up.
     pub fn new(cfg: &FfnConfig, vb: VarBuilder) -> Result<Self> {
         cfg.validate()?;
-        let block = engine::load_block(&spec(cfg), |take| Weights::load_each(cfg, &vb, take))?;
+        let block = engine::load_block(&spec(cfg), |take| load_each(&cfg.wanted(), &vb, take))?;
         Ok(Self::with_block(cfg, block))
     }
 
@@ -122,7 +122,7 @@ impl SwiGluFfn {
     /// As [`SwiGluFfn::from_tensors`], and biases where the config has none or none where it has them.
     pub fn from_weights(cfg: &FfnConfig, weights: Weights) -> Result<Self> {
         cfg.validate()?;
-        weights.check(cfg)?;
+        weights.check(&cfg.wanted())?;
         Ok(Self::with_block(cfg, engine::build_block(&spec(cfg), weights)?))
     }
 

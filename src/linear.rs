@@ -8,9 +8,8 @@ use candle_nn::{Module, VarBuilder};
 use crate::engine::{self, Projection};
 use crate::error::{Error, Result};
 use crate::glu::{check_float, check_same};
+use crate::load::{check_linear, load_projection};
 use crate::over_rows::{over_rows, rows, wider};
-use crate::unread::check_linear;
-use crate::weights::load_projection;
 
 /// A linear layer `y = x·Wᵀ + b` with W (out, in) and an optional b (out).
 ///

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use super::{BlockSpec, Projection, backward, check_addressable, run, set_views};
 use crate::cpu::{self, BlockLayer, LinearLayer};
 use crate::error::{Error, Result};
-use crate::family::PackedOrder;
+use crate::load::PackedOrder;
 use crate::which::Which;
 
 /// A block while its weights are packed.

@@ -9,7 +9,7 @@ use super::{BlockSpec, Projection, backward, run, set_views};
 use crate::backend;
 use crate::device::{DeviceBlock, DeviceLinear, Parts};
 use crate::error::{Error, Result};
-use crate::family::PackedOrder;
+use crate::load::PackedOrder;
 use crate::which::Which;
 
 /// A block while its weights are written to the device.

@@ -23,9 +23,8 @@ use candle_core::{CustomOp1, DType, Device, Tensor};
 use crate::activation::Glu;
 use crate::backend;
 use crate::error::{Error, Result};
-use crate::family::PackedOrder;
 use crate::glu::check_like;
-use crate::weights::{GateUp, Piece, Weights, split};
+use crate::load::{GateUp, PackedOrder, Piece, Weights, split};
 use crate::which::Which;
 
 /// A SwiGLU block, ready to run on its device.

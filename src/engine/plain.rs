@@ -9,8 +9,7 @@ use super::{BlockSpec, Projection};
 use crate::activation::Glu;
 use crate::cpu;
 use crate::error::{Error, Result};
-use crate::family::PackedOrder;
-use crate::weights::{GateUp, Weights, split};
+use crate::load::{GateUp, PackedOrder, Weights, split};
 use crate::which::Which;
 
 /// A block while its weights are collected.
