@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::activation::{Glu, GluActivation};
 use crate::error::{Error, Result};
-use crate::family::{Family, Names, PackedOrder};
+use crate::load::{Biases, Family, Names, PackedOrder, Wanted};
 use huggingface::Part;
 
 /// The sizes and the formula of one block:
@@ -57,30 +57,6 @@ pub struct FfnConfig {
     pub family: Option<Family>,
     /// Names and layout of the weights that belong to no [`Family`]; they take precedence over `family`.
     pub names: Option<Names>,
-}
-
-/// Which of the three projections have a bias.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub struct Biases {
-    /// gate_proj has one.
-    pub gate: bool,
-    /// up_proj has one.
-    pub up: bool,
-    /// down_proj has one.
-    pub down: bool,
-}
-
-impl Biases {
-    /// No projection has a bias.
-    pub const NONE: Self = Self::new(false, false, false);
-    /// Every projection has a bias.
-    pub const ALL: Self = Self::new(true, true, true);
-
-    /// Sets each by itself.
-    pub const fn new(gate: bool, up: bool, down: bool) -> Self {
-        Self { gate, up, down }
-    }
 }
 
 impl FfnConfig {
@@ -153,6 +129,17 @@ impl FfnConfig {
         order: PackedOrder,
     ) -> Self {
         Self { names: Some(Names::packed(gate_up, down, order)), ..self }
+    }
+
+    /// The weights that a block of this config needs.
+    pub(crate) fn wanted(&self) -> Wanted<'_> {
+        Wanted {
+            hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+            biases: self.biases,
+            family: self.family,
+            names: self.names.as_ref(),
+        }
     }
 
     /// The block that a Hugging Face `config.json` (or Meta's `params.json`) describes.

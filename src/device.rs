@@ -1,12 +1,13 @@
-//! Weights on a GPU as its kernels read them: gate and up in one matrix, the only copy.
+//! Weights in the layout of the GPU kernels: gate and up in one matrix, the only copy.
 //!
-//! A backend (`cuda`, `metal`) takes a [`DeviceBlock`] or a [`DeviceLinear`] and x (M, k), contiguous at any offset, and gives
-//! y (`backend.rs` says which devices have one).
+//! A backend (`cuda`, `metal`) computes y from a [`DeviceBlock`] or a [`DeviceLinear`] and a
+//! contiguous x (M, k) at any offset. `backend.rs` says which devices have one.
 
 use candle_core::Tensor;
 
 use crate::activation::Glu;
-use crate::cpu::Part;
+use crate::error::{Error, Result};
+use crate::which::Which;
 
 /// The block's weights, contiguous, in one dtype on one device.
 #[cfg_attr(not(any(feature = "cuda", feature = "metal")), allow(dead_code, reason = "the backends read them"))]
@@ -21,11 +22,11 @@ pub(crate) struct DeviceBlock {
     /// (H)
     pub(crate) down_bias: Option<Tensor>,
     pub(crate) glu: Glu,
-    /// Times the down projection's result, bias included.
+    /// Factor of the down projection's result, bias included.
     pub(crate) down_multiplier: f32,
 }
 
-/// One projection's, likewise.
+/// The weight of a linear layer, contiguous, and its bias in the same dtype on the same device.
 #[derive(Clone, Debug)]
 pub(crate) struct DeviceLinear {
     /// (out, in)
@@ -34,54 +35,64 @@ pub(crate) struct DeviceLinear {
     pub(crate) bias: Option<Tensor>,
 }
 
-/// A layer's weights on their way to its device.
-#[derive(Default)]
-pub(crate) struct Parts {
-    /// Gate and up of a block.
-    gate_up: Pair,
-    /// Down of a block, or a linear layer's.
-    whole: Pair,
+impl DeviceLinear {
+    /// Copies what is not contiguous.
+    pub(crate) fn new(weight: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Self> {
+        Ok(Self { weight: weight.contiguous()?, bias: bias.map(Tensor::contiguous).transpose()? })
+    }
 }
 
-/// A weight (rows, k) and a bias (rows).
-type Pair = (Option<Tensor>, Option<Tensor>);
+/// A block's weights while they are written to its device.
+#[derive(Default)]
+pub(crate) struct Parts {
+    /// (2I,H)
+    gate_up: Option<Tensor>,
+    /// (2I)
+    gate_up_bias: Option<Tensor>,
+    /// Which halves of `gate_up` have been written.
+    written: [bool; 2],
+    down: Option<DeviceLinear>,
+}
 
 impl Parts {
-    /// Gate and up of a checkpoint that has them in this order: as they lie, if they are contiguous.
+    /// Takes gate and up, gate first, in one tensor. Contiguous tensors are used without a copy.
     pub(crate) fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<()> {
-        self.gate_up = (Some(weight.contiguous()?), bias.map(Tensor::contiguous).transpose()?);
+        self.gate_up = Some(weight.contiguous()?);
+        self.gate_up_bias = bias.map(Tensor::contiguous).transpose()?;
+        self.written = [true; 2];
         Ok(())
     }
 
-    pub(crate) fn set(&mut self, part: Part, weight: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<()> {
-        let Some(half) = half_of(part) else {
-            self.whole = (Some(weight.contiguous()?), bias.map(Tensor::contiguous).transpose()?);
-            return Ok(());
+    /// Takes one matrix (rows, k) and its bias (rows).
+    pub(crate) fn set(&mut self, which: Which, weight: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<()> {
+        let half = match which {
+            Which::Gate => 0,
+            Which::Up => 1,
+            Which::Down => {
+                self.down = Some(DeviceLinear::new(weight, bias)?);
+                return Ok(());
+            }
         };
-        set_half(&mut self.gate_up.0, half, weight)?;
-        bias.map_or(Ok(()), |bias| set_half(&mut self.gate_up.1, half, bias))
+        set_half(&mut self.gate_up, half, weight)?;
+        self.written[half] = true;
+        bias.map_or(Ok(()), |bias| set_half(&mut self.gate_up_bias, half, bias))
     }
 
-    /// A view of a weight (rows, k) that was set, and of its bias (rows).
-    pub(crate) fn get(&self, part: Part) -> candle_core::Result<Option<(Tensor, Option<Tensor>)>> {
-        let (weight, bias) = if half_of(part).is_some() { &self.gate_up } else { &self.whole };
-        weight.as_ref().map(|weight| view(weight, bias.as_ref(), half_of(part))).transpose()
-    }
-
-    /// None if a part is missing.
-    pub(crate) fn into_block(self, glu: Glu, down_multiplier: f32) -> Option<DeviceBlock> {
-        let ((gate_up, gate_up_bias), (down, down_bias)) = (self.gate_up, self.whole);
-        Some(DeviceBlock { gate_up: gate_up?, gate_up_bias, down: down?, down_bias, glu, down_multiplier })
-    }
-
-    /// None if it is missing.
-    pub(crate) fn into_linear(self) -> Option<DeviceLinear> {
-        let (weight, bias) = self.whole;
-        Some(DeviceLinear { weight: weight?, bias })
+    /// # Errors
+    /// A matrix was not set.
+    pub(crate) fn into_block(self, glu: Glu, down_multiplier: f32) -> Result<DeviceBlock> {
+        for (which, written) in [Which::Gate, Which::Up].into_iter().zip(self.written) {
+            if !written {
+                return Err(Error::missing(which.name()));
+            }
+        }
+        let gate_up = self.gate_up.ok_or_else(|| Error::missing(Which::Gate.name()))?;
+        let DeviceLinear { weight: down, bias: down_bias } = self.down.ok_or_else(|| Error::missing(Which::Down.name()))?;
+        Ok(DeviceBlock { gate_up, gate_up_bias: self.gate_up_bias, down, down_bias, glu, down_multiplier })
     }
 }
 
-/// Writes one of two equal halves of `both`, which begins as zeros.
+/// Writes one of two equal halves of `both`, which is created with zeros.
 fn set_half(both: &mut Option<Tensor>, half: usize, value: &Tensor) -> candle_core::Result<()> {
     let rows = value.dim(0)?;
     let all = match both.take() {
@@ -97,31 +108,29 @@ fn set_half(both: &mut Option<Tensor>, half: usize, value: &Tensor) -> candle_co
     Ok(())
 }
 
-/// Which half of a pair's matrix is this weight.
-fn half_of(part: Part) -> Option<usize> {
-    match part {
-        Part::Gate => Some(0),
-        Part::Up => Some(1),
-        Part::Down | Part::Whole => None,
+impl DeviceBlock {
+    /// A view of a matrix (rows, k).
+    pub(crate) fn weight(&self, which: Which) -> candle_core::Result<Tensor> {
+        view(&self.gate_up, &self.down, which)
+    }
+
+    /// A view of the bias (rows) of a matrix. Where only one of gate and up has a bias, the other's
+    /// is zero.
+    pub(crate) fn bias(&self, which: Which) -> candle_core::Result<Option<Tensor>> {
+        match (which, &self.gate_up_bias) {
+            (Which::Down, _) => Ok(self.down_bias.clone()),
+            (_, Some(bias)) => view(bias, bias, which).map(Some),
+            (_, None) => Ok(None),
+        }
     }
 }
 
-/// A weight and its bias, or one half of both.
-fn view(weight: &Tensor, bias: Option<&Tensor>, half: Option<usize>) -> candle_core::Result<(Tensor, Option<Tensor>)> {
-    let narrow = |tensor: &Tensor| match half {
-        Some(half) => tensor.narrow(0, half * (tensor.dim(0)? / 2), tensor.dim(0)? / 2),
-        None => Ok(tensor.clone()),
-    };
-    Ok((narrow(weight)?, bias.map(narrow).transpose()?))
-}
-
-impl DeviceBlock {
-    /// A view of a weight (rows, k) and of its bias (rows).
-    pub(crate) fn get(&self, part: Part) -> candle_core::Result<(Tensor, Option<Tensor>)> {
-        match half_of(part) {
-            Some(half) => view(&self.gate_up, self.gate_up_bias.as_ref(), Some(half)),
-            None => view(&self.down, self.down_bias.as_ref(), None),
-        }
+fn view(gate_up: &Tensor, down: &Tensor, which: Which) -> candle_core::Result<Tensor> {
+    let i = gate_up.dim(0)? / 2;
+    match which {
+        Which::Gate => gate_up.narrow(0, 0, i),
+        Which::Up => gate_up.narrow(0, i, i),
+        Which::Down => Ok(down.clone()),
     }
 }
 
@@ -133,49 +142,68 @@ mod tests {
     use super::*;
     use crate::activation::GluActivation;
 
-    /// rows · 3 numbers from `from` on
+    /// (rows, 3), with the numbers from `from` on
     fn matrix(from: f32, rows: usize) -> Tensor {
         Tensor::arange(from, from + 3.0 * rows as f32, &Device::Cpu).unwrap().reshape((rows, 3)).unwrap()
     }
 
+    fn silu() -> Glu {
+        Glu::new(GluActivation::Silu)
+    }
+
     #[test]
-    fn both_halves_lie_in_one_matrix_and_come_back() {
+    fn gate_and_up_share_a_matrix_and_are_views_of_it() {
         let (gate, up, down) = (matrix(0.0, 5), matrix(100.0, 5), matrix(200.0, 5).t().unwrap());
         let bias = |from: f32| Tensor::arange(from, from + 5.0, &Device::Cpu).unwrap();
         for gate_first in [true, false] {
             let mut parts = Parts::default();
-            let mut pieces = [(Part::Gate, &gate, bias(1.0)), (Part::Up, &up, bias(2.0))];
+            let mut pieces = [(Which::Gate, &gate, bias(1.0)), (Which::Up, &up, bias(2.0))];
             if !gate_first {
                 pieces.reverse();
             }
-            for (part, weight, bias) in &pieces {
-                parts.set(*part, weight, Some(bias)).unwrap();
+            for (which, weight, bias) in &pieces {
+                parts.set(*which, weight, Some(bias)).unwrap();
             }
-            assert!(parts.get(Part::Down).unwrap().is_none(), "not set yet");
-            parts.set(Part::Down, &down, None).unwrap();
-            let block = parts.into_block(Glu::new(GluActivation::Silu), 1.0).unwrap();
+            parts.set(Which::Down, &down, None).unwrap();
+            let block = parts.into_block(silu(), 1.0).unwrap();
             assert_eq!((block.gate_up.dims(), block.down.dims()), (&[10, 3][..], &[3, 5][..]));
             assert!(block.gate_up.is_contiguous() && block.down.is_contiguous());
-            for (part, expected, from) in
-                [(Part::Gate, &gate, Some(1.0)), (Part::Up, &up, Some(2.0)), (Part::Down, &down, None)]
+            for (which, expected, from) in
+                [(Which::Gate, &gate, Some(1.0)), (Which::Up, &up, Some(2.0)), (Which::Down, &down, None)]
             {
-                let (weight, found) = block.get(part).unwrap();
-                assert_eq!(weight.to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap(), "{part:?}");
-                let expected = from.map(|from| bias(from).to_vec1::<f32>().unwrap());
-                assert_eq!(found.map(|bias| bias.to_vec1::<f32>().unwrap()), expected, "{part:?}");
+                let weight = block.weight(which).unwrap();
+                assert_eq!(weight.to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap(), "{which:?}");
+                let found = block.bias(which).unwrap().map(|bias| bias.to_vec1::<f32>().unwrap());
+                assert_eq!(found, from.map(|from| bias(from).to_vec1::<f32>().unwrap()), "{which:?}");
             }
         }
     }
 
     #[test]
-    fn a_packed_pair_is_taken_as_it_lies() {
+    fn a_fused_tensor_is_used_without_a_copy() {
         let both = matrix(0.0, 6);
         let mut parts = Parts::default();
-        assert!(Parts::default().into_linear().is_none());
         parts.set_gate_up(&both, None).unwrap();
-        let (up, bias) = parts.get(Part::Up).unwrap().unwrap();
+        parts.set(Which::Down, &matrix(50.0, 3), None).unwrap();
+        let block = parts.into_block(silu(), 1.0).unwrap();
+        assert_eq!(block.gate_up.id(), both.id());
+        let up = block.weight(Which::Up).unwrap();
         assert_eq!(up.to_vec2::<f32>().unwrap(), both.narrow(0, 3, 3).unwrap().to_vec2::<f32>().unwrap());
-        assert!(bias.is_none());
-        assert!(parts.into_block(Glu::new(GluActivation::Silu), 1.0).is_none(), "no down projection");
+        assert!(block.bias(Which::Up).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_missing_matrix_is_named() {
+        for (set, missing) in [
+            (&[][..], "gate_proj"),
+            (&[Which::Up, Which::Down][..], "gate_proj"),
+            (&[Which::Gate, Which::Down], "up_proj"),
+            (&[Which::Gate, Which::Up], "down_proj"),
+        ] {
+            let mut parts = Parts::default();
+            set.iter().for_each(|which| parts.set(*which, &matrix(0.0, 3), None).unwrap());
+            let error = parts.into_block(silu(), 1.0).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("no tensor {missing}.weight")), "{error}");
+        }
     }
 }

@@ -5,7 +5,7 @@ use candle_nn::{Init, Module, VarBuilder};
 
 use crate::error::Result;
 use crate::linear::Linear;
-use crate::unread::check_linear;
+use crate::load::{self, check_linear};
 
 /// An embedding: ids (…) -> rows (…, H) of a weight (V, H).
 ///
@@ -71,7 +71,7 @@ impl Module for Embedding {
 /// No such tensor, or another shape; a tensor that would not be read (an adapter, a scale).
 pub fn embedding(vocab_size: usize, hidden_size: usize, vb: VarBuilder) -> Result<Embedding> {
     let init = Init::Randn { mean: 0.0, stdev: 1.0 };
-    let weight = crate::weights::get(&vb, &[vocab_size, hidden_size], "weight", init)?;
+    let weight = load::get(&vb, &[vocab_size, hidden_size], "weight", init)?;
     check_linear(&vb, "embedding")?;
     Embedding::new(weight)
 }

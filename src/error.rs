@@ -429,6 +429,22 @@ impl Error {
         }
     }
 
+    /// The weight of this projection was not given.
+    pub(crate) fn missing(projection: &str) -> Error {
+        Self::missing_tensor(format!("{projection}.weight"))
+    }
+
+    /// A tensor of this name was not given.
+    pub(crate) fn missing_tensor(name: String) -> Error {
+        Error::MissingTensor {
+            prefix: String::new(),
+            tried: vec![name],
+            present: Box::default(),
+            suggestions: Box::default(),
+            location: None,
+        }
+    }
+
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.to_path_buf();
         move |source| Error::Io { path, source }

@@ -102,7 +102,6 @@
 
 mod activation;
 mod backend;
-mod checkpoint;
 mod config;
 #[allow(unsafe_code)]
 mod cpu;
@@ -111,35 +110,32 @@ mod cpu;
 mod cuda;
 mod device;
 mod embedding;
+mod engine;
 mod error;
-mod family;
 mod ffn;
 mod glu;
-#[cfg(feature = "hub")]
-pub mod hub;
 mod linear;
+mod load;
 #[cfg(any(feature = "metal", test))]
 mod metal;
-mod missing;
-mod packed;
+mod over_rows;
 pub mod reference;
-mod unread;
-mod weights;
+mod which;
 
 pub use activation::{Glu, GluActivation};
-pub use checkpoint::{Checkpoint, read_json};
-pub use config::{Biases, FfnConfig};
+pub use config::FfnConfig;
 pub use cpu::cpu_kernels;
 #[cfg(feature = "cuda")]
 #[doc(hidden)]
 pub use cuda::{Prefill as CudaPrefill, force_prefill as force_cuda_prefill};
 pub use embedding::{Embedding, embedding};
 pub use error::{Error, Result};
-pub use family::{Family, Names, PackedOrder};
 pub use ffn::{SwiGluFfn, swiglu_ffn};
 pub use glu::{glu_mul, silu_mul};
 pub use linear::{Linear, linear, linear_b, linear_no_bias};
-pub use weights::{GateUp, Weights};
+#[cfg(feature = "hub")]
+pub use load::hub;
+pub use load::{Biases, Checkpoint, Family, GateUp, Names, PackedOrder, Weights, read_json};
 
 /// The examples of README.md, compiled and run as documentation tests.
 #[cfg(doctest)]

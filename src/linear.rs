@@ -1,14 +1,15 @@
 //! One projection, `y = x·Wᵀ + b`.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Module, VarBuilder};
 
-use crate::cpu::Part;
+use crate::engine::{self, Projection};
 use crate::error::{Error, Result};
-use crate::glu::{check_float, check_like, check_same};
-use crate::packed::{Packed, Packer, Sizes, can_pack};
-use crate::unread::check_linear;
-use crate::weights::load_projection;
+use crate::glu::{check_float, check_same};
+use crate::load::{check_linear, load_projection};
+use crate::over_rows::{over_rows, rows, wider};
 
 /// A linear layer `y = x·Wᵀ + b` with W (out, in) and an optional b (out).
 ///
@@ -37,8 +38,8 @@ use crate::weights::load_projection;
 pub struct Linear {
     out_dim: usize,
     in_dim: usize,
-    device: Device,
-    form: Form,
+    /// The implementation that runs the layer, chosen when it is built.
+    layer: Arc<dyn Projection>,
     span: tracing::Span,
 }
 
@@ -68,12 +69,6 @@ pub fn linear_b(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Re
     Linear::new(weight, bias)
 }
 
-#[derive(Clone, Debug)]
-enum Form {
-    Packed(Packed),
-    Plain { weight: Weight, bias: Option<Tensor> },
-}
-
 impl Linear {
     /// Loads `weight` (out_dim, in_dim) and, if it is there, `bias` (out_dim) under `vb`'s prefix. A `VarMap` gets no bias.
     ///
@@ -91,23 +86,8 @@ impl Linear {
     /// Wrong rank, a size of zero, shapes that do not fit, a dtype that is not a float, mixed dtypes or devices.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let (out_dim, in_dim) = check_tensors(&weight, bias.as_ref())?;
-        if !can_pack(&weight) || !bias.as_ref().is_none_or(can_pack) {
-            return Self::plain(weight, bias);
-        }
-        let device = weight.device().clone();
-        let Some(mut packer) = Packer::new(Sizes::Linear { out_dim, in_dim }, weight.dtype(), &device)? else {
-            return Self::plain(weight, bias);
-        };
-        packer.set(Part::Whole, &weight, bias.as_ref())?;
-        Ok(Self { out_dim, in_dim, device, form: Form::Packed(packer.finish()?), span: span() })
-    }
-
-    /// Never packed.
-    pub(crate) fn plain(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        let (out_dim, in_dim) = check_tensors(&weight, bias.as_ref())?;
-        let device = weight.device().clone();
-        let form = Form::Plain { weight: Weight::new(weight)?, bias };
-        Ok(Self { out_dim, in_dim, device, form, span: span() })
+        let layer = engine::projection(weight, bias)?;
+        Ok(Self { out_dim, in_dim, layer, span: tracing::span!(tracing::Level::TRACE, "linear") })
     }
 
     /// W (out, in); unpacked into a new tensor if it is packed.
@@ -115,10 +95,7 @@ impl Linear {
     /// # Errors
     /// None but candle's.
     pub fn weight(&self) -> Result<Tensor> {
-        match &self.form {
-            Form::Packed(packed) => Ok(packed.weight(Part::Whole)?),
-            Form::Plain { weight, .. } => Ok(weight.0.clone()),
-        }
+        Ok(self.layer.weight()?)
     }
 
     /// b (out)
@@ -126,10 +103,7 @@ impl Linear {
     /// # Errors
     /// None but candle's.
     pub fn bias(&self) -> Result<Option<Tensor>> {
-        match &self.form {
-            Form::Packed(packed) => Ok(packed.bias(Part::Whole)?),
-            Form::Plain { bias, .. } => Ok(bias.clone()),
-        }
+        Ok(self.layer.bias()?)
     }
 
     /// The layer with its weights as constants: one that was trained in a `VarMap` gets this device's kernels, and its weights no
@@ -138,10 +112,10 @@ impl Linear {
     /// # Errors
     /// None but candle's.
     pub fn freeze(&self) -> Result<Self> {
-        match &self.form {
-            Form::Packed(_) => Ok(self.clone()),
-            Form::Plain { weight, bias } => Self::new(weight.0.detach(), bias.as_ref().map(Tensor::detach)),
+        if self.layer.is_packed() {
+            return Ok(self.clone());
         }
+        Self::new(self.weight()?.detach(), self.bias()?.map(|bias| bias.detach()))
     }
 
     /// The layer with its weights in another float dtype.
@@ -174,30 +148,12 @@ impl Linear {
         let mut dims = ids.dims().to_vec();
         dims.push(self.in_dim);
         let flat = check_ids(&ids.flatten_all()?, self.out_dim)?;
-        let rows = match &self.form {
-            Form::Plain { weight, .. } => weight.0.index_select(&flat, 0)?,
-            Form::Packed(packed) => packed.embed(&flat)?,
-        };
-        Ok(rows.reshape(dims)?)
+        Ok(self.layer.embed(&flat)?.reshape(dims)?)
     }
 
     /// The name of the kernel that will run, as [`crate::SwiGluFfn::kernel`].
     pub fn kernel(&self) -> &str {
-        match &self.form {
-            Form::Packed(packed) => packed.kernel().unwrap_or("plain"),
-            Form::Plain { .. } => "plain",
-        }
-    }
-
-    /// x (M,in) -> y (M,out)
-    pub(crate) fn project(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        match &self.form {
-            Form::Packed(packed) => packed.forward(x),
-            Form::Plain { weight, bias } => {
-                let y = weight.product(x)?;
-                bias.as_ref().map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
-            }
-        }
+        self.layer.kernel()
     }
 
     /// y = x·Wᵀ + b in f32: what [`Module::forward`] gives before its rounding to the dtype of W. For the logits of a head.
@@ -231,18 +187,13 @@ impl Linear {
         }
         let _enter = self.span.enter();
         let x = x.to_dtype(wide)?;
-        let y = rows(&x, (self.in_dim, self.out_dim), self.dtype(), &self.device, |rows| match &self.form {
-            Form::Packed(packed) => packed.forward_f32(rows),
-            Form::Plain { weight, bias } => weight.product_f32(rows, bias.as_ref()),
-        })?;
+        let sizes = (self.in_dim, self.out_dim);
+        let y = rows(&x, sizes, self.dtype(), self.layer.device(), |rows| self.layer.forward_f32(rows))?;
         y.to_dtype(DType::F32) // an empty x gives an empty y in x's dtype
     }
 
-    pub(crate) fn dtype(&self) -> DType {
-        match &self.form {
-            Form::Packed(packed) => packed.dtype(),
-            Form::Plain { weight, .. } => weight.0.dtype(),
-        }
+    fn dtype(&self) -> DType {
+        self.layer.dtype()
     }
 }
 
@@ -250,12 +201,10 @@ impl Module for Linear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let _enter = self.span.enter();
         let sizes = (self.in_dim, self.out_dim);
-        over_rows(self, x, sizes, (self.dtype(), &self.device), |dtype| Ok(self.to_dtype(dtype)?), Self::project)
+        let wide = |dtype| Ok(self.to_dtype(dtype)?);
+        let weights = (self.dtype(), self.layer.device());
+        over_rows(self, x, sizes, weights, wide, |linear, rows| linear.layer.forward(rows))
     }
-}
-
-fn span() -> tracing::Span {
-    tracing::span!(tracing::Level::TRACE, "linear")
 }
 
 /// ids (n) as they are on a GPU; on the CPU as u32, each of them one of `rows` rows.
@@ -294,107 +243,4 @@ fn check_tensors(weight: &Tensor, bias: Option<&Tensor>) -> Result<(usize, usize
         check_same("bias", bias, "weight", weight)?;
     }
     Ok((out_dim, in_dim))
-}
-
-/// A weight in a layout that candle's matmul takes as it lies.
-#[derive(Clone, Debug)]
-struct Weight(Tensor);
-
-impl Weight {
-    /// Copies the weight once if its strides are neither those of a matrix nor of its transpose, and no gradient is tracked
-    /// through it (a copy would no longer follow the optimizer's steps).
-    fn new(weight: Tensor) -> Result<Self> {
-        let plain = is_matrix(&weight) || weight.is_variable() || weight.track_op();
-        Ok(Self(if plain { weight } else { weight.contiguous()? }))
-    }
-
-    /// x (M,in) · W (out,in)ᵀ -> (M,out)
-    ///
-    /// f16 is multiplied in f32 on 64-bit ARM's CPU: candle's own product sums in f16 there, which costs accuracy and makes the
-    /// bits depend on the layout.
-    fn product(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        if cfg!(target_arch = "aarch64") && x.dtype() == DType::F16 && x.device().is_cpu() {
-            let weight = self.0.to_dtype(DType::F32)?;
-            return x.to_dtype(DType::F32)?.matmul(&weight.t()?)?.to_dtype(DType::F16);
-        }
-        if is_matrix(&self.0) { x.matmul(&self.0.t()?) } else { x.matmul(&self.0.contiguous()?.t()?) }
-    }
-
-    /// x (M,in) · W (out,in)ᵀ + b (out) -> (M,out) in f32. candle multiplies halves on the CPU in f32 too.
-    fn product_f32(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
-        let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
-        let y = match x.device().is_cpu() {
-            true => Self(wide(&self.0)?).product(&wide(x)?)?,
-            false => wide(&self.product(x)?)?,
-        };
-        bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(&wide(bias)?))
-    }
-}
-
-/// Row-major, possibly with a gap between the rows, or the transpose of that: what a GEMM takes.
-fn is_matrix(weight: &Tensor) -> bool {
-    matches!((weight.stride(), weight.dims()), (&[rows, columns], &[m, n])
-        if (columns == 1 && rows >= n) || (rows == 1 && columns >= m))
-}
-
-/// Applies a layer to x (…,in) of any float dtype -> y (…,out) in x's dtype, computed in the wider dtype of x and the weights.
-///
-/// `forward` takes rows (M,in) in the dtype of the layer; `convert` makes the layer in a wider dtype.
-pub(crate) fn over_rows<L>(
-    layer: &L,
-    x: &Tensor,
-    sizes: (usize, usize),
-    (dtype, device): (DType, &Device),
-    convert: impl FnOnce(DType) -> candle_core::Result<L>,
-    forward: impl FnOnce(&L, &Tensor) -> candle_core::Result<Tensor>,
-) -> candle_core::Result<Tensor> {
-    check_float("x", x)?;
-    let wide = wider(x.dtype(), dtype);
-    if x.dtype() == dtype {
-        rows(x, sizes, dtype, device, |x| forward(layer, x))
-    } else if wide == dtype {
-        rows(&x.to_dtype(wide)?, sizes, dtype, device, |x| forward(layer, x))?.to_dtype(x.dtype())
-    } else {
-        let layer = convert(wide)?;
-        rows(&x.to_dtype(wide)?, sizes, wide, device, |x| forward(&layer, x))?.to_dtype(x.dtype())
-    }
-}
-
-/// The dtype that holds every value of both: f32 for f16 and bf16.
-fn wider(a: DType, b: DType) -> DType {
-    match (a, b) {
-        _ if a == b => a,
-        (DType::F64, _) | (_, DType::F64) => DType::F64,
-        _ => DType::F32,
-    }
-}
-
-/// Flattens x (…,in) to (M,in), applies `f` -> (M,out), and gives it x's leading dimensions back.
-fn rows(
-    x: &Tensor,
-    (in_dim, out_dim): (usize, usize),
-    dtype: DType,
-    device: &Device,
-    f: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
-) -> candle_core::Result<Tensor> {
-    match x.dims().last() {
-        None => return Err(Error::Rank { name: "x", expected: "rank 1 or more", found: vec![] }.into()),
-        Some(&width) if width != in_dim => {
-            return Err(Error::InputWidth { expected: in_dim, found: x.dims().to_vec() }.into());
-        }
-        Some(_) => check_like("x", x, "the weights", dtype, device)?,
-    }
-    if x.elem_count() == 0 {
-        let mut dims = x.dims().to_vec();
-        let last = dims.len() - 1;
-        dims[last] = out_dim;
-        return Tensor::zeros(dims, x.dtype(), x.device());
-    }
-    if let &[_, _] = x.dims() {
-        return f(x);
-    }
-    let mut dims = x.dims().to_vec();
-    let last = dims.len() - 1;
-    dims[last] = out_dim;
-    f(&x.reshape(((), in_dim))?)?.reshape(dims)
 }

@@ -2,6 +2,7 @@
 
 #![allow(unreachable_pub, dead_code, reason = "each benchmark uses a part")]
 
+mod memory;
 mod peak;
 pub mod roofline;
 
@@ -9,6 +10,8 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+#[allow(unused_imports, reason = "each benchmark uses a part")]
+pub use memory::read_all;
 #[allow(unused_imports, reason = "each benchmark uses a part")]
 pub use peak::peak_of;
 

@@ -8,7 +8,7 @@ use super::sizes::INTERMEDIATE;
 use super::{Biases, FfnConfig, activations};
 use crate::activation::GluActivation;
 use crate::error::Result;
-use crate::family::{Family, PackedOrder};
+use crate::load::{Family, PackedOrder};
 
 /// DINOv2 and what is built on it: I follows from `mlp_ratio`, and `use_swiglu_ffn` decides whether
 /// there is a gate.

@@ -32,7 +32,7 @@ use std::sync::OnceLock;
 
 pub(crate) use elementwise::{backward, forward};
 pub(crate) use kernels::CpuKernels;
-pub(crate) use layer::{Layer, Part, block, linear};
+pub(crate) use layer::{BlockLayer, LinearLayer, block, linear};
 
 use self::tuning::CpuFamily;
 use crate::error::{Error, Result};

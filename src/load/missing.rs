@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use candle_nn::VarBuilder;
 
 use crate::error::Error;
-use crate::unread::{Listing, contains_anything, joined};
+use crate::load::unread::{Listing, contains_anything, joined};
 
 /// How many prefixes are suggested at most.
 const MOST: usize = 3;

@@ -22,7 +22,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::unread::listed_prefix;
+use crate::load::unread::listed_prefix;
 use contents::{Contents, Entry};
 #[cfg(feature = "hub")]
 pub(crate) use contents::{INDEX, SINGLE, is_consolidated};

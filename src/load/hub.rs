@@ -13,8 +13,8 @@ use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
 use hf_hub::repository::RepoTreeEntry;
 use hf_hub::{HFClientSync, HFError, HFRepositorySync, RepoTypeModel, resolve_cache_dir, split_id};
 
-use crate::checkpoint::{Checkpoint, INDEX, SINGLE, is_consolidated, read_index};
 use crate::error::{Error, Result};
+use crate::load::checkpoint::{Checkpoint, INDEX, SINGLE, is_consolidated, read_index};
 
 /// What a checkpoint needs besides weights; what the repository lacks of it is left out.
 const SMALL_FILES: [&str; 5] =

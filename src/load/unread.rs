@@ -9,7 +9,7 @@ use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::family::Names;
+use crate::load::family::Names;
 
 // ---------------------------------------------------------------- 1. the listing
 

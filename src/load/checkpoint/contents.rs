@@ -11,8 +11,8 @@ use serde_json::Value;
 use super::header::{check_file, read_exact_at, read_header};
 use super::json::{read_index, read_json};
 use crate::error::{Error, Result};
-use crate::missing::nearest;
-use crate::unread::{Listed, Listing};
+use crate::load::missing::nearest;
+use crate::load::unread::{Listed, Listing};
 
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";

@@ -1,0 +1,288 @@
+//! Built layers: one trait for a SwiGLU block, one for a linear layer, and the choice between
+//! their implementations.
+//!
+//! | implementation | used for | weights |
+//! |---|---|---|
+//! | `cpu` | constant weights in f32, bf16 or f16 on the CPU | packed for its kernels |
+//! | `gpu` | constant weights in a dtype that the device has kernels for | gate and up in one matrix |
+//! | `plain` | everything else | the tensors themselves, so that they can be trained |
+//!
+//! The choice is made once, when a layer is built. A weight is constant if no gradient is tracked
+//! through it. `cpu` and `gpu` layers are differentiable in x (`backward`).
+
+mod backward;
+mod cpu;
+mod gpu;
+mod plain;
+
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::{CustomOp1, DType, Device, Tensor};
+
+use crate::activation::Glu;
+use crate::backend;
+use crate::error::{Error, Result};
+use crate::glu::check_like;
+use crate::load::{GateUp, PackedOrder, Piece, Weights, split};
+use crate::which::Which;
+
+/// A SwiGLU block, ready to run on its device.
+pub(crate) trait Block: fmt::Debug + Send + Sync {
+    /// The dtype of the weights.
+    fn dtype(&self) -> DType;
+
+    /// The device of the weights.
+    fn device(&self) -> &Device;
+
+    /// The name of the kernel that [`Block::forward`] runs.
+    fn kernel(&self) -> &str;
+
+    /// Whether the weights are constants that [`Block::forward`] reads in a form of its own.
+    fn is_packed(&self) -> bool;
+
+    /// x (M,H) in the dtype and on the device of the weights -> y (M,H)
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor>;
+
+    /// A matrix (rows, k), bit for bit as it was loaded.
+    fn weight(&self, which: Which) -> candle_core::Result<Tensor>;
+
+    /// The bias (rows) of a matrix, if it has one.
+    fn bias(&self, which: Which) -> candle_core::Result<Option<Tensor>>;
+
+    /// All weights and biases.
+    fn weights(&self) -> candle_core::Result<Weights> {
+        let (gate, up) = (self.weight(Which::Gate)?, self.weight(Which::Up)?);
+        let gate_up = GateUp::separate(gate, up, self.bias(Which::Gate)?, self.bias(Which::Up)?);
+        Ok(Weights::new(gate_up, self.weight(Which::Down)?, self.bias(Which::Down)?))
+    }
+
+    /// The memory that holds packed weights; empty where nothing is packed on the CPU.
+    fn packed_bytes(&self) -> Vec<&[u8]> {
+        vec![]
+    }
+}
+
+/// A linear layer, ready to run on its device.
+pub(crate) trait Projection: fmt::Debug + Send + Sync {
+    /// The dtype of the weight.
+    fn dtype(&self) -> DType;
+
+    /// The device of the weight.
+    fn device(&self) -> &Device;
+
+    /// The name of the kernel that [`Projection::forward`] runs.
+    fn kernel(&self) -> &str;
+
+    /// Whether the weight is a constant that [`Projection::forward`] reads in a form of its own.
+    fn is_packed(&self) -> bool;
+
+    /// x (M,in) in the dtype and on the device of the weight -> y (M,out)
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor>;
+
+    /// The same with y in f32. On the CPU the sums are not rounded to the dtype of the weight.
+    fn forward_f32(&self, x: &Tensor) -> candle_core::Result<Tensor>;
+
+    /// The weight (out, in), bit for bit as it was loaded.
+    fn weight(&self) -> candle_core::Result<Tensor>;
+
+    /// The bias (out), if there is one.
+    fn bias(&self) -> candle_core::Result<Option<Tensor>>;
+
+    /// The rows `ids` (n) of the weight, (n, in). On the CPU the ids are u32.
+    fn embed(&self, ids: &Tensor) -> Result<Tensor>;
+}
+
+/// The sizes and the formula of a block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BlockSpec {
+    /// H
+    pub(crate) hidden_size: usize,
+    /// I
+    pub(crate) intermediate_size: usize,
+    pub(crate) glu: Glu,
+    /// Factor of the down projection's result, bias included.
+    pub(crate) down_multiplier: f32,
+}
+
+impl BlockSpec {
+    /// (rows, k) of a matrix.
+    fn shape(&self, which: Which) -> (usize, usize) {
+        match which {
+            Which::Gate | Which::Up => (self.intermediate_size, self.hidden_size),
+            Which::Down => (self.hidden_size, self.intermediate_size),
+        }
+    }
+
+    /// # Errors
+    /// A matrix, or its packed form, has more bytes than there are addresses.
+    fn check_addressable(&self) -> Result<()> {
+        let (h, i) = (self.hidden_size, self.intermediate_size);
+        check_addressable("gate_proj and up_proj", i.saturating_mul(2), h)?;
+        check_addressable("down_proj", h, i)
+    }
+}
+
+/// A block that is being built: it receives every matrix once.
+trait Builder {
+    /// Takes a matrix (rows, k) and its bias (rows), of any layout.
+    fn set(&mut self, which: Which, weight: &Tensor, bias: Option<&Tensor>) -> Result<()>;
+
+    /// Takes gate and up as rows of one tensor (2I,H), and their biases (2I).
+    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: PackedOrder) -> Result<()>;
+
+    /// # Errors
+    /// A matrix was not set.
+    fn finish(self: Box<Self>) -> Result<Arc<dyn Block>>;
+}
+
+impl dyn Builder + '_ {
+    fn take(&mut self, piece: &Piece) -> Result<()> {
+        match piece {
+            Piece::One { which, weight, bias } => self.set(*which, weight, bias.as_ref()),
+            Piece::GateUp { weight, bias, order } => self.set_gate_up(weight, bias.as_ref(), *order),
+        }
+    }
+}
+
+/// [`Builder::set_gate_up`] by two calls of [`Builder::set`], with views of the tensors.
+fn set_views(builder: &mut impl Builder, weight: &Tensor, bias: Option<&Tensor>, order: PackedOrder) -> Result<()> {
+    let (gate, up) = split(weight, order)?;
+    let bias = bias.map(|bias| split(bias, order)).transpose()?;
+    builder.set(Which::Gate, &gate, bias.as_ref().map(|(gate, _)| gate))?;
+    builder.set(Which::Up, &up, bias.as_ref().map(|(_, up)| up))
+}
+
+/// Builds a block from tensors of one dtype on one device. If a gradient is tracked through any of
+/// them, the block is a plain one.
+pub(crate) fn build_block(spec: &BlockSpec, weights: Weights) -> Result<Arc<dyn Block>> {
+    let (dtype, device) = (weights.down_proj.dtype(), weights.down_proj.device().clone());
+    let pieces = weights.into_pieces();
+    let mut builder = builder(spec, dtype, &device, pieces.iter().all(is_constant))?;
+    pieces.iter().try_for_each(|piece| builder.take(piece))?;
+    builder.finish()
+}
+
+/// Builds a block from a source that passes one piece after another to the function that `load`
+/// calls. Each piece is packed before the next is read, so that at most one of them is in memory
+/// twice. If a gradient turns out to be tracked through a later piece, the packed ones are dropped
+/// and `load` runs again for a plain block.
+///
+/// # Errors
+/// Those of `load`; pieces whose dtype or device differs from the first's; a missing piece.
+pub(crate) fn load_block(
+    spec: &BlockSpec,
+    load: impl Fn(&mut dyn FnMut(Piece) -> Result<()>) -> Result<()>,
+) -> Result<Arc<dyn Block>> {
+    let (packed, plain) = (Arriving::new(spec, true), Arriving::new(spec, false));
+    match packed.load(&load)? {
+        Some(block) => Ok(block),
+        None => plain.load(&load)?.ok_or_else(|| Error::missing(Which::Gate.name())),
+    }
+}
+
+/// A block whose pieces are being loaded.
+struct Arriving<'a> {
+    spec: &'a BlockSpec,
+    may_pack: bool,
+    /// The first piece decides about dtype, device and implementation: the tensors of a `VarMap`
+    /// may have another dtype than the `VarBuilder`.
+    first: Option<First>,
+}
+
+struct First {
+    dtype: DType,
+    device: Device,
+    /// Whether the builder takes constants only.
+    constant: bool,
+    /// None once a gradient was found to be tracked through a later piece.
+    builder: Option<Box<dyn Builder>>,
+}
+
+impl<'a> Arriving<'a> {
+    fn new(spec: &'a BlockSpec, may_pack: bool) -> Self {
+        Self { spec, may_pack, first: None }
+    }
+
+    /// None if some pieces are constants and some are not.
+    fn load(mut self, load: &impl Fn(&mut dyn FnMut(Piece) -> Result<()>) -> Result<()>) -> Result<Option<Arc<dyn Block>>> {
+        load(&mut |piece| self.take(&piece))?;
+        let first = self.first.ok_or_else(|| Error::missing(Which::Gate.name()))?;
+        first.builder.map(|builder| builder.finish()).transpose()
+    }
+
+    fn take(&mut self, piece: &Piece) -> Result<()> {
+        let constant = self.may_pack && is_constant(piece);
+        if self.first.is_none() {
+            let (dtype, device) = (piece.weight().dtype(), piece.weight().device().clone());
+            let builder = Some(builder(self.spec, dtype, &device, constant)?);
+            self.first = Some(First { dtype, device, constant, builder });
+        }
+        let Some(first) = &mut self.first else { return Ok(()) };
+        for (name, tensor) in piece.named() {
+            check_like(name, tensor, "the block's first weight", first.dtype, &first.device)?;
+        }
+        if first.constant && !constant {
+            first.builder = None;
+        }
+        first.builder.as_deref_mut().map_or(Ok(()), |builder| builder.take(piece))
+    }
+}
+
+fn builder(spec: &BlockSpec, dtype: DType, device: &Device, constant: bool) -> Result<Box<dyn Builder>> {
+    if !constant || !has_kernels(device, dtype) {
+        return Ok(Box::new(plain::BlockBuilder::new(spec, dtype, device)));
+    }
+    spec.check_addressable()?;
+    match device {
+        Device::Cpu => Ok(Box::new(cpu::BlockBuilder::new(spec, dtype)?)),
+        _ => Ok(Box::new(gpu::BlockBuilder::new(spec, dtype, device))),
+    }
+}
+
+/// Builds a linear layer from a weight (out, in) and a bias (out) of one dtype on one device.
+pub(crate) fn projection(weight: Tensor, bias: Option<Tensor>) -> Result<Arc<dyn Projection>> {
+    let constant = !is_tracked(&weight) && !bias.as_ref().is_some_and(is_tracked);
+    if !constant || !has_kernels(weight.device(), weight.dtype()) {
+        return Ok(Arc::new(plain::Linear::new(weight, bias)?));
+    }
+    let (rows, k) = weight.dims2()?;
+    check_addressable("weight", rows, k)?;
+    match weight.device() {
+        Device::Cpu => Ok(Arc::new(cpu::Linear::new(&weight, bias.as_ref())?)),
+        _ => Ok(Arc::new(gpu::Linear::new(&weight, bias.as_ref())?)),
+    }
+}
+
+/// A gradient is tracked through the tensor.
+fn is_tracked(tensor: &Tensor) -> bool {
+    tensor.is_variable() || tensor.track_op()
+}
+
+/// No gradient is tracked through the piece.
+fn is_constant(piece: &Piece) -> bool {
+    !piece.named().any(|(_, tensor)| is_tracked(tensor))
+}
+
+/// The device has kernels for the block and for projections in this dtype.
+fn has_kernels(device: &Device, dtype: DType) -> bool {
+    match device {
+        Device::Cpu => matches!(dtype, DType::F32 | DType::BF16 | DType::F16),
+        _ => backend::has_kernels(device, dtype),
+    }
+}
+
+/// A matrix is addressable in packed form too, which pads it by less than 256 rows and 8 columns of
+/// at most 4 bytes each.
+fn check_addressable(name: &'static str, rows: usize, columns: usize) -> Result<()> {
+    let padded = rows.checked_add(256).zip(columns.checked_add(8));
+    match padded.and_then(|(rows, columns)| rows.checked_mul(columns)?.checked_mul(4)) {
+        Some(bytes) if bytes <= isize::MAX as usize => Ok(()),
+        _ => Err(Error::TooLarge { name, rows, columns }),
+    }
+}
+
+/// Runs a layer as one operation of candle's graph, which keeps the layer if x is tracked.
+fn run<L: CustomOp1 + Clone + Send + Sync + 'static>(layer: &L, x: &Tensor) -> candle_core::Result<Tensor> {
+    if x.track_op() { x.apply_op1(layer.clone()) } else { x.apply_op1_no_bwd(layer) }
+}

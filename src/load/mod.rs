@@ -1,0 +1,18 @@
+//! Weights and where they come from: the names and layouts of checkpoint families, the tensors under
+//! a prefix, the files of a checkpoint.
+
+mod checkpoint;
+mod family;
+#[cfg(feature = "hub")]
+pub mod hub;
+mod missing;
+mod reader;
+mod unread;
+mod weights;
+
+pub use checkpoint::{Checkpoint, read_json};
+pub use family::{Family, Names, PackedOrder};
+pub(crate) use reader::{get, load_each, load_projection};
+pub(crate) use unread::check_linear;
+pub use weights::{Biases, GateUp, Weights};
+pub(crate) use weights::{Piece, Wanted, split};
