@@ -1,12 +1,13 @@
-//! Large fresh memory on huge pages.
+//! Huge pages for large allocations.
 //!
-//! A fresh output of 235 MB (4096 x 14336 in f32) costs 57 thousand page faults, more time than the arithmetic. Where the
-//! system gives huge pages on request (`madvise` mode, Debian's and Ubuntu's default), asking makes that 112.
+//! The first write to a new output of 235 MB (4096 x 14336 in f32) causes 57,000 page faults, which take
+//! longer than the arithmetic. With huge pages there are 112. Linux provides them on request in its
+//! `madvise` mode, the default of Debian and Ubuntu.
 
-/// Below this memory does not span a whole huge page for certain.
+/// A smaller allocation may not contain a whole huge page.
 const FROM: usize = 4 << 20;
 
-/// Asks for huge pages under the whole ones within `capacity` elements from `start`. Only a hint: failure changes nothing.
+/// Requests huge pages for `capacity` elements at `start`. Failure has no effect on the result.
 pub(super) fn advise_huge<T>(start: *mut T, capacity: usize) {
     let bytes = capacity.saturating_mul(size_of::<T>());
     if bytes >= FROM {

@@ -26,7 +26,8 @@ pub(super) trait Product<S: Simd> {
     /// acc (MR, NV·LANES) += a (MR, K_STEP) · b (K_STEP, NV·LANES)
     ///
     /// # Safety
-    /// The CPU has the instructions. `a[r] + at` points to `K_STEP` readable elements, `b` to NV·LANES·`K_STEP`.
+    /// The CPU has the instructions. `a[r] + at` points to `K_STEP` readable elements, `b` to
+    /// NV·LANES·`K_STEP`.
     unsafe fn step<const MR: usize, const NV: usize>(
         s: S,
         acc: &mut [[S::F; NV]; MR],
@@ -179,7 +180,8 @@ macro_rules! widen {
 widen!(f32);
 widen!(f16);
 
-/// bf16 is stored as pairs of neighbours in k: the even value of each pair is widened first, then the odd.
+/// bf16 is stored as pairs of neighbours in k. The even values of a step are widened first, then the odd
+/// ones.
 impl<S: Simd> Product<S> for Widen<bf16> {
     type A = f32;
     type B = bf16;
@@ -245,7 +247,7 @@ fn unknown<T>(p: *const T) -> *const T {
     #[cfg(target_arch = "x86_64")]
     {
         let mut p = p;
-        // SAFETY: a comment alone; the register keeps its value.
+        // SAFETY: the assembly is a comment; the register keeps its value.
         unsafe { std::arch::asm!("/* {p} */", p = inout(reg) p, options(pure, nomem, nostack, preserves_flags)) };
         p
     }
@@ -253,6 +255,6 @@ fn unknown<T>(p: *const T) -> *const T {
     p
 }
 
-/// Pairs of bf16 on both sides, by the instruction for them.
+/// Pairs of bf16 in A and B, multiplied by an instruction for them (`isa/`).
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(super) struct DotBf16;

@@ -1,4 +1,4 @@
-//! The small vector type that the CPU kernels are written over, and how each dtype enters and leaves it.
+//! The vectors that the CPU kernels are written with, and how each dtype is loaded and stored.
 //!
 //! Every operation is a correctly rounded IEEE one, so an algorithm gives the same bits on every
 //! instruction set; the tests assert it. The exception is `mul_add`, the step of long sums. It rounds
@@ -9,14 +9,16 @@
 
 use half::{bf16, f16};
 
-/// f32 vectors of one instruction set. All methods are `inline(always)` so that they take on the caller's target features.
+/// f32 vectors of one instruction set. All methods are `inline(always)`, so that they are compiled with
+/// the caller's target features.
 pub(super) trait Simd: Copy {
     /// Elements of one vector.
     const LANES: usize;
-    /// Values of A that a microkernel loads at once, to name one with [`Simd::mul_add_lane`]. 1 where a broadcast from memory
-    /// costs no more than a load.
+    /// Values of A that a microkernel loads at once and selects with [`Simd::mul_add_lane`]. 1 if a
+    /// broadcast from memory costs no more than a load.
     const GROUP: usize = 1;
-    /// Steps of a product that a loop makes in one turn, where they are so short that turning takes time.
+    /// Steps per iteration of a microkernel's loop. More than 1 if a step is so short that the loop
+    /// itself takes a noticeable share of the time.
     const UNROLL: usize = 1;
     /// A vector of f32.
     type F: Copy;
@@ -30,7 +32,7 @@ pub(super) trait Simd: Copy {
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
     /// a·b + c with one rounding.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// a·b + c, with one rounding where the instruction set has that: the step of a long sum.
+    /// a·b + c, with one rounding if the instruction set has a fused multiply-add: the step of a sum.
     #[inline(always)]
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         self.fma(a, b, c)
@@ -40,8 +42,8 @@ pub(super) trait Simd: Copy {
     fn mul_add_lane<const LANE: usize>(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         self.mul_add(a, b, c)
     }
-    /// Returns `a` unchanged. Acts as a scheduling fence: without it the compiler hoists loads, runs out of registers and spills
-    /// accumulators.
+    /// Returns `a` unchanged. Acts as a scheduling fence: without it the compiler hoists loads, runs out
+    /// of registers and spills accumulators.
     #[inline(always)]
     fn pin(self, a: Self::F) -> Self::F {
         a
@@ -137,5 +139,5 @@ element!(f32, load_f32, store_f32);
 element!(bf16, load_bf16, store_bf16);
 element!(f16, load_f16, store_f16);
 
-/// The most lanes that any instruction set has: the size of a tail's buffer.
+/// The largest number of lanes of any instruction set: the size of a buffer for the tail of a slice.
 pub(super) const MAX_LANES: usize = 16;

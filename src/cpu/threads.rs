@@ -1,4 +1,4 @@
-//! Work on candle's own threads: claimed in units, so that a slow thread does not hold up the others.
+//! Work on candle's threads. Threads claim it in units, so that a slow thread does not delay the others.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -7,20 +7,22 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use candle_core::utils::barrier_pool;
 
-/// Candle's threads, the calling one included (`CANDLE_NUM_THREADS`, `RAYON_NUM_THREADS`).
+/// The number of candle's threads including the calling one (`CANDLE_NUM_THREADS`,
+/// `RAYON_NUM_THREADS`).
 pub(super) fn count() -> usize {
     barrier_pool().n_workers() + 1
 }
 
-/// Calls `f(i)` once for each i in 0..[`count`], on as many threads as are free: one may get several calls, one after the
-/// other, so no call may wait for another to begin.
+/// Calls `f(i)` once for each i in 0..[`count`], on the threads that are free. One thread may make several
+/// of the calls, so no call may wait for another one to start.
 ///
-/// From within candle's threads all calls run here. So they do when a panic elsewhere has left candle's pool unusable.
+/// All calls run on the calling thread if it is one of candle's own, or if a panic elsewhere has
+/// poisoned candle's pool.
 pub(super) fn run(f: impl Fn(usize) + Sync) {
     run_chunked(count(), |calls| calls.for_each(&f));
 }
 
-/// Calls `f` with ranges that partition 0..n, about one for each thread. This is the only use of candle's pool.
+/// Calls `f` with ranges that partition 0..n, about one per thread. Nothing else uses candle's pool.
 pub(super) fn run_chunked(n: usize, f: impl Fn(Range<usize>) + Sync) {
     static UNUSABLE: AtomicBool = AtomicBool::new(false);
     if count() == 1 || UNUSABLE.load(Ordering::Relaxed) {
@@ -43,14 +45,14 @@ pub(super) fn run_chunked(n: usize, f: impl Fn(Range<usize>) + Sync) {
     }
 }
 
-/// Parts of each thread's share of what is left that it claims one at a time: few claims, and a slow thread holds up no other for
-/// long.
+/// A claim is this fraction of a thread's share of the remaining units: claims are few, and a slow thread
+/// does not delay the others for long.
 const PARTS: usize = 8;
 
-/// Units of work that threads claim in runs, long ones first.
+/// Units of work that threads claim in runs. The runs get shorter towards the end.
 pub(super) struct Phase {
     units: usize,
-    /// [`PARTS`] of every thread.
+    /// [`PARTS`] times the number of threads.
     parts: usize,
     next: AtomicUsize,
     done: AtomicUsize,
@@ -61,8 +63,8 @@ impl Phase {
         Self { units, parts: PARTS * count(), next: AtomicUsize::new(0), done: AtomicUsize::new(0) }
     }
 
-    /// Claims units and works on them until none is left: `f(unit, next)`, where `next` is the unit that this thread will most
-    /// likely have after it, `units` if none.
+    /// Claims units and calls `f(unit, next)` for each until none is left. `next` is the unit that this
+    /// thread will most likely claim afterwards, or `units` if there is none.
     pub(super) fn work(&self, mut f: impl FnMut(usize, usize)) {
         let run = |start: usize| ((self.units - start) / self.parts).max(1);
         let claim = |next: usize| (next < self.units).then(|| next + run(next));
@@ -75,7 +77,7 @@ impl Phase {
         }
     }
 
-    /// Waits until all units are done; those still running run on other threads.
+    /// Waits until all units are done. Units that still run are on other threads.
     pub(super) fn wait(&self) {
         const SPINS: usize = 1 << 14;
         let mut spins = 0;
@@ -90,7 +92,7 @@ impl Phase {
     }
 }
 
-/// Counts units as done even when one panics: who waits must not wait for ever.
+/// Counts units as done even if one panics. Otherwise the other threads would wait forever.
 struct Finish<'a>(&'a AtomicUsize, usize);
 
 impl Drop for Finish<'_> {
@@ -99,7 +101,7 @@ impl Drop for Finish<'_> {
     }
 }
 
-/// A buffer lent to the threads in disjoint pieces.
+/// A buffer whose disjoint pieces are written by different threads.
 pub(super) struct SendPtr<T>(pub(super) *mut T);
 
 // SAFETY: whoever dereferences the pointer keeps the pieces of different threads disjoint.

@@ -9,7 +9,7 @@ use crate::cpu::kernels::{CpuKernels, TwoBySix, kernels};
 use crate::cpu::simd::{Body, Isa, Simd};
 use crate::cpu::tuning::{Avx2OnZen3, CpuFamily};
 
-/// Proof that the CPU has avx2, fma and f16c: every `unsafe` below that only needs those rests on it.
+/// Proof that the CPU has avx2, fma and f16c. The `unsafe` blocks below rely on it.
 #[derive(Clone, Copy)]
 pub(super) struct Avx2(());
 
@@ -54,11 +54,11 @@ unsafe fn pow2(n: __m256i) -> __m256 {
     unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127)))) }
 }
 
-/// See [`Simd::pin`]; assembly takes vectors only where the features are enabled.
+/// See [`Simd::pin`]. Assembly accepts vectors only in a function with the target features.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn pin(mut a: __m256) -> __m256 {
-    // SAFETY: a comment alone, which for all the compiler knows changes `a` and memory.
+    // SAFETY: the assembly is a comment. The compiler must assume that it changes `a` and memory.
     unsafe { asm!("/* {0} */", inout(ymm_reg) a, options(nostack, preserves_flags)) };
     a
 }
@@ -167,7 +167,8 @@ impl Simd for Avx2 {
             _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(src.cast()), upper))
         }
     }
-    /// Add 0x7fff and the last kept bit, then cut; the saturating pack works on each 128-bit half, the permute rejoins them.
+    /// Adds 0x7fff and the last kept bit, then truncates. The saturating pack works on each half of 128
+    /// bits, and the permute joins them.
     #[inline(always)]
     unsafe fn store_bf16(self, value: __m256, dst: *mut bf16) {
         // SAFETY: `self` proves the instructions, the caller gives 8 writable elements.

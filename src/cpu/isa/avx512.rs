@@ -9,7 +9,7 @@ use crate::cpu::kernels::{CpuKernels, FourBySix, TwoByTwelve, kernels};
 use crate::cpu::simd::{Body, Isa, Simd};
 use crate::cpu::tuning::{Avx512OnZen4, CpuFamily};
 
-/// Proof that the CPU has avx512f, avx512bw and avx512dq: every `unsafe` below that only needs those rests on it.
+/// Proof that the CPU has avx512f, avx512bw and avx512dq. The `unsafe` blocks below rely on it.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512(());
 
@@ -52,11 +52,11 @@ pub(super) fn detect(family: CpuFamily) -> Option<CpuKernels> {
     })
 }
 
-/// See [`Simd::pin`]; assembly takes vectors only where the features are enabled.
+/// See [`Simd::pin`]. Assembly accepts vectors only in a function with the target features.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 fn pin(mut a: __m512) -> __m512 {
-    // SAFETY: a comment alone, which for all the compiler knows changes `a` and memory.
+    // SAFETY: the assembly is a comment. The compiler must assume that it changes `a` and memory.
     unsafe { asm!("/* {0} */", inout(zmm_reg) a, options(nostack, preserves_flags)) };
     a
 }
@@ -159,7 +159,7 @@ impl Simd for Avx512 {
             _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(src.cast()), upper))
         }
     }
-    /// Integer arithmetic, since `vcvtneps2bf16` flushes denormals: add 0x7fff and the last kept bit, then cut.
+    /// Adds 0x7fff and the last kept bit, then truncates. `vcvtneps2bf16` would flush denormals.
     #[inline(always)]
     unsafe fn store_bf16(self, value: __m512, dst: *mut bf16) {
         // SAFETY: `self` proves the instructions, the caller gives 16 writable elements.

@@ -9,7 +9,7 @@ use crate::cpu::kernels::{CpuKernels, FourByFive, FourBySix, kernels};
 use crate::cpu::simd::{Body, Isa, Simd};
 use crate::cpu::tuning::{CpuFamily, Unmeasured};
 
-/// Proof that the CPU has NEON: every `unsafe` below that only needs that rests on it.
+/// Proof that the CPU has NEON. The `unsafe` blocks below rely on it.
 #[derive(Clone, Copy)]
 pub(super) struct Neon(());
 
@@ -90,7 +90,8 @@ impl Simd for Neon {
         // SAFETY: `self` proves the instructions.
         unsafe { vfmaq_f32(c, a, b) }
     }
-    /// `fmla` by element: loading four values of A at once and naming one costs no instruction, broadcasting each would.
+    /// `fmla` by element: four values of A are loaded at once and each is selected without an instruction
+    /// of its own. Broadcasting would need one.
     #[inline(always)]
     fn mul_add_lane<const LANE: usize>(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
         // SAFETY: `self` proves the instructions.
@@ -163,7 +164,7 @@ impl Simd for Neon {
             vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff_0000)))
         }
     }
-    /// Add 0x7fff and the last kept bit, then cut.
+    /// Adds 0x7fff and the last kept bit, then truncates.
     #[inline(always)]
     unsafe fn store_bf16(self, value: float32x4_t, dst: *mut bf16) {
         // SAFETY: `self` proves the instructions, the caller gives 4 writable elements.

@@ -1,14 +1,16 @@
-//! Products of bf16 by the ARM instructions for them (FEAT_BF16), which add pairs of products to sums in f32.
+//! NEON with FEAT_BF16: instructions that multiply bf16 and add pairs of products to sums in f32.
 //!
-//! Both do the same arithmetic: `acc + (a₀·b₀ + a₁·b₁)`, each of the two sums rounded to odd (within one unit in the last
-//! place, where rounding to nearest is within half of one), denormals taken for 0. Two roundings for two products, so the
-//! error is within that of one product a time rounded to nearest.
+//! Both instructions compute `acc + (a₀·b₀ + a₁·b₁)`. Each of the two sums is rounded to odd, which is
+//! within one unit in the last place; rounding to nearest is within half of one. Denormals are treated
+//! as 0. There are two roundings for two products, so the error bound is that of adding one product at a
+//! time with rounding to nearest.
 //!
-//! 1. Up to MR rows (decode): `bfdot`, 4 columns of one row, 8 products. Four pairs of A are loaded at once and one is named.
-//! 2. More rows: `bfmmla`, 2 columns of 2 rows, 16 products, four neighbours in k each. A block of k is first put in that
-//!    order ([`interleave`]), once for all rows.
+//! 1. Up to MR rows (decode): `bfdot` multiplies 4 columns of one row, 8 products. Four pairs of A are
+//!    loaded at once and selected by lane.
+//! 2. More rows: `bfmmla` multiplies 2 columns of 2 rows, 16 products of four neighbours in k. A k-block
+//!    is first reordered for it, once for all rows ([`interleave`]).
 //!
-//! `bfmmla` adds its four products as two `bfdot` in the order of k would, so both give the same bits.
+//! `bfmmla` adds its four products like two `bfdot` in the order of k, so both give the same bits.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -151,11 +153,11 @@ const QUAD: usize = 4;
 /// [`interleave`], and the microkernels for 1, 2, .., 6 rows of its result.
 fn many_rows() -> Rewritten {
     let micro: Vec<Micro> = vec![micro::<1>, micro::<2>, micro::<3>, micro::<4>, micro::<5>, micro::<6>];
-    // The result needs 2 bytes for a value; 4 halve the block, as measured for f32.
+    // The result has 2 bytes per value; counting 4 gives blocks half as long.
     Rewritten { from_rows: micro.len() + 1, rewrite: interleave, micro, value_bytes: 4 }
 }
 
-/// Steps `[k / 2][NR][2]` of one stream -> `[k / 4][NR][4]`, an odd step filled up with zeros.
+/// Steps `[k / 2][NR][2]` of one stream -> `[k / 4][NR][4]`; an odd step is padded with zeros.
 ///
 /// # Safety
 /// The CPU has bf16; `b` has `steps` steps, `out` room for `steps` + 1.
@@ -213,7 +215,8 @@ unsafe fn micro<const MR: usize>(args: &MicroArgs) {
     }
 }
 
-/// Sums of 2 rows by 2 columns: [pair of rows][pair of columns]. An odd last row is its own partner, whose sums are dropped.
+/// Sums of 2 rows by 2 columns: [pair of rows][pair of columns]. An odd last row is paired with itself,
+/// and the second half of its sums is dropped.
 type Tiles = [[float32x4_t; NR / 2]; 3];
 
 /// acc (MR, NR) += a (MR, QUAD) · b (QUAD, NR)

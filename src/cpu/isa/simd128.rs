@@ -1,5 +1,5 @@
-//! WebAssembly's simd128: 4 lanes. Whether there is any is decided when the module is built (`-C target-feature=+simd128`); a
-//! machine that lacks it refuses the module.
+//! WebAssembly's simd128: 4 lanes. It is enabled when the module is built
+//! (`-C target-feature=+simd128`). A machine without it refuses the module.
 
 use std::arch::wasm32::*;
 
@@ -9,7 +9,7 @@ use crate::cpu::kernels::{CpuKernels, TwoByFour, kernels};
 use crate::cpu::simd::{Body, Isa, Simd};
 use crate::cpu::tuning::{CpuFamily, Unmeasured};
 
-/// There is simd128: this file is not built otherwise.
+/// Proof that there is simd128: this file is not built otherwise.
 #[derive(Clone, Copy)]
 pub(super) struct Simd128(());
 
@@ -46,8 +46,9 @@ fn pow2(n: v128) -> v128 {
 
 /// a·b + c of the lower two lanes with one rounding.
 ///
-/// The product is exact in f64. The sum is rounded to odd there (to nearest, and where that was not exact and left an even last
-/// bit, one step towards what was cut off), which a second rounding to f32 turns into one rounding of the exact sum.
+/// The product is exact in f64. The sum is rounded to odd in f64: to nearest and, if that was inexact and
+/// left an even last bit, one step towards the exact sum. The second rounding, to f32, then gives the
+/// exact sum rounded once.
 #[inline(always)]
 fn fma_low(a: v128, b: v128, c: v128) -> v128 {
     let c = f64x2_promote_low_f32x4(c);
@@ -95,7 +96,7 @@ impl Simd for Simd128 {
     fn fma(self, a: v128, b: v128, c: v128) -> v128 {
         i64x2_shuffle::<0, 2>(fma_low(a, b, c), fma_low(upper(a), upper(b), upper(c)))
     }
-    /// Two roundings: there is no such instruction whose result is the same everywhere.
+    /// Two roundings: no fused instruction gives the same result on every machine.
     #[inline(always)]
     fn mul_add(self, a: v128, b: v128, c: v128) -> v128 {
         f32x4_add(f32x4_mul(a, b), c)
@@ -150,7 +151,7 @@ impl Simd for Simd128 {
         // SAFETY: the caller gives 8 readable elements.
         unsafe { v128_and(v128_load(src.cast()), u32x4_splat(0xffff_0000)) }
     }
-    /// Add 0x7fff and the last kept bit, then cut.
+    /// Adds 0x7fff and the last kept bit, then truncates.
     #[inline(always)]
     unsafe fn store_bf16(self, value: v128, dst: *mut bf16) {
         let odd = v128_and(u32x4_shr(value, 16), u32x4_splat(1));
@@ -175,7 +176,7 @@ impl Simd for Simd128 {
     #[inline(always)]
     unsafe fn store_f16(self, value: v128, dst: *mut f16) {
         let mut values = [0f32; 4];
-        // SAFETY: the buffer has 4 elements, and so has what the caller gives.
+        // SAFETY: the buffer has 4 elements, and the caller gives 4.
         unsafe {
             v128_store(values.as_mut_ptr().cast(), value);
             let halves = values.map(f16::from_f32);
