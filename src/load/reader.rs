@@ -6,7 +6,7 @@ use candle_nn::{Init, VarBuilder, init};
 use super::family::{Family, Names};
 use super::missing::{plain_mlp, suggest};
 use super::unread::{check_block, contains_anything, joined};
-use super::weights::{Piece, Wanted, packed_bias};
+use super::weights::{Piece, Wanted, fused_bias};
 use crate::error::{Error, Result};
 use crate::glu::check_float;
 use crate::which::Which;
@@ -27,8 +27,8 @@ pub(crate) fn load_each(wanted: &Wanted<'_>, vb: &VarBuilder, take: &mut dyn FnM
             take(Piece::one(Which::Up, loader.projection(up, (i, h), wanted.biases.up)?))?;
             down
         }
-        Names::Packed { gate_up, down, order } => {
-            let tensors = loader.projection(gate_up, (2 * i, h), packed_bias(wanted.biases)?)?;
+        Names::Fused { gate_up, down, order } => {
+            let tensors = loader.projection(gate_up, (2 * i, h), fused_bias(wanted.biases)?)?;
             take(Piece::gate_up(tensors, *order))?;
             down
         }
