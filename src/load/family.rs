@@ -161,7 +161,8 @@ impl Family {
         }
     }
 
-    /// The names alone do not decide for this family: another layout, or a plain MLP, uses the same ones.
+    /// The names alone do not decide for this family: another layout, or a plain MLP, uses the same
+    /// ones.
     pub(crate) fn must_be_named(self) -> bool {
         matches!(self, Family::Xformers | Family::FlashAttn | Family::Interleaved)
     }

@@ -1,5 +1,5 @@
-//! Weights and where they come from: the names and layouts of checkpoint families, the tensors under
-//! a prefix, the files of a checkpoint.
+//! Weights and where they come from: the names and layouts of checkpoint families, the tensors
+//! under a prefix, the files of a checkpoint.
 
 mod checkpoint;
 mod family;

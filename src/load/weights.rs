@@ -103,7 +103,7 @@ impl Weights {
         Self { gate_up, down_proj, down_bias }
     }
 
-    /// Every tensor through `f`.
+    /// The weights after `f` was applied to every tensor.
     pub(crate) fn map(&self, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Self> {
         let optional = |bias: &Option<Tensor>| bias.as_ref().map(&f).transpose();
         let gate_up = match &self.gate_up {
@@ -169,7 +169,7 @@ pub(crate) fn split(fused: &Tensor, order: FusedOrder) -> candle_core::Result<(T
 }
 
 impl Weights {
-    /// As pieces.
+    /// One piece per projection, or one for a fused gate and up.
     pub(crate) fn into_pieces(self) -> Vec<Piece> {
         let mut pieces = match self.gate_up {
             GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => {
@@ -217,7 +217,7 @@ impl Weights {
         Ok(())
     }
 
-    /// The tensors with their names and the shapes that `wanted` asks of them.
+    /// The tensors with their names and their expected shapes.
     fn expected(&self, wanted: &Wanted<'_>) -> Vec<(&'static str, &Tensor, Vec<usize>)> {
         let (h, i) = (wanted.hidden_size, wanted.intermediate_size);
         let mut all = vec![("down_proj", &self.down_proj, vec![h, i])];
