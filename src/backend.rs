@@ -1,9 +1,9 @@
-//! Which kernels of ours a device has. What they do not compute stays candle's matmuls around the gate (`ffn.rs`); [`has_kernels`]
-//! decides once, when a layer is built.
+//! The kernels of this crate that a GPU has. `engine` looks once, when a layer is built, and uses
+//! candle's matmuls where there are none.
 
 use candle_core::{DType, Device};
 
-/// Whether this device has kernels of ours for the block and projections of this dtype.
+/// Whether this GPU has kernels for the block and for projections in this dtype.
 pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
     match device {
         #[cfg(feature = "cuda")]
@@ -33,7 +33,8 @@ pub(crate) fn has_glu(device: &Device, dtype: DType) -> bool {
     }
 }
 
-/// Loads the kernels of a device that [`has_kernels`], and waits until the weights written so far are there: `forward` need not.
+/// Loads the kernels of a device that [`has_kernels`] and synchronises with it, so that the weights
+/// written so far are complete before the first `forward`.
 pub(crate) fn prepare(device: &Device) -> candle_core::Result<()> {
     match device {
         #[cfg(feature = "cuda")]
@@ -42,7 +43,7 @@ pub(crate) fn prepare(device: &Device) -> candle_core::Result<()> {
     }
 }
 
-/// The name of what runs on a device that [`has_kernels`].
+/// The name of the kernels of a device that [`has_kernels`].
 pub(crate) fn kernel_name(device: &Device) -> &'static str {
     match device {
         #[cfg(feature = "cuda")]

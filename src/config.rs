@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::activation::{Glu, GluActivation};
 use crate::error::{Error, Result};
-use crate::load::{Biases, Family, Names, PackedOrder, Wanted};
+use crate::load::{Biases, Family, FusedOrder, Names, Wanted};
 use huggingface::Part;
 
 /// The sizes and the formula of one block:
@@ -122,13 +122,13 @@ impl FfnConfig {
     }
 
     /// Names the tensor that holds gate_proj and up_proj, the order of its rows, and down_proj's tensor.
-    pub fn with_packed_names(
+    pub fn with_fused_names(
         self,
         gate_up: impl Into<Cow<'static, str>>,
         down: impl Into<Cow<'static, str>>,
-        order: PackedOrder,
+        order: FusedOrder,
     ) -> Self {
-        Self { names: Some(Names::packed(gate_up, down, order)), ..self }
+        Self { names: Some(Names::fused(gate_up, down, order)), ..self }
     }
 
     /// The weights that a block of this config needs.

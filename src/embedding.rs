@@ -1,4 +1,4 @@
-//! A table of rows, which a tied head shares.
+//! An embedding, whose matrix a tied head shares.
 
 use candle_core::Tensor;
 use candle_nn::{Init, Module, VarBuilder};
@@ -9,8 +9,8 @@ use crate::load::{self, check_linear};
 
 /// An embedding: ids (…) -> rows (…, H) of a weight (V, H).
 ///
-/// The matrix may also be the head of a model that ties the two: [`Embedding::as_linear`] shares it, so that there is one copy,
-/// which on the CPU is packed for the kernels of this crate.
+/// The matrix may also be the head of a model that ties the two: [`Embedding::as_linear`] shares
+/// it, so that there is one copy, which on the CPU is packed for the kernels of this crate.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -52,7 +52,8 @@ impl Embedding {
         self.hidden_size
     }
 
-    /// The head of a model that ties it to the embedding: x (…, H) -> x·Wᵀ (…, V), with the same matrix and no copy of it.
+    /// The head of a model that ties it to the embedding: x (…, H) -> x·Wᵀ (…, V), with the same
+    /// matrix and no copy of it.
     pub fn as_linear(&self) -> Linear {
         self.weight.clone()
     }

@@ -1,12 +1,17 @@
-//! One error type for the crate: one variant per broken rule, each naming the tensor or field, what was expected and what
-//! was found.
+//! One error type for the crate: one variant per broken rule, each naming the tensor or field, what
+//! was expected and what was found.
 //!
-//! [`Error`] converts into [`candle_core::Error`] and back without losing its type, so `?` works in candle code and the
-//! variant can still be matched afterwards.
+//! [`Error`] converts into [`candle_core::Error`] and back without losing its type, so `?` works in
+//! candle code and the variant can still be matched afterwards.
 
-use std::path::{Path, PathBuf};
+mod convert;
+mod text;
+
+use std::path::PathBuf;
 
 use candle_core::{DType, DeviceLocation};
+
+use text::{by_the_config, did_you_mean, first, instead, list, of_size, within};
 
 /// What every fallible function of this crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -28,7 +33,8 @@ pub enum Error {
         prefix: String,
         /// The names that were tried.
         tried: Vec<String>,
-        /// The names that are there (all of them for a [`crate::Checkpoint`], else those of the known families).
+        /// The names that are there (all of them for a [`crate::Checkpoint`], else those of the
+        /// known families).
         present: Box<[String]>,
         /// Other prefixes under which one of the names is there, the likeliest first.
         suggestions: Box<[String]>,
@@ -49,7 +55,7 @@ pub enum Error {
         /// The families they fit.
         families: Vec<String>,
     },
-    /// The checkpoint has a bias that the config does not ask for: ignoring it would compute something else.
+    /// The checkpoint has a bias that the config has not: without it the result would differ.
     #[error("{name} is in the checkpoint, but the config has no bias for it (mlp_bias / FfnConfig::with_bias)")]
     UnexpectedBias {
         /// The bias found.
@@ -60,11 +66,11 @@ pub enum Error {
     Shape {
         /// The tensor.
         name: String,
-        /// The shape asked for.
+        /// The expected shape.
         expected: Vec<usize>,
         /// The shape found.
         found: Vec<usize>,
-        /// The file it lies in, when known.
+        /// Its file, when known.
         location: Option<PathBuf>,
     },
     /// A matrix, or its packed form, would have more bytes than there are addresses.
@@ -82,7 +88,7 @@ pub enum Error {
     Rank {
         /// The tensor.
         name: &'static str,
-        /// The rank asked for, in words.
+        /// The expected rank, in words.
         expected: &'static str,
         /// The shape found.
         found: Vec<usize>,
@@ -94,7 +100,7 @@ pub enum Error {
         name: String,
         /// The dtype found.
         found: String,
-        /// The file it lies in, when known.
+        /// Its file, when known.
         location: Option<PathBuf>,
     },
     /// Two tensors that meet in one product have different dtypes.
@@ -148,7 +154,7 @@ pub enum Error {
         field: String,
         /// What would be valid.
         expected: &'static str,
-        /// What stands there.
+        /// The value found.
         found: String,
     },
     /// The activation's name is not known.
@@ -159,7 +165,7 @@ pub enum Error {
         /// The names accepted.
         known: &'static str,
     },
-    /// The config asks for something this crate does not compute.
+    /// The config needs a formula that this crate does not compute.
     #[error("config: {field} = {value} is not supported: {reason}")]
     Unsupported {
         /// The field.
@@ -201,7 +207,8 @@ pub enum Error {
         /// Files of other formats in it, and what to do with them.
         found: Vec<String>,
     },
-    /// A symbolic link of the checkpoint leads nowhere, as in an incomplete copy of a download cache.
+    /// A symbolic link of the checkpoint leads nowhere, as in an incomplete copy of a download
+    /// cache.
     #[error("{}: a symbolic link to {}, which is not there", path.display(), target.display())]
     DanglingLink {
         /// The link.
@@ -214,7 +221,7 @@ pub enum Error {
     LfsPointer {
         /// The file.
         path: PathBuf,
-        /// Bytes of the file it stands for, if the pointer says so.
+        /// The size in bytes of the file, if the pointer has it.
         size: Option<u64>,
     },
     /// A tensor is stored in a quantized format.
@@ -233,10 +240,11 @@ pub enum Error {
         shape: Box<[usize]>,
         /// The field of the config that says so.
         key: Option<&'static str>,
-        /// The file it lies in.
+        /// Its file.
         location: Option<PathBuf>,
     },
-    /// Tensors under a layer's prefix that the layer does not read: without them it would compute something else.
+    /// Tensors under a layer's prefix that the layer does not read: without them it would compute
+    /// something else.
     #[error(
         "{} under \"{prefix}\" would not be read, and the {layer} would compute something else without: expected only the \
          {layer}'s own weights and biases (read those of another layer before it)",
@@ -276,7 +284,7 @@ pub enum Error {
         /// Why.
         source: serde_json::Error,
     },
-    /// A safetensors header is broken, or lies about its sizes.
+    /// A safetensors header is broken, or its sizes are inconsistent.
     #[error("{}: broken safetensors header: {reason}", path.display())]
     Header {
         /// The file.
@@ -332,7 +340,7 @@ pub enum Error {
         /// The other.
         second: PathBuf,
     },
-    /// A row that a matrix does not have was asked for.
+    /// An id is not a row of the matrix.
     #[error("row {row}: expected one of the weight's {rows} rows")]
     RowOutOfRange {
         /// The row.
@@ -346,7 +354,7 @@ pub enum Error {
         /// The dtype found.
         found: DType,
     },
-    /// The environment asks for a kernel that this machine does not have.
+    /// The environment variable names a kernel that this machine does not have.
     #[error("{variable}: expected one of {}, found {found}", available.join(", "))]
     UnknownKernel {
         /// The environment variable.
@@ -359,7 +367,7 @@ pub enum Error {
     /// A checkpoint cannot be downloaded.
     #[error("hub: {model_id}: {reason}")]
     Hub {
-        /// The model asked for.
+        /// The requested model.
         model_id: String,
         /// Why.
         reason: String,
@@ -367,110 +375,4 @@ pub enum Error {
     /// An error of candle itself.
     #[error(transparent)]
     Candle(candle_core::Error),
-}
-
-fn list(names: &[String], separator: &str) -> String {
-    if names.is_empty() { "none".to_string() } else { names.join(separator) }
-}
-
-/// At most 20 of the names.
-fn first(names: &[String]) -> String {
-    const MOST: usize = 20;
-    match names.len().checked_sub(MOST) {
-        None | Some(0) => list(names, ", "),
-        Some(more) => format!("{} and {more} more", names[..MOST].join(", ")),
-    }
-}
-
-fn did_you_mean(prefixes: &[String]) -> String {
-    if prefixes.is_empty() {
-        return String::new();
-    }
-    let quoted: Vec<String> = prefixes.iter().map(|prefix| format!("\"{prefix}\"")).collect();
-    format!("; did you mean {}?", quoted.join(" or "))
-}
-
-fn instead(found: &[String]) -> String {
-    if found.is_empty() { String::new() } else { format!("; there is {}", found.join(", ")) }
-}
-
-fn of_size(size: &Option<u64>) -> String {
-    size.map(|size| format!(" of {size} bytes")).unwrap_or_default()
-}
-
-fn by_the_config(key: &Option<&str>) -> String {
-    key.map(|key| format!(" (config: {key})")).unwrap_or_default()
-}
-
-fn within(location: &Option<PathBuf>) -> String {
-    location.as_ref().map(|path| format!(" (in {})", path.display())).unwrap_or_default()
-}
-
-impl Error {
-    /// The crate's error inside a candle error, if it came from here.
-    ///
-    /// ```
-    /// use candle_swiglu::{silu_mul, Error};
-    /// use candle_core::{DType, Device, Tensor};
-    ///
-    /// fn in_candle_code() -> candle_core::Result<Tensor> {
-    ///     let gate = Tensor::zeros((2, 3), DType::U32, &Device::Cpu)?;
-    ///     Ok(silu_mul(&gate, &gate)?)
-    /// }
-    /// let error = in_candle_code().unwrap_err();
-    /// assert!(matches!(Error::find(&error), Some(Error::DTypeUnsupported { .. })));
-    /// ```
-    pub fn find(error: &candle_core::Error) -> Option<&Error> {
-        use candle_core::Error as E;
-        match error {
-            E::Io(io) => io.get_ref()?.downcast_ref(),
-            E::Context { inner, .. } | E::WithPath { inner, .. } | E::WithBacktrace { inner, .. } => Self::find(inner),
-            _ => None,
-        }
-    }
-
-    /// The weight of this projection was not given.
-    pub(crate) fn missing(projection: &str) -> Error {
-        Self::missing_tensor(format!("{projection}.weight"))
-    }
-
-    /// A tensor of this name was not given.
-    pub(crate) fn missing_tensor(name: String) -> Error {
-        Error::MissingTensor {
-            prefix: String::new(),
-            tried: vec![name],
-            present: Box::default(),
-            suggestions: Box::default(),
-            location: None,
-        }
-    }
-
-    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-        let path = path.to_path_buf();
-        move |source| Error::Io { path, source }
-    }
-}
-
-/// The error travels inside candle's transparent I/O variant, the one that keeps a source of any type: it prints as itself,
-/// and [`Error::find`] gets it back.
-impl From<Error> for candle_core::Error {
-    fn from(error: Error) -> Self {
-        match error {
-            Error::Candle(inner) => inner,
-            own => candle_core::Error::Io(std::io::Error::other(own)),
-        }
-    }
-}
-
-impl From<candle_core::Error> for Error {
-    fn from(error: candle_core::Error) -> Self {
-        match error {
-            candle_core::Error::Io(io) => match io.downcast::<Error>() {
-                Ok(own) => own,
-                Err(io) => Error::Candle(candle_core::Error::Io(io)),
-            },
-            candle_core::Error::WithBacktrace { inner, .. } if Error::find(&inner).is_some() => Error::from(*inner),
-            other => Error::Candle(other),
-        }
-    }
 }

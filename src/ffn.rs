@@ -1,4 +1,4 @@
-//! The block.
+//! The feed-forward block.
 
 use std::sync::Arc;
 
@@ -11,35 +11,43 @@ use crate::error::{Error, Result};
 use crate::load::{GateUp, Weights, load_each};
 use crate::over_rows::over_rows;
 
-/// The SwiGLU feed-forward block, `y = (silu(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ`, and its relatives ([`FfnConfig`]).
+/// The SwiGLU feed-forward block, `y = (silu(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ`, and its relatives
+/// ([`FfnConfig`] has the general equation).
 ///
 /// # Shapes
-/// x (…,H) of any rank ≥ 1 and any layout -> y (…,H) in x's dtype. gate_proj, up_proj (I,H), down_proj (H,I).
+/// x (…,H) of any rank ≥ 1 and any layout -> y (…,H) in x's dtype. gate_proj (I,H), up_proj (I,H),
+/// down_proj (H,I).
 ///
 /// # dtypes
-/// The block computes in the dtype of its weights. x in a narrower float dtype is widened, and y rounded back. For x in a wider
-/// dtype (f32 on bf16 weights, as candle's T5 has it) the weights are converted in each call: exact, but slow; convert them once
-/// with [`SwiGluFfn::to_dtype`].
+/// The block computes in the dtype of its weights. x in a narrower float dtype is widened, and y is
+/// rounded to x's dtype. For x in a wider dtype (f32 on bf16 weights, as in candle's T5) each call
+/// converts the weights, which is exact but slow: convert them once with [`SwiGluFfn::to_dtype`].
 ///
 /// # Kernels
-/// On the CPU, weights in f32, bf16 or f16 through which no gradient is tracked are packed once, each before the next is read,
-/// and the packed copy is the only one that is kept. gate, up and the activation are one sweep over them, down a second; gate
-/// and up are never written. On CUDA and Metal they are kept as they come, gate and up in one matrix. Everything else (weights
-/// from a `VarMap`, f64) runs as candle's matmuls around [`crate::glu_mul`]. [`SwiGluFfn::kernel`] says which.
+/// Weights through which no gradient is tracked are constants. On the CPU, constants in f32, bf16
+/// or f16 are packed in the order in which the kernels read them. Each is packed before the next is
+/// loaded, and the packed copy is the only one that is kept. One sweep over gate and up includes
+/// the activation, a second sweep is down; gate and up are not written to memory. On CUDA and
+/// Metal, constants keep the layout of the checkpoint, with gate and up in one (2I,H) matrix.
+/// Everything else (weights from a `VarMap`, f64) runs as candle's matmuls around
+/// [`crate::glu_mul`]. [`SwiGluFfn::kernel`] names the implementation.
 ///
 /// # Accuracy
-/// Products are summed in f32 in the order of k, whatever the number of rows and threads, in parts of 128; h and y are rounded
-/// once each. (f64 in f64; candle's matmuls round gate and up too.) `avx512bf16` and `neonbf16` in bf16 add pairs of products
-/// without parts and take denormals for 0; ARM's instructions round such a sum within one unit in the last place of f32, not
-/// half of one. The bounds are the same.
+/// Packed weights: products are summed in f32 in the order of k, with partial sums of 128 products,
+/// for every number of rows and threads; h and y are rounded once each. `avx512bf16` and `neonbf16`
+/// add pairs of bf16 products without partial sums and flush denormals to 0; ARM's instruction
+/// rounds such a sum to within one unit in the last place of f32, not half of one. The error bounds
+/// are the same. Other weights: candle's matmuls, in f64 for f64, also round gate and up.
 ///
 /// # Memory
-/// Beyond y, a call borrows scratch of at most `rows·(H + I + 256)·a + threads·(rows·NR·4 B + 256 KiB)`, rows ≤ 512: longer inputs
-/// go through in chunks. `a` is 2 B where the kernel multiplies bf16 as it is, else 4 B; NR ≤ 64. It is kept for the next call.
+/// A call allocates y and borrows scratch memory of at most
+/// `rows·(H + I + 256)·a + threads·(rows·NR·4 B + 256 KiB)` with rows ≤ 512 and NR ≤ 64: longer
+/// inputs are processed in chunks. `a` is 2 B where the kernel multiplies bf16 without widening it,
+/// else 4 B. The scratch memory is kept for the next call.
 ///
 /// # Training
-/// Every step is differentiable. Weights from a `VarMap` are used where they lie, so an optimizer's steps are seen; packed
-/// weights are constants, through which x still gets its gradient.
+/// Every step is differentiable. Weights from a `VarMap` are used without a copy, so that the block
+/// sees an optimizer's steps. Through packed weights x still gets its gradient.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -64,7 +72,8 @@ pub struct SwiGluFfn {
     span: tracing::Span,
 }
 
-/// The block that `cfg` describes, from the weights under `vb`'s prefix: [`SwiGluFfn::new`] in the style of candle-nn.
+/// The block that `cfg` describes, from the weights under `vb`'s prefix: [`SwiGluFfn::new`] in the
+/// style of candle-nn.
 ///
 /// # Errors
 /// As [`SwiGluFfn::new`].
@@ -73,17 +82,21 @@ pub fn swiglu_ffn(cfg: &FfnConfig, vb: VarBuilder) -> Result<SwiGluFfn> {
 }
 
 impl SwiGluFfn {
-    /// Loads the weights under `vb`'s prefix (`model.layers.0.mlp`, `layers.0.feed_forward`, ...); their names and layout are
-    /// detected, see [`crate::Family`]. From an empty `VarMap` they are created under the names of `Family::Llama`.
+    /// Loads the weights under `vb`'s prefix (`model.layers.0.mlp`, `layers.0.feed_forward`, ...).
+    /// Their names and layout are detected, see [`crate::Family`]. In an empty `VarMap` they are
+    /// created under the names of `Family::Llama`.
     ///
     /// # Errors
-    /// A number of the config that makes no formula; a missing tensor, another shape, a dtype that is not a float or not that of the
-    /// other weights; names that fit several families; a bias that the config does not ask for.
+    /// A field of the config that is out of range; a missing tensor, a wrong shape, a dtype that is
+    /// not a float or not that of the other weights; names that fit several families; a bias that
+    /// the config does not have.
     ///
-    /// A tensor of the block that it would not read (a norm between the projections, an adapter, a scale) is an error too. To a block
-    /// belongs what is under its projections' names and what else is under the prefix, unless attention is there as well: then the
-    /// prefix is that of a whole layer. A [`crate::Checkpoint`] knows all its tensors, and which of them were read before by the
-    /// caller; in other sources of a `VarBuilder` names that are known from published checkpoints are looked up.
+    /// A tensor of the block that would not be read (a norm between the projections, an adapter, a
+    /// scale) is an error too. The tensors of a block are those under its projections' names and
+    /// all others under the prefix. If attention is under the same prefix, it is the prefix of a
+    /// whole layer, and only tensors known to be part of a block count. A [`crate::Checkpoint`]
+    /// knows all its tensors and which of them the caller has read. In other sources of a
+    /// `VarBuilder`, names known from published checkpoints are looked up.
     pub fn new(cfg: &FfnConfig, vb: VarBuilder) -> Result<Self> {
         cfg.validate()?;
         let block = engine::load_block(&spec(cfg), |take| load_each(&cfg.wanted(), &vb, take))?;
@@ -114,12 +127,14 @@ impl SwiGluFfn {
         Self::from_weights(&FfnConfig::new(hidden_size, intermediate_size), weights)
     }
 
-    /// From tensors in any of the layouts of [`GateUp`], with the formula of `cfg`. Where they are not packed the tensors keep
-    /// their storage; a view whose rows are not contiguous (every second row, say) is copied once, unless a gradient is tracked
-    /// through it.
+    /// From tensors in any of the layouts of [`GateUp`], with the formula of `cfg`. If a gradient
+    /// is tracked through any of them, none is packed. Tensors that are not packed keep their
+    /// storage; a view whose rows are not contiguous (every second row, say) is copied once, unless
+    /// a gradient is tracked through it.
     ///
     /// # Errors
-    /// As [`SwiGluFfn::from_tensors`], and biases where the config has none or none where it has them.
+    /// Those of [`SwiGluFfn::from_tensors`]; a bias that the config does not have; a bias that the
+    /// config has and `weights` has not.
     pub fn from_weights(cfg: &FfnConfig, weights: Weights) -> Result<Self> {
         cfg.validate()?;
         weights.check(&cfg.wanted())?;
@@ -130,10 +145,14 @@ impl SwiGluFfn {
         Self { cfg: cfg.clone(), block, span: tracing::span!(tracing::Level::TRACE, "swiglu-ffn") }
     }
 
-    /// The name of the kernel that will run: on the CPU the instruction set that is used for the dtype of the weights (one of
-    /// [`crate::cpu_kernels`]; the environment variable `CANDLE_SWIGLU_KERNEL` forces one, and `avx512bf16` and `neonbf16` use
-    /// `avx512` and `neon` for all dtypes but bf16), with `plain-` before it where only the gate is ours; on a GPU that has
-    /// kernels of ours their name (`metal`, say), else `plain`.
+    /// The name of the kernel that runs the block, chosen when it was built.
+    ///
+    /// - Packed on the CPU: the instruction set for the dtype of the weights, one of
+    ///   [`crate::cpu_kernels`]. The environment variable `CANDLE_SWIGLU_KERNEL` forces one.
+    ///   `avx512bf16` and `neonbf16` use `avx512` and `neon` for all dtypes but bf16.
+    /// - On a GPU for which this crate has kernels: their name (`metal`, `cuda-sm90`).
+    /// - Otherwise `plain` for candle's matmuls; on the CPU with the instruction set of the gate
+    ///   (`plain-avx2`).
     pub fn kernel(&self) -> &str {
         self.block.kernel()
     }
@@ -165,8 +184,9 @@ impl SwiGluFfn {
         self.block.dtype()
     }
 
-    /// The weights, as [`SwiGluFfn::from_weights`] takes them. A packed block unpacks them into new tensors, bit for bit as they
-    /// were loaded, gate and up apart; any other block gives the tensors that it uses (those of a `VarMap`, say).
+    /// The weights, as arguments of [`SwiGluFfn::from_weights`]. A packed block unpacks them into
+    /// new tensors, bit for bit as they were loaded, with gate and up separate. Any other block
+    /// returns the tensors that it uses (those of a `VarMap`, say).
     ///
     /// # Errors
     /// None but candle's.
@@ -174,8 +194,9 @@ impl SwiGluFfn {
         Ok(self.block.weights()?)
     }
 
-    /// The block with its weights as constants: one that was trained in a `VarMap` gets this device's kernels, and its weights no
-    /// gradient any more. Later steps of an optimizer do not change it. A packed block is cloned, which copies nothing.
+    /// The block with its weights as constants: one that was trained in a `VarMap` gets this
+    /// device's kernels, and its weights no gradient any more. Later steps of an optimizer do not
+    /// change it. A packed block is cloned, which copies nothing.
     ///
     /// ```
     /// use candle_core::{DType, Device};

@@ -135,7 +135,7 @@ pub use glu::{glu_mul, silu_mul};
 pub use linear::{Linear, linear, linear_b, linear_no_bias};
 #[cfg(feature = "hub")]
 pub use load::hub;
-pub use load::{Biases, Checkpoint, Family, GateUp, Names, PackedOrder, Weights, read_json};
+pub use load::{Biases, Checkpoint, Family, FusedOrder, GateUp, Names, Weights, read_json};
 
 /// The examples of README.md, compiled and run as documentation tests.
 #[cfg(doctest)]

@@ -1,4 +1,4 @@
-//! One projection, `y = x·Wᵀ + b`.
+//! The linear layer `y = x·Wᵀ + b`.
 
 use std::sync::Arc;
 
@@ -14,16 +14,18 @@ use crate::over_rows::{over_rows, rows, wider};
 /// A linear layer `y = x·Wᵀ + b` with W (out, in) and an optional b (out).
 ///
 /// # Shapes
-/// x (…, in) of any rank ≥ 1 and any layout -> y (…, out) in x's dtype. x in another float dtype than the weights is handled as in
-/// [`crate::SwiGluFfn`].
+/// x (…, in) of any rank ≥ 1 and any layout -> y (…, out) in x's dtype. x in another float dtype
+/// than the weights is handled as in [`crate::SwiGluFfn`].
 ///
 /// # Weights
-/// On the CPU a weight in f32, bf16 or f16 through which no gradient is tracked is packed for the kernels of this crate: then
-/// the packed copy is the only one that the layer keeps. x still gets its gradient. Any other weight is used where it lies,
-/// by candle's matmul, and gets its own gradient (a `VarMap`'s, say).
+/// On the CPU a weight in f32, bf16 or f16 through which no gradient is tracked is packed for the
+/// kernels of this crate. The packed copy is the only one that the layer keeps, and x still gets
+/// its gradient. Any other weight (a `VarMap`'s, say) is used without a copy by candle's matmul and
+/// gets its own gradient.
 ///
 /// # Accuracy
-/// Packed: products are summed as in [`crate::SwiGluFfn`], whatever the number of rows and threads, and rounded once.
+/// Packed: products are summed as in [`crate::SwiGluFfn`], independent of the number of rows and
+/// threads, and y is rounded once.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -70,7 +72,8 @@ pub fn linear_b(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Re
 }
 
 impl Linear {
-    /// Loads `weight` (out_dim, in_dim) and, if it is there, `bias` (out_dim) under `vb`'s prefix. A `VarMap` gets no bias.
+    /// Loads `weight` (out_dim, in_dim) and, if it is there, `bias` (out_dim) under `vb`'s prefix.
+    /// A `VarMap` gets no bias.
     ///
     /// # Errors
     /// No such tensor, or another shape.
@@ -83,7 +86,8 @@ impl Linear {
     /// From weight (out, in) and bias (out), and with their gradients if they have any.
     ///
     /// # Errors
-    /// Wrong rank, a size of zero, shapes that do not fit, a dtype that is not a float, mixed dtypes or devices.
+    /// Wrong rank, a size of zero, shapes that do not fit, a dtype that is not a float, mixed
+    /// dtypes or devices.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let (out_dim, in_dim) = check_tensors(&weight, bias.as_ref())?;
         let layer = engine::projection(weight, bias)?;
@@ -106,8 +110,9 @@ impl Linear {
         Ok(self.layer.bias()?)
     }
 
-    /// The layer with its weights as constants: one that was trained in a `VarMap` gets this device's kernels, and its weights no
-    /// gradient any more. A packed layer is cloned, which copies nothing.
+    /// The layer with its weights as constants: one that was trained in a `VarMap` gets this
+    /// device's kernels, and its weights no gradient any more. A packed layer is cloned, which
+    /// copies nothing.
     ///
     /// # Errors
     /// None but candle's.
@@ -130,8 +135,8 @@ impl Linear {
         Self::new(self.weight()?.to_dtype(dtype)?, bias)
     }
 
-    /// Rows of W: ids (…) in u8, u32 or i64 -> (…, in). With the weight that a model ties to its embedding, this is the
-    /// embedding, and the model keeps one copy of it ([`crate::Embedding`]).
+    /// Rows of W: ids (…) in u8, u32 or i64 -> (…, in). With the weight that a model ties to its
+    /// embedding, this is the embedding, and the model keeps one copy of it ([`crate::Embedding`]).
     ///
     /// ```
     /// use candle_core::{Device, Tensor};
@@ -151,12 +156,14 @@ impl Linear {
         Ok(self.layer.embed(&flat)?.reshape(dims)?)
     }
 
-    /// The name of the kernel that will run, as [`crate::SwiGluFfn::kernel`].
+    /// The name of the kernel that runs the layer: as [`crate::SwiGluFfn::kernel`], but always
+    /// `plain` for candle's matmul.
     pub fn kernel(&self) -> &str {
         self.layer.kernel()
     }
 
-    /// y = x·Wᵀ + b in f32: what [`Module::forward`] gives before its rounding to the dtype of W. For the logits of a head.
+    /// y = x·Wᵀ + b in f32: the result of [`Module::forward`] before it is rounded to the dtype of
+    /// W. For the logits of a head.
     ///
     /// # Shapes
     /// x (…, in) -> y (…, out), f32.
@@ -207,7 +214,7 @@ impl Module for Linear {
     }
 }
 
-/// ids (n) as they are on a GPU; on the CPU as u32, each of them one of `rows` rows.
+/// ids (n), on a GPU unchanged; on the CPU as u32, after a check that each is one of `rows` rows.
 fn check_ids(ids: &Tensor, rows: usize) -> Result<Tensor> {
     if !matches!(ids.dtype(), DType::U8 | DType::U32 | DType::I64) {
         return Err(Error::IdsDType { found: ids.dtype() });
@@ -224,7 +231,7 @@ fn check_ids(ids: &Tensor, rows: usize) -> Result<Tensor> {
     Ok(Tensor::new(ids, &Device::Cpu)?)
 }
 
-/// (out, in), if the tensors fit.
+/// (out, in), if the shapes, dtypes and devices of the tensors agree.
 fn check_tensors(weight: &Tensor, bias: Option<&Tensor>) -> Result<(usize, usize)> {
     let Ok((out_dim, in_dim)) = weight.dims2() else {
         return Err(Error::Rank { name: "weight", expected: "rank 2 (out, in)", found: weight.dims().to_vec() });

@@ -8,7 +8,8 @@ use crate::glu::{check_float, check_like};
 /// Applies a layer to x (…,in) of any float dtype -> y (…,out) in x's dtype, computed in the wider
 /// dtype of x and the weights.
 ///
-/// `forward` takes rows (M,in) in the dtype of the layer; `convert` makes the layer in a wider dtype.
+/// `forward` takes rows (M,in) in the dtype of the layer; `convert` makes the layer in a wider
+/// dtype.
 pub(crate) fn over_rows<L>(
     layer: &L,
     x: &Tensor,

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Device, IndexOp, Module, Storage, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, SGD, VarBuilder, VarMap};
-use candle_swiglu::{Family, FfnConfig, GateUp, GluActivation, PackedOrder, SwiGluFfn, Weights, glu_mul, silu_mul};
+use candle_swiglu::{Family, FfnConfig, FusedOrder, GateUp, GluActivation, SwiGluFfn, Weights, glu_mul, silu_mul};
 
 mod common;
 use common::{
@@ -256,7 +256,7 @@ fn one_side_may_be_untracked() -> Result<()> {
 
 /// Packed weights get the gradients of separate ones, in their own order: bit by bit over integers, whose sums are exact.
 #[test]
-fn packed_weights_get_the_same_gradients() -> Result<()> {
+fn fused_weights_get_the_same_gradients() -> Result<()> {
     let cfg = FfnConfig::new(6, 9).with_activation(GluActivation::Relu).with_bias(true);
     let mut numbers = Numbers::new(33);
     let mut var = |dims: &[usize]| anyhow::Ok(Var::from_tensor(&integers(&mut numbers, dims, DType::F32)?)?);
@@ -269,11 +269,11 @@ fn packed_weights_get_the_same_gradients() -> Result<()> {
     };
     let own = |var: &Var| var.as_tensor().clone();
     let separate = run(GateUp::separate(own(&gate), own(&up), Some(own(&gate_bias)), Some(own(&up_bias))))?;
-    for order in [PackedOrder::GateFirst, PackedOrder::UpFirst, PackedOrder::Interleaved] {
+    for order in [FusedOrder::GateFirst, FusedOrder::UpFirst, FusedOrder::Interleaved] {
         let pack = |gate: &Tensor, up: &Tensor| pack(gate, up, order);
-        let packed = [Var::from_tensor(&pack(&gate, &up)?.detach())?, Var::from_tensor(&pack(&gate_bias, &up_bias)?.detach())?];
-        let store = run(GateUp::packed(own(&packed[0]), Some(own(&packed[1])), order))?;
-        for (var, [gate, up]) in packed.iter().zip([[&gate, &up], [&gate_bias, &up_bias]]) {
+        let fused = [Var::from_tensor(&pack(&gate, &up)?.detach())?, Var::from_tensor(&pack(&gate_bias, &up_bias)?.detach())?];
+        let store = run(GateUp::fused(own(&fused[0]), Some(own(&fused[1])), order))?;
+        for (var, [gate, up]) in fused.iter().zip([[&gate, &up], [&gate_bias, &up_bias]]) {
             let expected = pack(gradient(&separate, gate)?, gradient(&separate, up)?)?;
             assert_eq!(bits(gradient(&store, var)?)?, bits(&expected)?, "{order:?}");
         }
@@ -417,9 +417,9 @@ fn address(tensor: &Tensor) -> Result<usize> {
 #[test]
 fn only_the_operands_are_kept() -> Result<()> {
     let (m, h, i) = (5, 7, 11);
-    for packed in [false, true] {
+    for fused in [false, true] {
         let mut cfg = FfnConfig::new(h, i);
-        cfg.family = packed.then_some(Family::Phi3);
+        cfg.family = fused.then_some(Family::Phi3);
         let map = VarMap::new();
         let ffn = SwiGluFfn::new(&cfg, VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu))?;
         let x = Var::zeros((m, h), DType::F32, &Device::Cpu)?;
@@ -431,7 +431,7 @@ fn only_the_operands_are_kept() -> Result<()> {
             *elements = node.elem_count().max(*elements);
         }
         kept.retain(|address, _| !leaves.contains(address));
-        assert_eq!(kept.values().sum::<usize>(), 3 * m * i + m * h, "packed: {packed}");
+        assert_eq!(kept.values().sum::<usize>(), 3 * m * i + m * h, "fused: {fused}");
     }
     Ok(())
 }

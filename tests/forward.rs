@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
 use candle_nn::VarBuilder;
-use candle_swiglu::{FfnConfig, GateUp, Glu, GluActivation, Linear, PackedOrder, SwiGluFfn, Weights, glu_mul, reference};
+use candle_swiglu::{FfnConfig, FusedOrder, GateUp, Glu, GluActivation, Linear, SwiGluFfn, Weights, glu_mul, reference};
 
 mod common;
 use common::{
@@ -184,7 +184,7 @@ fn weights_may_be_views() -> Result<()> {
 }
 
 #[test]
-fn packed_and_separate_projections_agree() -> Result<()> {
+fn fused_and_separate_projections_agree() -> Result<()> {
     let cfg = FfnConfig::new(H, I).with_activation(GluActivation::Relu).with_bias(true);
     for dtype in FLOATS {
         let mut numbers = Numbers::new(7);
@@ -194,12 +194,12 @@ fn packed_and_separate_projections_agree() -> Result<()> {
         let weights = |gate_up| Weights::new(gate_up, down.clone(), Some(down_bias.clone()));
         let separate = GateUp::separate(gate.clone(), up.clone(), Some(gate_bias.clone()), Some(up_bias.clone()));
         let separate = SwiGluFfn::from_weights(&cfg, weights(separate))?;
-        for order in [PackedOrder::GateFirst, PackedOrder::UpFirst, PackedOrder::Interleaved] {
+        for order in [FusedOrder::GateFirst, FusedOrder::UpFirst, FusedOrder::Interleaved] {
             let (gate_up_proj, bias) = (pack(&gate, &up, order)?, Some(pack(&gate_bias, &up_bias, order)?));
-            let packed = SwiGluFfn::from_weights(&cfg, weights(GateUp::packed(gate_up_proj, bias, order)))?;
+            let fused = SwiGluFfn::from_weights(&cfg, weights(GateUp::fused(gate_up_proj, bias, order)))?;
             for m in [1, 2, 9] {
                 let x = t(&[m, H])?;
-                assert_eq!(bits(&packed.forward(&x)?)?, bits(&separate.forward(&x)?)?, "{dtype:?} {order:?} M = {m}");
+                assert_eq!(bits(&fused.forward(&x)?)?, bits(&separate.forward(&x)?)?, "{dtype:?} {order:?} M = {m}");
             }
         }
     }

@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_nn::{Module, VarBuilder};
-use candle_swiglu::{Biases, Family, FfnConfig, GateUp, Glu, GluActivation, PackedOrder, SwiGluFfn, Weights, reference};
+use candle_swiglu::{Biases, Family, FfnConfig, FusedOrder, GateUp, Glu, GluActivation, SwiGluFfn, Weights, reference};
 
 mod common;
 use common::{Block, Golden, bits, check_within, glu_units, max_error, rms_error, slope_size, unit_roundoff, values};
@@ -91,7 +91,7 @@ fn gpt_oss_expert() -> Result<()> {
         );
         let ffns =
             [SwiGluFfn::new(&cfg, named)?, SwiGluFfn::from_weights(&cfg, copied)?, SwiGluFfn::from_weights(&cfg, viewed)?];
-        let weights = separate(&copies, PackedOrder::Interleaved)?;
+        let weights = separate(&copies, FusedOrder::Interleaved)?;
         for (ffn, layout) in ffns.iter().zip(["names", "copies", "views"]) {
             let what = format!("{} {layout}", golden.name);
             let y = ffn.forward(&x)?;
@@ -104,7 +104,7 @@ fn gpt_oss_expert() -> Result<()> {
                     let gradient = store.get(var).context("a weight without gradient")?.i(0)?;
                     gradients.insert(format!("d{name}"), if gradient.rank() == 2 { gradient.t()? } else { gradient });
                 }
-                gradients = separate(&gradients, PackedOrder::Interleaved)?;
+                gradients = separate(&gradients, FusedOrder::Interleaved)?;
             }
             check_block(&what, &golden, &cfg, &weights, "y_f64", &Found { y, gradients })?;
         }
@@ -118,7 +118,7 @@ fn vars<const N: usize>(golden: &Golden, names: [&str; N]) -> Result<[Var; N]> {
 }
 
 fn interleaved(gate_up_proj: Tensor, bias: Tensor, down_proj: Tensor, down_bias: Tensor) -> Weights {
-    let gate_up = GateUp::packed(gate_up_proj, Some(bias), PackedOrder::Interleaved);
+    let gate_up = GateUp::fused(gate_up_proj, Some(bias), FusedOrder::Interleaved);
     Weights::new(gate_up, down_proj, Some(down_bias))
 }
 
@@ -134,7 +134,7 @@ fn projections(tensors: &Tensors) -> Tensors {
 }
 
 /// Splits `gate_up_proj.*` (2I,..), or the gradient of it, into `gate_proj.*` (I,..) and `up_proj.*` (I,..).
-fn separate(tensors: &Tensors, order: PackedOrder) -> Result<Tensors> {
+fn separate(tensors: &Tensors, order: FusedOrder) -> Result<Tensors> {
     let mut all = Tensors::new();
     for (name, tensor) in tensors {
         if !name.contains("gate_up_proj.") {
@@ -147,9 +147,9 @@ fn separate(tensors: &Tensors, order: PackedOrder) -> Result<Tensors> {
             tensor.contiguous()?.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)
         };
         let (gate, up) = match order {
-            PackedOrder::GateFirst => (pick(0, 1)?, pick(i, 1)?),
-            PackedOrder::UpFirst => (pick(i, 1)?, pick(0, 1)?),
-            PackedOrder::Interleaved => (pick(0, 2)?, pick(1, 2)?),
+            FusedOrder::GateFirst => (pick(0, 1)?, pick(i, 1)?),
+            FusedOrder::UpFirst => (pick(i, 1)?, pick(0, 1)?),
+            FusedOrder::Interleaved => (pick(0, 2)?, pick(1, 2)?),
             other => anyhow::bail!("no rows of {other:?}"),
         };
         all.insert(name.replace("gate_up_proj", "gate_proj"), gate);
@@ -184,9 +184,9 @@ fn check_named(golden: &Golden, prefix: &str) -> Result<SwiGluFfn> {
                 gradients.insert(format!("d{name}"), gradient.clone());
             }
         }
-        let found = Found { y, gradients: separate(&gradients, PackedOrder::GateFirst)? };
+        let found = Found { y, gradients: separate(&gradients, FusedOrder::GateFirst)? };
         let expected = if dtype == DType::F64 { "y" } else { "y_f64" };
-        check_block(&what, golden, &cfg, &separate(&weights, PackedOrder::GateFirst)?, expected, &found)?;
+        check_block(&what, golden, &cfg, &separate(&weights, FusedOrder::GateFirst)?, expected, &found)?;
     }
     Ok(constant)
 }
@@ -222,7 +222,7 @@ fn check_block(what: &str, golden: &Golden, cfg: &FfnConfig, weights: &Tensors, 
     if found.gradients.is_empty() {
         return Ok(());
     }
-    let order = if what.contains("gpt_oss") { PackedOrder::Interleaved } else { PackedOrder::GateFirst };
+    let order = if what.contains("gpt_oss") { FusedOrder::Interleaved } else { FusedOrder::GateFirst };
     let expected = separate(&golden_gradients(golden)?, order)?;
     let oracle = block.gradients(x, golden.tensor("dy")?, u)?;
     let complete = found.gradients.len() == oracle.len() || found.gradients.keys().eq(["dx"]);

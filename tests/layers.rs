@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, Module, VarBuilder, VarMap};
 use candle_swiglu::{
-    Biases, Embedding, Error, FfnConfig, GateUp, Linear, Names, PackedOrder, SwiGluFfn, Weights, embedding, linear,
+    Biases, Embedding, Error, FfnConfig, FusedOrder, GateUp, Linear, Names, SwiGluFfn, Weights, embedding, linear,
     linear_no_bias, swiglu_ffn,
 };
 use common::{Numbers, bits, check_within, pack, unit_roundoff, values};
@@ -18,7 +18,7 @@ use common::{Numbers, bits, check_within, pack, unit_roundoff, values};
 const H: usize = 32;
 const I: usize = 48;
 
-const ORDERS: [PackedOrder; 3] = [PackedOrder::GateFirst, PackedOrder::UpFirst, PackedOrder::Interleaved];
+const ORDERS: [FusedOrder; 3] = [FusedOrder::GateFirst, FusedOrder::UpFirst, FusedOrder::Interleaved];
 
 fn all_biases() -> impl Iterator<Item = Biases> {
     (0..8).map(|n| Biases::new(n & 1 > 0, n & 2 > 0, n & 4 > 0))
@@ -68,18 +68,18 @@ fn names_of_the_caller_with_each_bias_by_itself() -> Result<()> {
         assert_eq!(bits(&ffn.forward(&x(DType::F32)?)?)?, expected, "{biases:?}");
 
         for order in ORDERS {
-            let named = cfg.clone().with_packed_names("Wi", "Wo", order);
+            let named = cfg.clone().with_fused_names("Wi", "Wo", order);
             let bias = match (&gate_bias, &up_bias) {
                 (Some(gate), Some(up)) => Some(pack(gate, up, order)?),
                 _ => None,
             };
-            let packed = [
+            let fused = [
                 ("Wi.weight".to_string(), Some(pack(&gate, &up, order)?)),
                 ("Wi.bias".to_string(), bias),
                 ("Wo.weight".to_string(), Some(down.clone())),
                 ("Wo.bias".to_string(), down_bias.clone()),
             ];
-            let ffn = swiglu_ffn(&named, builder(&packed, DType::F32));
+            let ffn = swiglu_ffn(&named, builder(&fused, DType::F32));
             if biases.gate == biases.up {
                 assert_eq!(bits(&ffn?.forward(&x(DType::F32)?)?)?, expected, "{biases:?} {order:?}");
             } else {
@@ -95,11 +95,11 @@ fn names_of_the_caller_with_each_bias_by_itself() -> Result<()> {
 fn names_that_are_not_there() -> Result<()> {
     let ([gate, up, down], _) = parts(Biases::NONE, DType::F32)?;
     let tensors =
-        [("Wi.weight".to_string(), Some(pack(&gate, &up, PackedOrder::GateFirst)?)), ("Wo.weight".to_string(), Some(down))];
-    let cfg = FfnConfig::new(H, I).with_packed_names("Wi", "Wout", PackedOrder::GateFirst);
+        [("Wi.weight".to_string(), Some(pack(&gate, &up, FusedOrder::GateFirst)?)), ("Wo.weight".to_string(), Some(down))];
+    let cfg = FfnConfig::new(H, I).with_fused_names("Wi", "Wout", FusedOrder::GateFirst);
     let error = swiglu_ffn(&cfg, builder(&tensors, DType::F32)).unwrap_err();
     assert!(matches!(&error, Error::MissingTensor { tried, .. } if tried == &["Wout.weight"]), "{error}");
-    assert_eq!(cfg.names, Some(Names::packed("Wi", "Wout", PackedOrder::GateFirst)));
+    assert_eq!(cfg.names, Some(Names::fused("Wi", "Wout", FusedOrder::GateFirst)));
     Ok(())
 }
 

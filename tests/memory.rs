@@ -45,14 +45,14 @@ const MIB: usize = 1 << 20;
 /// Names, shapes, the config, the header: no tensor's data.
 const SMALL: usize = 64 << 10;
 
-fn write(dir: &std::path::Path, dtype: DType, packed: bool) {
+fn write(dir: &std::path::Path, dtype: DType, fused: bool) {
     let mut tensors = HashMap::new();
     let mut add = |layer, name, shape: [usize; 2]| {
         let tensor = Tensor::full(0.5f32, &shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
         tensors.insert(format!("layers.{layer}.mlp.{name}.weight"), tensor.contiguous().unwrap());
     };
     for layer in 0..LAYERS {
-        if packed {
+        if fused {
             add(layer, "gate_up_proj", [2 * I, H]);
         } else {
             add(layer, "gate_proj", [I, H]);
@@ -111,16 +111,16 @@ fn forward() {
 }
 
 fn loading() {
-    for (in_file, in_memory, packed) in [
+    for (in_file, in_memory, fused) in [
         (DType::BF16, DType::BF16, false),
         (DType::BF16, DType::F32, false),
         (DType::F32, DType::BF16, false),
         (DType::F32, DType::F32, true),
         (DType::F64, DType::F16, true),
     ] {
-        let case = format!("{in_file:?} as {in_memory:?}, packed: {packed}");
+        let case = format!("{in_file:?} as {in_memory:?}, fused: {fused}");
         let dir = tempfile::tempdir().unwrap();
-        write(dir.path(), in_file, packed);
+        write(dir.path(), in_file, fused);
         drop(load(&Checkpoint::open(dir.path()).unwrap(), in_memory)); // what is set up once is set up
 
         let before = NOW.load(SeqCst);
@@ -132,7 +132,7 @@ fn loading() {
 
         let element = in_memory.size_in_bytes();
         let weights = LAYERS * 3 * H * I * element;
-        let largest = if packed { 2 } else { 1 } * H * I * element;
+        let largest = if fused { 2 } else { 1 } * H * I * element;
         assert!(largest > MIB, "{case}: one chunk must not be a whole tensor");
         assert!((weights..weights + SMALL).contains(&after), "{case}: {after} B stay for {weights} B of weights");
         assert!(peak <= weights + largest + MIB + SMALL, "{case}: {peak} B for {weights} B of weights");

@@ -6,7 +6,7 @@ mod common;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module;
-use candle_swiglu::{FfnConfig, GateUp, GluActivation, Linear, PackedOrder, SwiGluFfn, Weights};
+use candle_swiglu::{FfnConfig, FusedOrder, GateUp, GluActivation, Linear, SwiGluFfn, Weights};
 use common::{Block, FLOATS, Numbers, check_within, pack, unit_roundoff, values, weights};
 use proptest::prelude::*;
 use proptest::test_runner::{RngSeed, TestCaseResult};
@@ -86,7 +86,7 @@ struct Input {
     rows: (usize, usize),
     x: Lie,
     weights: Lie,
-    order: Option<PackedOrder>,
+    order: Option<FusedOrder>,
     seed: u64,
 }
 
@@ -97,7 +97,7 @@ prop_compose! {
         x in lie(),
         weights in lie(),
         order in proptest::option::of(prop_oneof![
-            Just(PackedOrder::GateFirst), Just(PackedOrder::UpFirst), Just(PackedOrder::Interleaved)
+            Just(FusedOrder::GateFirst), Just(FusedOrder::UpFirst), Just(FusedOrder::Interleaved)
         ]),
         seed: u64,
     ) -> Input {
@@ -118,7 +118,7 @@ fn build(cfg: &FfnConfig, all: &std::collections::HashMap<String, Tensor>, input
         Some(order) => {
             let both = pack(&all["gate_proj.weight"], &all["up_proj.weight"], order)?;
             let bias = bias("gate_proj").zip(bias("up_proj")).map(|(gate, up)| pack(&gate, &up, order)).transpose()?;
-            GateUp::packed(laid(&both, input.weights)?, bias, order)
+            GateUp::fused(laid(&both, input.weights)?, bias, order)
         }
     };
     Ok(SwiGluFfn::from_weights(cfg, Weights::new(gate_up, weight("down_proj")?, bias("down_proj")))?)

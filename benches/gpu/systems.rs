@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::Module;
 use candle_swiglu::{
-    CudaPrefill, FfnConfig, GateUp, Linear, PackedOrder, SwiGluFfn, Weights as BlockWeights, force_cuda_prefill,
+    CudaPrefill, FfnConfig, FusedOrder, GateUp, Linear, SwiGluFfn, Weights as BlockWeights, force_cuda_prefill,
 };
 
 /// The n-th call of a system, which takes the n-th set of weights.
@@ -41,7 +41,7 @@ impl Weights {
         let random = |rows: usize, k: usize| Tensor::randn(0f32, (k as f32).powf(-0.5), (rows, k), device)?.to_dtype(dtype);
         let set = |_| -> Result<Set> {
             let (gate_up, down) = (random(2 * i, h)?, random(h, i)?);
-            let packed = GateUp::packed(gate_up.clone(), None, PackedOrder::GateFirst);
+            let packed = GateUp::fused(gate_up.clone(), None, FusedOrder::GateFirst);
             let weights = BlockWeights::new(packed, down.clone(), None);
             let ffn = SwiGluFfn::from_weights(&FfnConfig::new(h, i), weights)?;
             let linear = Linear::new(down.clone(), None)?;

@@ -194,7 +194,7 @@ const WORDS: [&str; 14] = [
     "llama",
     "glu",
 ];
-/// Of each family the gate, up or packed, and down names; then the family to ask for.
+/// Of each family the gate, up or fused, and down names; then the family to ask for.
 const FAMILIES: [(&[&str], Family); 13] = [
     (&["gate_proj", "up_proj", "down_proj"], Family::Llama),
     (&["w1", "w3", "w2"], Family::Meta),

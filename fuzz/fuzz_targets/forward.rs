@@ -14,7 +14,7 @@
 
 use arbitrary::Arbitrary;
 use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
-use candle_swiglu::{Biases, FfnConfig, GateUp, GluActivation, Linear, PackedOrder, SwiGluFfn, Weights};
+use candle_swiglu::{Biases, FfnConfig, GateUp, GluActivation, Linear, FusedOrder, SwiGluFfn, Weights};
 use libfuzzer_sys::fuzz_target;
 
 // ---------------------------------------------------------------- 1. what an input describes
@@ -33,7 +33,7 @@ struct Case {
     up: Operand,
     down: Operand,
     /// gate and up in one tensor, of gate's layout
-    packed: Option<Order>,
+    fused: Option<Order>,
     /// Values of x that are not finite: row, column, which.
     odd: Option<(u8, u8, u8)>,
 }
@@ -382,10 +382,10 @@ fn run(case: &Case) -> Result<()> {
     let biases = [bias(i, case.gate)?, bias(i, case.up)?, bias(h, case.down)?];
     let down = numbers.matrix((h, i), case.down, dtype)?;
 
-    let order = case.packed.map(|order| match order {
-        Order::GateFirst => PackedOrder::GateFirst,
-        Order::UpFirst => PackedOrder::UpFirst,
-        Order::Interleaved => PackedOrder::Interleaved,
+    let order = case.fused.map(|order| match order {
+        Order::GateFirst => FusedOrder::GateFirst,
+        Order::UpFirst => FusedOrder::UpFirst,
+        Order::Interleaved => FusedOrder::Interleaved,
     });
     let (gate, up, [gate_bias, up_bias, down_bias], gate_up) = match order {
         None => {
@@ -400,7 +400,7 @@ fn run(case: &Case) -> Result<()> {
             let (gate, up) = halves(&gate_up_proj, order)?;
             let halves = bias.as_ref().map(|bias| halves(bias, order)).transpose()?;
             let (gate_bias, up_bias) = halves.unzip();
-            (gate, up, [gate_bias, up_bias, biases[2].clone()], GateUp::packed(gate_up_proj, bias, order))
+            (gate, up, [gate_bias, up_bias, biases[2].clone()], GateUp::fused(gate_up_proj, bias, order))
         }
     };
 
@@ -434,17 +434,17 @@ fn run(case: &Case) -> Result<()> {
     check(&format!("linear, {}", linear.kernel()), &linear.forward(&shaped)?, &expected)
 }
 
-/// gate and up of a packed weight or bias
-fn halves(packed: &Tensor, order: PackedOrder) -> Result<(Tensor, Tensor)> {
-    let i = packed.dim(0)? / 2;
+/// gate and up of a fused weight or bias
+fn halves(fused: &Tensor, order: FusedOrder) -> Result<(Tensor, Tensor)> {
+    let i = fused.dim(0)? / 2;
     let rows = |start: usize, step: usize| {
         let rows = Tensor::from_vec((0..i).map(|n| (start + n * step) as u32).collect(), i, &Device::Cpu)?;
-        packed.contiguous()?.index_select(&rows, 0)
+        fused.contiguous()?.index_select(&rows, 0)
     };
     match order {
-        PackedOrder::GateFirst => Ok((rows(0, 1)?, rows(i, 1)?)),
-        PackedOrder::UpFirst => Ok((rows(i, 1)?, rows(0, 1)?)),
-        PackedOrder::Interleaved => Ok((rows(0, 2)?, rows(1, 2)?)),
+        FusedOrder::GateFirst => Ok((rows(0, 1)?, rows(i, 1)?)),
+        FusedOrder::UpFirst => Ok((rows(i, 1)?, rows(0, 1)?)),
+        FusedOrder::Interleaved => Ok((rows(0, 2)?, rows(1, 2)?)),
         other => candle_core::bail!("no rows of {other:?}"),
     }
 }

@@ -8,7 +8,7 @@ use super::sizes::INTERMEDIATE;
 use super::{Biases, FfnConfig, activations};
 use crate::activation::GluActivation;
 use crate::error::Result;
-use crate::load::{Family, PackedOrder};
+use crate::load::{Family, FusedOrder};
 
 /// DINOv2 and what is built on it: I follows from `mlp_ratio`, and `use_swiglu_ffn` decides whether
 /// there is a gate.
@@ -247,7 +247,7 @@ impl Config<'_> {
             "lfm2" | "lfm2_moe" | "lfm3" | "lfm3_vl_vision" if self.part == Part::Dense => cfg.with_family(Family::Meta),
             "moonshine" | "moonshine_streaming" => cfg.with_family(Family::FlashAttn),
             "openelm" => cfg.with_family(Family::OpenElm),
-            "moshi" | "moshi_depth" | "kyutai_speech_to" => cfg.with_packed_names("fc1", "fc2", PackedOrder::GateFirst),
+            "moshi" | "moshi_depth" | "kyutai_speech_to" => cfg.with_fused_names("fc1", "fc2", FusedOrder::GateFirst),
             _ => cfg,
         }
     }

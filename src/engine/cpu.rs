@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use super::{BlockSpec, Projection, backward, check_addressable, run, set_views};
 use crate::cpu::{self, BlockLayer, LinearLayer};
 use crate::error::{Error, Result};
-use crate::load::PackedOrder;
+use crate::load::FusedOrder;
 use crate::which::Which;
 
 /// A block while its weights are packed.
@@ -41,7 +41,7 @@ impl super::Builder for BlockBuilder {
         Ok(())
     }
 
-    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: PackedOrder) -> Result<()> {
+    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: FusedOrder) -> Result<()> {
         set_views(self, weight, bias, order)
     }
 

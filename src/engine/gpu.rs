@@ -9,7 +9,7 @@ use super::{BlockSpec, Projection, backward, run, set_views};
 use crate::backend;
 use crate::device::{DeviceBlock, DeviceLinear, Parts};
 use crate::error::{Error, Result};
-use crate::load::PackedOrder;
+use crate::load::FusedOrder;
 use crate::which::Which;
 
 /// A block while its weights are written to the device.
@@ -35,8 +35,8 @@ impl super::Builder for BlockBuilder {
     }
 
     /// Gate above up is the kernels' own layout. Contiguous tensors are used without a copy.
-    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: PackedOrder) -> Result<()> {
-        if order == PackedOrder::GateFirst {
+    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: FusedOrder) -> Result<()> {
+        if order == FusedOrder::GateFirst {
             [Which::Gate, Which::Up].into_iter().for_each(|which| self.biased[which as usize] = bias.is_some());
             return Ok(self.parts.set_gate_up(weight, bias)?);
         }

@@ -24,7 +24,7 @@ use crate::activation::Glu;
 use crate::backend;
 use crate::error::{Error, Result};
 use crate::glu::check_like;
-use crate::load::{GateUp, PackedOrder, Piece, Weights, split};
+use crate::load::{FusedOrder, GateUp, Piece, Weights, split};
 use crate::which::Which;
 
 /// A SwiGLU block, ready to run on its device.
@@ -129,7 +129,7 @@ trait Builder {
     fn set(&mut self, which: Which, weight: &Tensor, bias: Option<&Tensor>) -> Result<()>;
 
     /// Takes gate and up as rows of one tensor (2I,H), and their biases (2I).
-    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: PackedOrder) -> Result<()>;
+    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: FusedOrder) -> Result<()>;
 
     /// # Errors
     /// A matrix was not set.
@@ -146,7 +146,7 @@ impl dyn Builder + '_ {
 }
 
 /// [`Builder::set_gate_up`] by two calls of [`Builder::set`], with views of the tensors.
-fn set_views(builder: &mut impl Builder, weight: &Tensor, bias: Option<&Tensor>, order: PackedOrder) -> Result<()> {
+fn set_views(builder: &mut impl Builder, weight: &Tensor, bias: Option<&Tensor>, order: FusedOrder) -> Result<()> {
     let (gate, up) = split(weight, order)?;
     let bias = bias.map(|bias| split(bias, order)).transpose()?;
     builder.set(Which::Gate, &gate, bias.as_ref().map(|(gate, _)| gate))?;

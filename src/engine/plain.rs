@@ -9,7 +9,7 @@ use super::{BlockSpec, Projection};
 use crate::activation::Glu;
 use crate::cpu;
 use crate::error::{Error, Result};
-use crate::load::{GateUp, PackedOrder, Weights, split};
+use crate::load::{FusedOrder, GateUp, Weights, split};
 use crate::which::Which;
 
 /// A block while its weights are collected.
@@ -20,7 +20,7 @@ pub(super) struct BlockBuilder {
     device: Device,
     gate: Option<Linear>,
     up: Option<Linear>,
-    gate_up: Option<(Linear, PackedOrder)>,
+    gate_up: Option<(Linear, FusedOrder)>,
     down: Option<Linear>,
 }
 
@@ -43,7 +43,7 @@ impl super::Builder for BlockBuilder {
         Ok(())
     }
 
-    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: PackedOrder) -> Result<()> {
+    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: FusedOrder) -> Result<()> {
         self.gate_up = Some((Linear::new(weight.clone(), bias.cloned())?, order));
         Ok(())
     }
@@ -85,7 +85,7 @@ enum Projections {
     /// Two tensors, two products.
     Separate { gate: Linear, up: Linear },
     /// Rows of one tensor, one product.
-    Fused { layer: Linear, order: PackedOrder },
+    Fused { layer: Linear, order: FusedOrder },
 }
 
 impl super::Block for Block {
@@ -135,14 +135,14 @@ impl super::Block for Block {
     fn weights(&self) -> candle_core::Result<Weights> {
         let gate_up = match &self.gate_up {
             Projections::Separate { gate, up } => GateUp::separate(gate.weight()?, up.weight()?, gate.bias()?, up.bias()?),
-            Projections::Fused { layer, order } => GateUp::packed(layer.weight()?, layer.bias()?, *order),
+            Projections::Fused { layer, order } => GateUp::fused(layer.weight()?, layer.bias()?, *order),
         };
         Ok(Weights::new(gate_up, self.down.weight()?, self.down.bias()?))
     }
 }
 
 /// The rows of gate or of up.
-fn half(fused: &Tensor, order: PackedOrder, which: Which) -> candle_core::Result<Tensor> {
+fn half(fused: &Tensor, order: FusedOrder, which: Which) -> candle_core::Result<Tensor> {
     let (gate, up) = split(fused, order)?;
     Ok(if which == Which::Up { up } else { gate })
 }
@@ -157,9 +157,9 @@ impl Projections {
         let i = both.dim(D::Minus1)? / 2;
         let half = |start| both.narrow(D::Minus1, start, i);
         match order {
-            PackedOrder::GateFirst => Ok((half(0)?, half(i)?)),
-            PackedOrder::UpFirst => Ok((half(i)?, half(0)?)),
-            PackedOrder::Interleaved => {
+            FusedOrder::GateFirst => Ok((half(0)?, half(i)?)),
+            FusedOrder::UpFirst => Ok((half(i)?, half(0)?)),
+            FusedOrder::Interleaved => {
                 let pairs = both.reshape(((), i, 2))?;
                 Ok((pairs.narrow(2, 0, 1)?.squeeze(2)?, pairs.narrow(2, 1, 1)?.squeeze(2)?))
             }

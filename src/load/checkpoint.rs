@@ -1,10 +1,11 @@
 //! A checkpoint directory: `config.json` and one or many safetensors files.
 //!
-//! 1. [`Checkpoint::open`] reads the config and every header, and checks them: sizes against the files, the index against
-//!    the shards, names against each other. No tensor data is read.
+//! 1. [`Checkpoint::open`] reads the config and every header, and checks them: sizes against the
+//!    files, the index against the shards, names against each other. No tensor data is read.
 //! 2. A tensor's shape and dtype are checked before its first byte is read.
-//! 3. Data is read straight into the final buffer in the dtype asked for, converted on the way in chunks of 1 MiB. Nothing
-//!    is mapped: loading needs the memory of the weights themselves and one chunk more (and, for a GPU, one tensor more).
+//! 3. Data is read into the final buffer in the requested dtype, converted in chunks of 1 MiB.
+//!    Nothing is mapped: loading needs the memory of the weights themselves and one chunk more
+//!    (and, for a GPU, one tensor more).
 
 mod contents;
 mod elements;
@@ -49,12 +50,13 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a directory with `config.json` (or Meta's `params.json`) and `model.safetensors`, or the shards that
-    /// `model.safetensors.index.json` names, or `consolidated*.safetensors`.
+    /// Opens a directory with `config.json` (or Meta's `params.json`) and `model.safetensors`, or
+    /// the shards that `model.safetensors.index.json` names, or `consolidated*.safetensors`.
     ///
     /// # Errors
-    /// Not a directory; no config or no weights in it; a file that cannot be read or is not valid JSON; a header that is
-    /// broken or does not fit its file; a shard that is missing, or lacks a tensor of the index; a tensor in two files.
+    /// Not a directory; no config or no weights in it; a file that cannot be read or is not valid
+    /// JSON; a header that is broken or does not fit its file; a shard that is missing, or lacks a
+    /// tensor of the index; a tensor in two files.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         Ok(Self { contents: Arc::new(Contents::open(dir.as_ref())?), progress: None })
     }
@@ -85,7 +87,8 @@ impl Checkpoint {
         self.contents.tensors.get(name).map(|entry| entry.shape.as_slice())
     }
 
-    /// The float dtype (f16, bf16, f32 or f64) that holds most of the bytes in the files; `None` if there is no such tensor.
+    /// The float dtype (f16, bf16, f32 or f64) that holds most of the bytes in the files; `None` if
+    /// there is no such tensor.
     pub fn dtype(&self) -> Option<DType> {
         let floats = [(DType::BF16, Dtype::BF16), (DType::F16, Dtype::F16), (DType::F32, Dtype::F32), (DType::F64, Dtype::F64)];
         let bytes_of = |dtype| {
@@ -96,34 +99,36 @@ impl Checkpoint {
         sizes.into_iter().filter(|(bytes, _)| *bytes > 0).max_by_key(|(bytes, _)| *bytes).map(|(_, dtype)| dtype)
     }
 
-    /// The names of the tensors whose data nobody has read through this checkpoint, a clone of it or a `VarBuilder` over one of
-    /// them, sorted.
+    /// The names of the tensors whose data nobody has read through this checkpoint, a clone of it
+    /// or a `VarBuilder` over one of them, sorted.
     ///
-    /// Left out are constants that a model computes itself: names that end in `rotary_emb.inv_freq`, `position_ids` or
-    /// `masked_bias`, and causal masks (names that end in `.attn.bias` or `.attention.bias`, of shape (1, 1, n, n)).
+    /// Left out are constants that a model computes itself: names that end in
+    /// `rotary_emb.inv_freq`, `position_ids` or `masked_bias`, and causal masks (names that end in
+    /// `.attn.bias` or `.attention.bias`, of shape (1, 1, n, n)).
     pub fn unread(&self) -> Vec<String> {
         let unread = self.contents.tensors.iter().filter(|(name, entry)| entry.is_unread(name) && !entry.is_hidden());
         unread.map(|(name, _)| name.clone()).collect()
     }
 
-    /// Counts a tensor as read ([`Checkpoint::unread`]): for one that the caller knows to be equal to another, or does not need.
-    /// A name that is not there changes nothing.
+    /// Counts a tensor as read ([`Checkpoint::unread`]): for one that the caller knows to be equal
+    /// to another, or does not need. A name that is not there changes nothing.
     pub fn mark_read(&self, name: &str) {
         if let Some(entry) = self.contents.tensors.get(name) {
             entry.mark_read();
         }
     }
 
-    /// From now on this checkpoint and its clones behave as if there were no such tensor: for one that would be refused (a bias that
-    /// the config does not have, say) where the caller knows better. A name that is not there changes nothing.
+    /// From now on this checkpoint and its clones behave as if there were no such tensor: for one
+    /// that would be refused (a bias that the config does not have, say) where the caller knows
+    /// better. A name that is not there changes nothing.
     pub fn hide(&self, name: &str) {
         if let Some(entry) = self.contents.tensors.get(name) {
             entry.hide();
         }
     }
 
-    /// Two tensors have the same dtype, the same shape and the same bytes, as a head and the embedding that it is tied to.
-    /// They are compared in chunks of 1 MiB. Neither counts as read.
+    /// Two tensors have the same dtype, the same shape and the same bytes, as a head and the
+    /// embedding that it is tied to. They are compared in chunks of 1 MiB. Neither counts as read.
     ///
     /// # Errors
     /// No such tensor; a file that cannot be read.
@@ -162,15 +167,17 @@ impl Checkpoint {
         Self { progress: Some(Arc::new(f)), ..self }
     }
 
-    /// A `VarBuilder` over the checkpoint that gives every tensor in `dtype` (f16, bf16, f32 or f64) on `device`.
+    /// A `VarBuilder` over the checkpoint that loads every tensor in `dtype` (f16, bf16, f32 or
+    /// f64) on `device`.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(self.clone()), dtype, device.clone())
     }
 
-    /// One tensor, whatever its shape, in `dtype` on `device`.
+    /// One tensor, of any shape, in `dtype` on `device`.
     ///
     /// # Errors
-    /// No such tensor; a dtype that is not a float, in the file or asked for; a file that cannot be read.
+    /// No such tensor; a dtype that is not a float, in the file or as `dtype`; a file that cannot
+    /// be read.
     pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let entry = self.contents.entry(name)?;
         self.contents.check_float(name, entry)?;
@@ -202,7 +209,7 @@ impl Checkpoint {
         Ok(Tensor::from_vec(data?, entry.shape.as_slice(), device)?)
     }
 
-    /// The bytes as they lie, into zeroed pages that the system hands out as they are written.
+    /// Unconverted bytes, read into zeroed pages that the system allocates as they are written.
     fn read_same<T: Element>(&self, entry: &Entry) -> Result<Vec<T>> {
         const CHUNK: usize = 16 << 20;
         let mut data: Vec<T> = bytemuck::zeroed_vec(entry.bytes as usize / size_of::<T>());
@@ -246,7 +253,7 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
-/// What `VarBuilder` asks of a source of tensors.
+/// The checkpoint as the source of a `VarBuilder`.
 impl SimpleBackend for Checkpoint {
     fn get(&self, shape: Shape, name: &str, _: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
         let entry = self.contents.entry(name)?;

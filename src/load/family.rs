@@ -2,7 +2,8 @@
 
 use std::borrow::Cow;
 
-/// How a checkpoint family names the projections, and in which order a packed one holds them.
+/// How a checkpoint family names the projections, and in which order a fused gate_up_proj holds
+/// them.
 ///
 /// | family | gate | up | down | detected |
 /// |---|---|---|---|---|
@@ -46,10 +47,10 @@ pub enum Family {
     OpenElm,
 }
 
-/// Which rows of a packed `gate_up_proj` (2I,H) belong to the gate.
+/// Which rows of a fused `gate_up_proj` (2I,H) belong to the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum PackedOrder {
+pub enum FusedOrder {
     /// Rows 0..I are the gate, rows I..2I are up.
     GateFirst,
     /// Rows 0..I are up, rows I..2I are the gate.
@@ -74,13 +75,13 @@ pub enum Names {
     },
     /// gate_proj and up_proj are the rows of one tensor.
     #[non_exhaustive]
-    Packed {
+    Fused {
         /// gate_up_proj (2I,H)
         gate_up: Cow<'static, str>,
         /// down_proj (H,I)
         down: Cow<'static, str>,
         /// Which rows of gate_up_proj belong to the gate.
-        order: PackedOrder,
+        order: FusedOrder,
     },
 }
 
@@ -95,15 +96,15 @@ impl Names {
     }
 
     /// gate_proj and up_proj in one tensor.
-    pub fn packed(gate_up: impl Into<Cow<'static, str>>, down: impl Into<Cow<'static, str>>, order: PackedOrder) -> Self {
-        Self::Packed { gate_up: gate_up.into(), down: down.into(), order }
+    pub fn fused(gate_up: impl Into<Cow<'static, str>>, down: impl Into<Cow<'static, str>>, order: FusedOrder) -> Self {
+        Self::Fused { gate_up: gate_up.into(), down: down.into(), order }
     }
 
     /// `gate_proj` and so on.
     pub(crate) fn projections(&self) -> Vec<&str> {
         match self {
             Names::Separate { gate, up, down } => vec![gate, up, down],
-            Names::Packed { gate_up, down, .. } => vec![gate_up, down],
+            Names::Fused { gate_up, down, .. } => vec![gate_up, down],
         }
     }
 
@@ -136,31 +137,32 @@ impl Family {
 
     /// The names of this family.
     pub fn names(self) -> Names {
-        use PackedOrder::*;
+        use FusedOrder::*;
         let pair = |gate: &'static str, up: &'static str, down: &'static str| Names::separate(gate, up, down);
-        let packed = |gate_up: &'static str, down: &'static str, order| Names::packed(gate_up, down, order);
+        let fused = |gate_up: &'static str, down: &'static str, order| Names::fused(gate_up, down, order);
         match self {
             Family::Llama => pair("gate_proj", "up_proj", "down_proj"),
             Family::Meta => pair("w1", "w3", "w2"),
             Family::Xformers => pair("w1", "w2", "w3"),
             Family::Qwen1 => pair("w2", "w1", "c_proj"),
-            Family::Phi3 => packed("gate_up_proj", "down_proj", GateFirst),
-            Family::ChatGlm => packed("dense_h_to_4h", "dense_4h_to_h", GateFirst),
-            Family::Dinov2 => packed("w12", "w3", GateFirst),
-            Family::Stella => packed("up_gate_proj", "down_proj", UpFirst),
-            Family::FlashAttn => packed("fc1", "fc2", UpFirst),
-            Family::Interleaved => packed("gate_up_proj", "down_proj", Interleaved),
+            Family::Phi3 => fused("gate_up_proj", "down_proj", GateFirst),
+            Family::ChatGlm => fused("dense_h_to_4h", "dense_4h_to_h", GateFirst),
+            Family::Dinov2 => fused("w12", "w3", GateFirst),
+            Family::Stella => fused("up_gate_proj", "down_proj", UpFirst),
+            Family::FlashAttn => fused("fc1", "fc2", UpFirst),
+            Family::Interleaved => fused("gate_up_proj", "down_proj", Interleaved),
             Family::Nomic => pair("fc12", "fc11", "fc2"),
             Family::T5 => pair("wi_0", "wi_1", "wo"),
             Family::Gguf => pair("ffn_gate", "ffn_up", "ffn_down"),
-            Family::ModernBert => packed("Wi", "Wo", GateFirst),
-            Family::GraniteMoe => packed("input_linear", "output_linear", GateFirst),
-            Family::Dinov2Hf => packed("weights_in", "weights_out", GateFirst),
-            Family::OpenElm => packed("proj_1", "proj_2", GateFirst),
+            Family::ModernBert => fused("Wi", "Wo", GateFirst),
+            Family::GraniteMoe => fused("input_linear", "output_linear", GateFirst),
+            Family::Dinov2Hf => fused("weights_in", "weights_out", GateFirst),
+            Family::OpenElm => fused("proj_1", "proj_2", GateFirst),
         }
     }
 
-    /// The names alone do not decide for this family: another layout, or a plain MLP, uses the same ones.
+    /// The names alone do not decide for this family: another layout, or a plain MLP, uses the same
+    /// ones.
     pub(crate) fn must_be_named(self) -> bool {
         matches!(self, Family::Xformers | Family::FlashAttn | Family::Interleaved)
     }
@@ -175,7 +177,7 @@ impl std::fmt::Display for Names {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Names::Separate { gate, up, down } => write!(f, "{gate} gate, {up} up, {down} down"),
-            Names::Packed { gate_up, down, order } => write!(f, "{gate_up} {order:?}, {down} down"),
+            Names::Fused { gate_up, down, order } => write!(f, "{gate_up} {order:?}, {down} down"),
         }
     }
 }

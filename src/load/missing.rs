@@ -1,4 +1,5 @@
-//! What the error for a missing tensor says beyond its name: where such names are, and what is there instead.
+//! Suggestions in the error for a missing tensor: prefixes that have such names, and a plain MLP
+//! instead of a gated one.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -26,7 +27,7 @@ pub(crate) fn suggest(vb: &VarBuilder, names: &[String]) -> Vec<String> {
     }
 }
 
-/// The prefixes of `tensors` under which one of `names` is, the likeliest for one who asked for `wanted` first.
+/// The prefixes of `tensors` under which one of `names` is, those most similar to `wanted` first.
 pub(crate) fn nearest<'a>(wanted: &str, names: &[String], tensors: impl Iterator<Item = &'a str>) -> Vec<String> {
     let prefix = |tensor: &'a str, name: &String| {
         let prefix = tensor.strip_suffix(name.as_str())?;
@@ -38,7 +39,8 @@ pub(crate) fn nearest<'a>(wanted: &str, names: &[String], tensors: impl Iterator
     prefixes.into_iter().take(MOST).map(str::to_string).collect()
 }
 
-/// Smaller is likelier: the same layer first, then the longer common end, then the longer common beginning.
+/// Smaller is likelier: the same layer first, then the longer common end, then the longer common
+/// beginning.
 fn rank(wanted: &str, prefix: &str) -> (bool, Reverse<usize>, Reverse<usize>, Vec<u64>) {
     let numbers = |text: &str| text.split('.').filter_map(|part| part.parse().ok()).collect::<Vec<u64>>();
     let equal = |pairs: &mut dyn Iterator<Item = (&str, &str)>| pairs.take_while(|(a, b)| a == b).count();

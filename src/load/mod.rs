@@ -1,5 +1,5 @@
-//! Weights and where they come from: the names and layouts of checkpoint families, the tensors under
-//! a prefix, the files of a checkpoint.
+//! Weights and where they come from: the names and layouts of checkpoint families, the tensors
+//! under a prefix, the files of a checkpoint.
 
 mod checkpoint;
 mod family;
@@ -11,7 +11,7 @@ mod unread;
 mod weights;
 
 pub use checkpoint::{Checkpoint, read_json};
-pub use family::{Family, Names, PackedOrder};
+pub use family::{Family, FusedOrder, Names};
 pub(crate) use reader::{get, load_each, load_projection};
 pub(crate) use unread::check_linear;
 pub use weights::{Biases, GateUp, Weights};

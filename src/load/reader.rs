@@ -6,7 +6,7 @@ use candle_nn::{Init, VarBuilder, init};
 use super::family::{Family, Names};
 use super::missing::{plain_mlp, suggest};
 use super::unread::{check_block, contains_anything, joined};
-use super::weights::{Piece, Wanted, packed_bias};
+use super::weights::{Piece, Wanted, fused_bias};
 use crate::error::{Error, Result};
 use crate::glu::check_float;
 use crate::which::Which;
@@ -27,8 +27,8 @@ pub(crate) fn load_each(wanted: &Wanted<'_>, vb: &VarBuilder, take: &mut dyn FnM
             take(Piece::one(Which::Up, loader.projection(up, (i, h), wanted.biases.up)?))?;
             down
         }
-        Names::Packed { gate_up, down, order } => {
-            let tensors = loader.projection(gate_up, (2 * i, h), packed_bias(wanted.biases)?)?;
+        Names::Fused { gate_up, down, order } => {
+            let tensors = loader.projection(gate_up, (2 * i, h), fused_bias(wanted.biases)?)?;
             take(Piece::gate_up(tensors, *order))?;
             down
         }
@@ -38,7 +38,7 @@ pub(crate) fn load_each(wanted: &Wanted<'_>, vb: &VarBuilder, take: &mut dyn FnM
     take(Piece::one(Which::Down, down))
 }
 
-/// The family whose names are under `vb`'s prefix; `Llama` for a `VarMap` that is yet to be filled.
+/// The family whose names are under `vb`'s prefix; `Llama` if the source contains every name or none.
 fn detect(vb: &VarBuilder) -> Result<Family> {
     if contains_anything(vb) {
         return Ok(Family::Llama);
@@ -51,7 +51,8 @@ fn detect(vb: &VarBuilder) -> Result<Family> {
         [family] => Ok(family),
         [_, _, ..] => Err(ambiguous(vb, &candidates)),
         [] => {
-            // Incomplete: the family most of whose names are there, so that the error names what is missing.
+            // Incomplete: the family most of whose names are there, so that the error names what is
+            // missing.
             let partial = Family::ALL.into_iter().filter(|f| !f.must_be_named() && present(f) > 0);
             Ok(partial.max_by_key(|f| (present(f), *f == Family::Llama)).unwrap_or(Family::Llama))
         }
@@ -71,7 +72,8 @@ fn ambiguous(vb: &VarBuilder, families: &[Family]) -> Error {
     Error::AmbiguousNames { prefix: vb.prefix(), names, families }
 }
 
-/// Loads one family's projections and turns every failure into an error that says what was looked for and what is there.
+/// Loads one family's projections and turns every failure into an error that says what was looked
+/// for and what is there.
 struct Loader<'a> {
     vb: &'a VarBuilder<'a>,
     names: &'a Names,
@@ -113,7 +115,8 @@ impl Loader<'_> {
     }
 }
 
-/// `weight` (out,in) and `bias` (out) under `vb`'s prefix. `bias`: must be there, must not be there, or taken if there.
+/// `weight` (out,in) and `bias` (out) under `vb`'s prefix. `bias`: must be there, must not be
+/// there, or taken if there.
 pub(crate) fn load_projection(
     vb: &VarBuilder,
     out_dim: usize,
@@ -149,7 +152,7 @@ pub(crate) fn get(vb: &VarBuilder, shape: &[usize], name: &str, hint: Init) -> R
         }
         other => Error::from(other),
     })?;
-    // Not every backend of a VarBuilder compares the shape with the one asked for.
+    // Not every backend of a VarBuilder compares the shape with the expected one.
     if tensor.dims() != shape {
         let (expected, found) = (shape.to_vec(), tensor.dims().to_vec());
         return Err(Error::Shape { name: full(), expected, found, location: None });

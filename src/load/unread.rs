@@ -1,8 +1,10 @@
-//! Tensors under a layer's prefix that the layer does not read. Without them it would compute something else than the model
-//! they come from, so they are named in an error.
+//! Tensors under a layer's prefix that the layer does not read. Without them its result would
+//! differ from that of the checkpoint's model, so they are an error that names them.
 //!
-//! 1. A [`crate::Checkpoint`] lists its tensors under a reserved name, with the flags that say which have been read.
-//! 2. Other sources of a `VarBuilder` cannot list theirs: names that real checkpoints have are looked up.
+//! 1. A [`crate::Checkpoint`] lists its tensors under a reserved name, with the flags that say
+//!    which have been read.
+//! 2. Other sources of a `VarBuilder` cannot list theirs: names that real checkpoints have are
+//!    looked up.
 
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
@@ -19,7 +21,8 @@ const LISTING: &str = "\0tensors";
 /// The tensors under a prefix.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Listing {
-    /// The prefix by which the checkpoint knows them: another one than the `VarBuilder`'s where names are rewritten on the way.
+    /// The prefix by which the checkpoint knows them: another one than the `VarBuilder`'s where
+    /// names are rewritten on the way.
     pub(crate) prefix: String,
     pub(crate) tensors: Vec<Listed>,
 }
@@ -32,14 +35,14 @@ pub(crate) struct Listed {
     pub(crate) unread: bool,
 }
 
-/// The prefix that `name` asks to be listed, if it does.
+/// The prefix that is to be listed, if `name` is a request for a listing.
 pub(crate) fn listed_prefix(name: &str) -> Option<&str> {
     let prefix = name.strip_suffix(LISTING)?;
     if prefix.is_empty() { Some(prefix) } else { prefix.strip_suffix('.') }
 }
 
 impl Listing {
-    /// What the source of a `VarBuilder` answers.
+    /// The reply of a `VarBuilder`'s source.
     pub(crate) fn to_tensor(&self) -> candle_core::Result<Tensor> {
         let bytes = serde_json::to_vec(self).map_err(candle_core::Error::wrap)?;
         let n = bytes.len();
@@ -62,7 +65,7 @@ impl Listing {
     }
 }
 
-/// `VarBuilder::zeros` says yes to every name.
+/// The source contains every name, as that of `VarBuilder::zeros` does.
 pub(crate) fn contains_anything(vb: &VarBuilder) -> bool {
     vb.contains_tensor("no tensor has this name")
 }
@@ -74,7 +77,8 @@ pub(crate) fn joined(prefix: &str, name: &str) -> String {
 
 // ---------------------------------------------------------------- 2. known names
 
-/// What stands under a projection besides `weight` and `bias`: adapters, quantized weights and their scales.
+/// Tensors under a projection besides `weight` and `bias`: adapters, quantized weights and their
+/// scales.
 const OF_A_PROJECTION: [&str; 52] = [
     "lora_A.weight",
     "lora_B.weight",
@@ -130,7 +134,8 @@ const OF_A_PROJECTION: [&str; 52] = [
     "weight_v",
 ];
 
-/// Modules inside a block that change its value: norms of the product of gate and up, scales of the activation.
+/// Modules inside a block that change its value: norms of the product of gate and up, scales of the
+/// activation.
 const OF_A_BLOCK: [&str; 11] = [
     "ffn_layernorm",
     "ffn_sub_norm",
@@ -150,10 +155,11 @@ const NORMS: [&str; 6] = ["norm", "layernorm", "layer_norm", "LayerNorm", "ln", 
 
 const PARAMETERS: [&str; 4] = ["weight", "bias", "scale", "scales"];
 
-/// Modules that are next to a block in a transformer's layer: parts of their names between underscores.
+/// Modules that are next to a block in a transformer's layer: parts of their names between
+/// underscores.
 const BESIDE_A_BLOCK: [&str; 9] = ["attn", "att", "attention", "mixer", "mamba", "ssm", "mix", "conv", "shortconv"];
 
-/// Parts of the name of a module that is a block and no layer, whatever else is in it.
+/// Parts of a name that mark a module as a block, not a layer, regardless of its other tensors.
 const IS_A_BLOCK: [&str; 5] = ["mlp", "ffn", "feed", "ff", "experts"];
 
 // ---------------------------------------------------------------- the checks
@@ -161,9 +167,10 @@ const IS_A_BLOCK: [&str; 5] = ["mlp", "ffn", "feed", "ff", "experts"];
 /// Every tensor that belongs to the block under `vb`'s prefix has been read.
 ///
 /// 1. Tensors under a projection's name belong to the block.
-/// 2. So does everything else under the prefix (or under the first part of the names, where they share one: `mlp.w1`).
-/// 3. Where attention is under the same prefix (`blk.0.attn_q`), it is that of a whole layer: of the others only the modules
-///    belong to the block that are known to be part of one.
+/// 2. So does everything else under the prefix (or under the first part of the names, where they
+///    share one: `mlp.w1`).
+/// 3. Where attention is under the same prefix (`blk.0.attn_q`), it is that of a whole layer: of
+///    the others only the modules belong to the block that are known to be part of one.
 /// 4. Under an empty prefix, tensors of deeper modules (`a.b.weight`) do not belong to the block.
 pub(crate) fn check_block(vb: &VarBuilder, names: &Names, intermediate_size: usize) -> Result<()> {
     let projections = names.projections();
@@ -178,7 +185,8 @@ pub(crate) fn check_block(vb: &VarBuilder, names: &Names, intermediate_size: usi
     refuse(vb, "block", unread)
 }
 
-/// Every tensor under the prefix of one linear layer or embedding has been read. Under an empty prefix, deeper modules are not the layer's.
+/// Every tensor under the prefix of one linear layer or embedding has been read. Under an empty
+/// prefix, deeper modules are not the layer's.
 pub(crate) fn check_linear(vb: &VarBuilder, layer: &'static str) -> Result<()> {
     let unread = match Listing::of(vb).filter(|listing| !listing.tensors.is_empty()) {
         Some(listing) => {

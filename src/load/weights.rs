@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::family::{Family, Names, PackedOrder};
+use super::family::{Family, FusedOrder, Names};
 use crate::error::{Error, Result};
 use crate::glu::{check_float, check_same};
 use crate::which::Which;
@@ -60,15 +60,16 @@ pub enum GateUp {
         /// (I)
         up_bias: Option<Tensor>,
     },
-    /// One tensor with both, computed by one product; gate and up are views of it.
+    /// Rows of one tensor. Where it is not packed for the kernels, gate and up are computed by one
+    /// product.
     #[non_exhaustive]
-    Packed {
+    Fused {
         /// (2I,H)
         gate_up_proj: Tensor,
         /// (2I), in the same order
         bias: Option<Tensor>,
         /// Which rows are which.
-        order: PackedOrder,
+        order: FusedOrder,
     },
 }
 
@@ -79,8 +80,8 @@ impl GateUp {
     }
 
     /// gate_up_proj (2I,H) and its bias (2I), with rows in this order.
-    pub fn packed(gate_up_proj: Tensor, bias: Option<Tensor>, order: PackedOrder) -> Self {
-        Self::Packed { gate_up_proj, bias, order }
+    pub fn fused(gate_up_proj: Tensor, bias: Option<Tensor>, order: FusedOrder) -> Self {
+        Self::Fused { gate_up_proj, bias, order }
     }
 }
 
@@ -102,7 +103,7 @@ impl Weights {
         Self { gate_up, down_proj, down_bias }
     }
 
-    /// Every tensor through `f`.
+    /// The weights after `f` was applied to every tensor.
     pub(crate) fn map(&self, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Self> {
         let optional = |bias: &Option<Tensor>| bias.as_ref().map(&f).transpose();
         let gate_up = match &self.gate_up {
@@ -112,8 +113,8 @@ impl Weights {
                 gate_bias: optional(gate_bias)?,
                 up_bias: optional(up_bias)?,
             },
-            GateUp::Packed { gate_up_proj, bias, order } => {
-                GateUp::Packed { gate_up_proj: f(gate_up_proj)?, bias: optional(bias)?, order: *order }
+            GateUp::Fused { gate_up_proj, bias, order } => {
+                GateUp::Fused { gate_up_proj: f(gate_up_proj)?, bias: optional(bias)?, order: *order }
             }
         };
         Ok(Self { gate_up, down_proj: f(&self.down_proj)?, down_bias: optional(&self.down_bias)? })
@@ -123,7 +124,7 @@ impl Weights {
 /// One projection's tensors, or gate's and up's in one.
 pub(crate) enum Piece {
     One { which: Which, weight: Tensor, bias: Option<Tensor> },
-    GateUp { weight: Tensor, bias: Option<Tensor>, order: PackedOrder },
+    GateUp { weight: Tensor, bias: Option<Tensor>, order: FusedOrder },
 }
 
 impl Piece {
@@ -131,7 +132,7 @@ impl Piece {
         Self::One { which, weight, bias }
     }
 
-    pub(super) fn gate_up((weight, bias): (Tensor, Option<Tensor>), order: PackedOrder) -> Self {
+    pub(super) fn gate_up((weight, bias): (Tensor, Option<Tensor>), order: FusedOrder) -> Self {
         Self::GateUp { weight, bias, order }
     }
 
@@ -151,30 +152,30 @@ impl Piece {
     }
 }
 
-/// Views of gate's and up's rows of a packed weight (2I,H), or of a packed bias (2I).
-pub(crate) fn split(packed: &Tensor, order: PackedOrder) -> candle_core::Result<(Tensor, Tensor)> {
-    let i = packed.dim(0)? / 2;
-    let half = |start| packed.narrow(0, start, i);
+/// Views of gate's and up's rows of a fused weight (2I,H), or of a fused bias (2I).
+pub(crate) fn split(fused: &Tensor, order: FusedOrder) -> candle_core::Result<(Tensor, Tensor)> {
+    let i = fused.dim(0)? / 2;
+    let half = |start| fused.narrow(0, start, i);
     match order {
-        PackedOrder::GateFirst => Ok((half(0)?, half(i)?)),
-        PackedOrder::UpFirst => Ok((half(i)?, half(0)?)),
-        PackedOrder::Interleaved => {
+        FusedOrder::GateFirst => Ok((half(0)?, half(i)?)),
+        FusedOrder::UpFirst => Ok((half(i)?, half(0)?)),
+        FusedOrder::Interleaved => {
             let mut dims = vec![i, 2];
-            dims.extend(&packed.dims()[1..]);
-            let pairs = packed.reshape(dims)?;
+            dims.extend(&fused.dims()[1..]);
+            let pairs = fused.reshape(dims)?;
             Ok((pairs.narrow(1, 0, 1)?.squeeze(1)?, pairs.narrow(1, 1, 1)?.squeeze(1)?))
         }
     }
 }
 
 impl Weights {
-    /// As pieces.
+    /// One piece per projection, or one for a fused gate and up.
     pub(crate) fn into_pieces(self) -> Vec<Piece> {
         let mut pieces = match self.gate_up {
             GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => {
                 vec![Piece::one(Which::Gate, (gate_proj, gate_bias)), Piece::one(Which::Up, (up_proj, up_bias))]
             }
-            GateUp::Packed { gate_up_proj, bias, order } => vec![Piece::gate_up((gate_up_proj, bias), order)],
+            GateUp::Fused { gate_up_proj, bias, order } => vec![Piece::gate_up((gate_up_proj, bias), order)],
         };
         pieces.push(Piece::one(Which::Down, (self.down_proj, self.down_bias)));
         pieces
@@ -204,7 +205,7 @@ impl Weights {
             GateUp::Separate { gate_bias, up_bias, .. } => {
                 vec![("gate_proj", gate_bias, biases.gate), ("up_proj", up_bias, biases.up)]
             }
-            GateUp::Packed { bias, .. } => vec![("gate_up_proj", bias, packed_bias(biases)?)],
+            GateUp::Fused { bias, .. } => vec![("gate_up_proj", bias, fused_bias(biases)?)],
         };
         for (name, bias, expected) in gate_up.into_iter().chain([("down_proj", &self.down_bias, biases.down)]) {
             match bias {
@@ -216,7 +217,7 @@ impl Weights {
         Ok(())
     }
 
-    /// The tensors with their names and the shapes that `wanted` asks of them.
+    /// The tensors with their names and their expected shapes.
     fn expected(&self, wanted: &Wanted<'_>) -> Vec<(&'static str, &Tensor, Vec<usize>)> {
         let (h, i) = (wanted.hidden_size, wanted.intermediate_size);
         let mut all = vec![("down_proj", &self.down_proj, vec![h, i])];
@@ -227,7 +228,7 @@ impl Weights {
                 all.extend(gate_bias.iter().map(|b| ("gate_proj bias", b, vec![i])));
                 all.extend(up_bias.iter().map(|b| ("up_proj bias", b, vec![i])));
             }
-            GateUp::Packed { gate_up_proj, bias, .. } => {
+            GateUp::Fused { gate_up_proj, bias, .. } => {
                 all.push(("gate_up_proj", gate_up_proj, vec![2 * i, h]));
                 all.extend(bias.iter().map(|b| ("gate_up_proj bias", b, vec![2 * i])));
             }
@@ -236,8 +237,8 @@ impl Weights {
     }
 }
 
-/// gate_proj and up_proj in one tensor have a bias in one tensor.
-pub(super) fn packed_bias(biases: Biases) -> Result<bool> {
+/// Whether a fused gate_up_proj has a bias: gate and up both have one or neither has.
+pub(super) fn fused_bias(biases: Biases) -> Result<bool> {
     match biases.gate == biases.up {
         true => Ok(biases.gate),
         false => Err(Error::InvalidField {

@@ -61,9 +61,9 @@ fn wrong_shape_in_the_file() {
             assert_error!(load_file(&tensors(&list)), Error::Shape { .. }, parts);
         }
     }
-    let packed = tensors(&[("mlp.gate_up_proj.weight", "F32", &[I, H]), ("mlp.down_proj.weight", "F32", &[H, I])]);
+    let fused = tensors(&[("mlp.gate_up_proj.weight", "F32", &[I, H]), ("mlp.down_proj.weight", "F32", &[H, I])]);
     assert_error!(
-        load_file(&packed),
+        load_file(&fused),
         Error::Shape { .. },
         ["mlp.gate_up_proj.weight", "[12, 4]", "[6, 4]", "model.safetensors"]
     );
@@ -196,13 +196,13 @@ fn biases_against_the_config() {
 #[test]
 fn names_that_fit_several_families() {
     type Names<'a> = Vec<(&'a str, &'a [usize])>;
-    let [pair, packed]: [&[usize]; 2] = [&[H, H], &[2 * H, H]];
+    let [pair, fused]: [&[usize]; 2] = [&[H, H], &[2 * H, H]];
     let w123 = [("w1", pair), ("w2", pair), ("w3", pair)];
     let cases: [(&str, Names, [&str; 2]); 4] = [
         ("mlp", w123.to_vec(), ["Meta", "Xformers"]),
         ("mlp", [&w123[..], &[("c_proj", pair)]].concat(), ["Meta", "Qwen1"]),
-        ("mlp", vec![("gate_proj", pair), ("up_proj", pair), ("gate_up_proj", packed), ("down_proj", pair)], ["Llama", "Phi3"]),
-        ("feed_forward", [&w123[..], &[("w12", packed)]].concat(), ["Meta", "Dinov2"]),
+        ("mlp", vec![("gate_proj", pair), ("up_proj", pair), ("gate_up_proj", fused), ("down_proj", pair)], ["Llama", "Phi3"]),
+        ("feed_forward", [&w123[..], &[("w12", fused)]].concat(), ["Meta", "Dinov2"]),
     ];
     for (prefix, names, families) in cases {
         let list: Vec<_> = names.iter().map(|(name, shape)| (format!("{prefix}.{name}.weight"), *shape)).collect();

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Activation, LayerNormConfig, Module, VarBuilder};
-use candle_swiglu::{Biases, FfnConfig, GluActivation, PackedOrder, swiglu_ffn};
+use candle_swiglu::{Biases, FfnConfig, FusedOrder, GluActivation, swiglu_ffn};
 use candle_transformers::models::{jina_bert, modernbert, nomic_bert, stella_en_v5};
 use serde_json::json;
 
@@ -141,7 +141,7 @@ fn jina() -> Result<()> {
     let cfg: jina_bert::Config = read(&json);
     let ffn = FfnConfig::new(32, 48)
         .with_activation(GluActivation::Gelu)
-        .with_packed_names("gated_layers", "wo", PackedOrder::GateFirst)
+        .with_fused_names("gated_layers", "wo", FusedOrder::GateFirst)
         .with_biases(Biases::new(false, false, true));
     let names = Names {
         embeddings: "embeddings",
@@ -164,7 +164,7 @@ fn modernbert() -> Result<()> {
     });
     let cfg: modernbert::Config = read(&json);
     let run = |vb: VarBuilder| modernbert::ModernBert::load(vb, &cfg)?.forward(&ids()?, &ids()?.ones_like()?);
-    let named = block(&json).with_packed_names("Wi", "Wo", PackedOrder::GateFirst);
+    let named = block(&json).with_fused_names("Wi", "Wo", FusedOrder::GateFirst);
     for ffn in [block(&json), named] {
         compare(run, "attn.Wo", &ffn, |cfg, vb| {
             let without_bias = LayerNormConfig { eps: EPS, affine: false, ..Default::default() };

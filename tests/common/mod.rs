@@ -9,7 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_swiglu::{FfnConfig, GluActivation, PackedOrder};
+use candle_swiglu::{FfnConfig, FusedOrder, GluActivation};
 
 mod oracle;
 pub(crate) use oracle::{Block, glu_of, glu_units, slope_size};
@@ -218,11 +218,11 @@ pub(crate) fn composed(activation: GluActivation, gate: &Tensor, up: &Tensor) ->
 }
 
 /// gate (I,…), up (I,…) -> (2I,…)
-pub(crate) fn pack(gate: &Tensor, up: &Tensor, order: PackedOrder) -> candle_core::Result<Tensor> {
+pub(crate) fn pack(gate: &Tensor, up: &Tensor, order: FusedOrder) -> candle_core::Result<Tensor> {
     match order {
-        PackedOrder::GateFirst => Tensor::cat(&[gate, up], 0),
-        PackedOrder::UpFirst => Tensor::cat(&[up, gate], 0),
-        PackedOrder::Interleaved => Tensor::stack(&[gate, up], 1)?.flatten(0, 1),
+        FusedOrder::GateFirst => Tensor::cat(&[gate, up], 0),
+        FusedOrder::UpFirst => Tensor::cat(&[up, gate], 0),
+        FusedOrder::Interleaved => Tensor::stack(&[gate, up], 1)?.flatten(0, 1),
         other => candle_core::bail!("no packing for {other:?}"),
     }
 }

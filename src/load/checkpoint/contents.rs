@@ -30,7 +30,7 @@ pub(super) struct Contents {
     pub(super) tensors: BTreeMap<String, Entry>,
 }
 
-/// Where a tensor lies.
+/// The place of a tensor's data.
 pub(super) struct Entry {
     pub(super) file: usize,
     pub(super) dtype: Dtype,
@@ -220,8 +220,8 @@ impl Contents {
         self.below(prefix).map(|(_, short, _)| short.to_string()).collect()
     }
 
-    /// The tensors under a prefix: name, name without the prefix, entry. (A checkpoint of experts has tens of thousands of tensors,
-    /// and each layer looks under its own prefix.)
+    /// The tensors under a prefix: name, name without the prefix, entry. (A checkpoint of experts
+    /// has tens of thousands of tensors, and each layer looks under its own prefix.)
     fn below(&self, prefix: &str) -> impl Iterator<Item = (&str, &str, &Entry)> {
         let dotted = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
         let from = self.tensors.range(dotted.clone()..);

@@ -72,8 +72,9 @@ impl Element for f64 {
     }
 }
 
-/// The f32 next to `value` on the side of zero, its last bit set if it is not exact: rounding this once more to a narrower
-/// format gives what rounding `value` itself would (half's own `from_f64` drops the lower half of the bits).
+/// The f32 next to `value` on the side of zero, its last bit set if it is not exact: rounding this
+/// once more to a narrower format gives what rounding `value` itself would (half's own `from_f64`
+/// drops the lower half of the bits).
 fn round_to_odd(value: f64) -> f32 {
     let near = value as f32;
     if near.is_nan() || f64::from(near) == value {
@@ -83,7 +84,8 @@ fn round_to_odd(value: f64) -> f32 {
     f32::from_bits((near.to_bits() - u32::from(beyond)) | 1)
 }
 
-/// Through f32, which holds f16 and bf16 exactly; through f64 where one side is f64, so that there is one rounding.
+/// Through f32, which holds f16 and bf16 exactly; through f64 where one side is f64, so that there
+/// is one rounding.
 pub(super) fn convert<S: Element, T: Element>(source: &[S], target: &mut [T]) {
     if S::WIDE || T::WIDE {
         target.iter_mut().zip(source).for_each(|(t, s)| *t = T::from_f64(s.to_f64()));

@@ -20,7 +20,8 @@ pub(super) fn check_file(path: &Path) -> Result<()> {
     Err(Error::NotAFile { path: path.to_path_buf(), found })
 }
 
-/// Where the data starts, and the checked header: its tensors tile the rest of the file without gap or overlap.
+/// Where the data starts, and the checked header: its tensors tile the rest of the file without gap
+/// or overlap.
 pub(super) fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata)> {
     const LENGTH: u64 = 8;
     const MOST: u64 = 100_000_000; // the format's own bound

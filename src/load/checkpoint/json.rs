@@ -29,11 +29,12 @@ fn is_file_name(name: &str) -> bool {
 
 /// A JSON file of a checkpoint (`config.json`, `generation_config.json`, ...).
 ///
-/// Python writes the numbers `NaN`, `Infinity` and `-Infinity`, which JSON does not have. They are read as strings of these
-/// names, so that a reader of another field is not affected.
+/// Python writes the numbers `NaN`, `Infinity` and `-Infinity`, which JSON does not have. They are
+/// read as strings of these names, so that a reader of another field is not affected.
 ///
 /// # Errors
-/// A file that cannot be read or is not valid JSON; a directory, a pipe, a device or a Git LFS pointer in its place.
+/// A file that cannot be read or is not valid JSON; a directory, a pipe, a device or a Git LFS
+/// pointer in its place.
 pub fn read_json(path: impl AsRef<Path>) -> Result<Value> {
     let path = path.as_ref();
     check_file(path)?;
@@ -52,7 +53,8 @@ fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
     })
 }
 
-/// Puts quotes around every `NaN`, `Infinity` and `-Infinity` outside strings; `None` if there is none.
+/// Puts quotes around every `NaN`, `Infinity` and `-Infinity` outside strings; `None` if there is
+/// none.
 fn quote_numbers(bytes: &[u8]) -> Option<Vec<u8>> {
     const NUMBERS: [&[u8]; 3] = [b"NaN", b"-Infinity", b"Infinity"];
     let mut quoted = Vec::with_capacity(bytes.len() + 16);
