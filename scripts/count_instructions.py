@@ -51,17 +51,24 @@ def count(body):
     return fused, len(ops), sum(bool(STACK.search(line)) for line in body)
 
 
+STREAMS = {"OneStream": 1, "OneStreamByPages": 1, "FourStreams": 4}
+DTYPES = {"DotBf16": "bf16 dot", "bf16": "bf16", "f16": "f16"}
+
+
+def dtype(name):
+    return next((kind for key, kind in DTYPES.items() if f"{len(key)}{key}" in name), "f32")
+
+
 def micro(name):
-    """(kernel, dtype and product, MR, NV, STREAMS, AHEAD) of a microkernel's mangled name."""
-    if m := re.search(r"3cpu8(neonbf16)5microKj(\w)_", name):
+    """(kernel, dtype and product, MR, NV, STREAMS, role) of a microkernel's mangled name; role 0 prefetches nothing."""
+    if m := re.search(r"3cpu3isa8(neonbf16)5microKj(\w)_", name):
         return m[1], "bf16 bfmmla", int(m[2], 16), 4, 1, 0
     number = r"K(j\w|B\w*?)_"
-    if not (m := re.search(rf"3cpu\d+(\w+?)_kernel5micro(\w+?){number}{number}{number}Kh(\w)_", name)):
+    kernel = rf"3cpu3isa\d+({'|'.join(sorted(LANES, key=len, reverse=True))})N"
+    if not (m := re.search(rf"{kernel}.*8OnePanel(.*?6tuning\d+(\w+?))Kh(\w)_{number}{number}", name)):
         return None
-    product = m[2]
-    kind = "bf16 dot" if "DotBf16" in product else "bf16" if "4bf16" in product else "f16" if "3f16" in product else "f32"
-    mr, nv, streams = (constant(name, m[i]) for i in (3, 4, 5))
-    return m[1], kind, mr, nv, streams, int(m[6], 16)
+    mr, nv = (constant(name, m[i]) for i in (5, 6))
+    return m[1], dtype(m[2]), mr, nv, STREAMS[m[3]], int(m[4], 16)
 
 
 def constant(name, text):
@@ -85,8 +92,8 @@ def main():
                     spilled[case] = max(best[2], spilled.get(case, 0))
                     if ahead == 0:
                         rows[case] = best[:2]
-            elif (m := re.search(r"3cpu\d+(\w+?)_kernel12forward_body(\w+)", name)) and m[1] in LANES:
-                kind = "bf16" if "4bf16" in m[2] else "f16" if "3f16" in m[2] else "f32"
+            elif m := re.search(rf"3cpu3isa\d+({'|'.join(LANES)})N.*7Forward(\w+)", name):
+                kind = dtype(m[2])
                 # Loops with one division, fewest instructions first: sigmoid, then silu.
                 divisions = lambda body: sum("div" in line.split()[0] for line in body)
                 loops = sorted(len(body) for body in innermost(lines) if divisions(body) == 1)

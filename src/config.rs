@@ -3,6 +3,7 @@
 mod activations;
 mod huggingface;
 mod json;
+mod model;
 mod sizes;
 
 use std::borrow::Cow;
@@ -12,7 +13,7 @@ use serde_json::Value;
 use crate::activation::{Glu, GluActivation};
 use crate::error::{Error, Result};
 use crate::load::{Biases, Family, FusedOrder, Names, Wanted};
-use huggingface::Part;
+use model::Part;
 
 /// The sizes and the formula of one block:
 ///

@@ -82,7 +82,7 @@ fn rule(model: &str) -> Rule {
     match model {
         "gpt_oss" | "openai_privacy_filter" | "minimax_m3_vl" => Rule::Fixed(Silu), // with a slope, see huggingface.rs
         "lfm2" | "lfm2_moe" | "lfm3" | "lfm3_vl_vision" | "deimv2" | "esmfold2" => Rule::Fixed(Silu),
-        _ if super::huggingface::DINOV2.contains(&model) => Rule::Fixed(Silu),
+        _ if super::model::DINOV2.contains(&model) => Rule::Fixed(Silu),
         "gemma2" | "gemma3" | "gemma3n" | "gemma4" | "gemma4_vision" | "gemma4_unified" | "diffusion_gemma"
         | "embedding_gemma2" | "recurrent_gemma" | "vaultgemma" | "t5_gemma_module" | "t5gemma" | "t5gemma2"
         | "t5gemma2_decoder" => Rule::Field("hidden_activation", GeluTanh),

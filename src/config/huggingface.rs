@@ -4,32 +4,12 @@
 use serde_json::Value;
 
 use super::json::{entry, field, flag, invalid, number, positive_number, required, size, text, unsupported};
+use super::model::{Config, DINOV2, Part};
 use super::sizes::INTERMEDIATE;
 use super::{Biases, FfnConfig, activations};
 use crate::activation::GluActivation;
 use crate::error::Result;
 use crate::load::{Family, FusedOrder};
-
-/// DINOv2 and what is built on it: I follows from `mlp_ratio`, and `use_swiglu_ffn` decides whether
-/// there is a gate.
-pub(super) const DINOV2: [&str; 8] =
-    ["dinov2", "dinov2_with_registers", "eomt", "radio", "rf_detr_dinov2", "tipsv2", "tipsv2_vision_model", "videomt"];
-
-/// Which of a model's gated blocks is read.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Part {
-    Dense,
-    Expert,
-}
-
-/// The model's own part of a config.
-pub(super) struct Config<'a> {
-    pub(super) json: &'a Value,
-    /// The model type without `_text`.
-    pub(super) model: &'a str,
-    pub(super) layer: Option<usize>,
-    pub(super) part: Part,
-}
 
 pub(super) fn read(whole: &Value, layer: Option<usize>, part: Part) -> Result<FfnConfig> {
     let json = nested(whole).unwrap_or(whole);

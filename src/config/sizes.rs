@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use super::huggingface::{Config, DINOV2, Part};
 use super::json::{entry, field, flag, invalid, required, size, size_at, unsupported};
+use super::model::{Config, DINOV2, Part};
 use crate::error::{Error, Result};
 
 pub(super) const INTERMEDIATE: [&str; 5] = ["intermediate_size", "d_ff", "ffn_hidden_size", "hidden_dim", "n_inner"];
