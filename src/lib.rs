@@ -1,6 +1,5 @@
 #![doc = include_str!("../README.md")]
 
-mod activation;
 mod backend;
 mod checkpoint;
 mod config;
@@ -14,7 +13,7 @@ mod embedding;
 mod error;
 mod family;
 mod ffn;
-mod glu;
+mod gate;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod linear;
@@ -26,7 +25,8 @@ pub mod reference;
 mod unread;
 mod weights;
 
-pub use activation::{Glu, GluActivation};
+use gate::{self as glu, activation};
+
 pub use checkpoint::{Checkpoint, read_json};
 pub use config::{Biases, FfnConfig};
 pub use cpu::cpu_kernels;
@@ -37,6 +37,6 @@ pub use embedding::{Embedding, embedding};
 pub use error::{Error, Result};
 pub use family::{Family, Names, PackedOrder};
 pub use ffn::{SwiGluFfn, swiglu_ffn};
-pub use glu::{glu_mul, silu_mul};
+pub use gate::{Glu, GluActivation, glu_mul, silu_mul};
 pub use linear::{Linear, linear, linear_b, linear_no_bias};
 pub use weights::{GateUp, Weights};

@@ -10,7 +10,7 @@ mod avx2;
 mod avx512;
 mod buffer;
 mod cut;
-mod elementwise;
+mod gate;
 mod gemm;
 #[cfg(test)]
 mod gemm_tests;
@@ -39,7 +39,7 @@ use std::sync::OnceLock;
 use candle_core::DType;
 use half::{bf16, f16};
 
-pub(crate) use elementwise::{backward, forward};
+pub(crate) use gate::{gate_backward, gate_forward};
 pub(crate) use layer::{Layer, Part, block, linear};
 
 use self::gemm::{Gemm, GemmElement};

@@ -19,10 +19,10 @@
 //! 4. A bias goes in where the sum still is f32; through cuBLAS as y's first value, with β = α, and then y may be rounded twice.
 //! 5. `plan::decode_rows` says how many rows are few: 32; on Hopper in bf16 and f16 16.
 
+mod gate;
 mod gemm;
 mod launch;
 mod module;
-mod pair;
 mod plan;
 
 use candle_core::backend::BackendStorage;
@@ -32,10 +32,10 @@ use candle_core::{DType, Layout, Result, Shape, bail};
 use half::{bf16, f16};
 
 use crate::device::{DeviceBlock, DeviceLinear};
+pub(crate) use gate::{gate_backward, gate_forward};
 use gemm::gemm;
 use launch::{Element, GluOp, Grid, NULL, Pointer, Weight, arguments, contiguous, is_capturing, launch, tensor_map, weight};
 use module::{Kernel, Kernels, Name, ROWS, ROWS_OF_8_WARPS, ROWS_OF_16_WARPS, Tile};
-pub(crate) use pair::{glu_gradient, glu_mul};
 use plan::chunk_rows;
 pub use plan::{Prefill, force_prefill};
 

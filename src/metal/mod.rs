@@ -7,12 +7,16 @@
 //! The kernels run on the CPU against f64 in `tests/metal_shim`; they have never run on Apple hardware.
 
 #[cfg(feature = "metal")]
+mod gate;
+#[cfg(feature = "metal")]
 mod launch;
 #[cfg(feature = "metal")]
 mod pipeline;
 mod plan;
 
 #[cfg(feature = "metal")]
-pub(crate) use launch::{block, glu_backward, glu_forward, linear};
+pub(crate) use gate::{gate_backward, gate_forward};
+#[cfg(feature = "metal")]
+pub(crate) use launch::{block, linear};
 #[cfg(feature = "metal")]
 pub(crate) use pipeline::{supports, supports_glu};

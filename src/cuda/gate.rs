@@ -14,7 +14,7 @@ use crate::activation::Glu;
 pub(crate) type Operand<'a> = (&'a CudaStorage, &'a Layout);
 
 /// gate, up (…) of any layout -> act(gate) ⊙ up (…)
-pub(crate) fn glu_mul(glu: &Glu, operands: [Operand<'_>; 2]) -> Result<CudaStorage> {
+pub(crate) fn gate_forward(glu: &Glu, operands: [Operand<'_>; 2]) -> Result<CudaStorage> {
     match operands[0].0.dtype() {
         DType::BF16 => mul::<bf16>(glu, operands),
         DType::F16 => mul::<f16>(glu, operands),
@@ -25,7 +25,7 @@ pub(crate) fn glu_mul(glu: &Glu, operands: [Operand<'_>; 2]) -> Result<CudaStora
 }
 
 /// gate, up, dy (…) of any layout -> dgate, then dup (2,…)
-pub(crate) fn glu_gradient(glu: &Glu, operands: [Operand<'_>; 3]) -> Result<CudaStorage> {
+pub(crate) fn gate_backward(glu: &Glu, operands: [Operand<'_>; 3]) -> Result<CudaStorage> {
     match operands[0].0.dtype() {
         DType::BF16 => gradient::<bf16>(glu, operands),
         DType::F16 => gradient::<f16>(glu, operands),

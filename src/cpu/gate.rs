@@ -25,7 +25,7 @@ const GATHER: usize = 512;
 const MIN_RUN: usize = 64;
 
 /// `op` of gate and up, of equal shape -> a contiguous storage of that shape.
-pub(crate) fn forward(
+pub(crate) fn gate_forward(
     kernel: &Kernel,
     op: &Glu,
     gate: (&CpuStorage, &Layout),
@@ -42,7 +42,7 @@ pub(crate) fn forward(
 }
 
 /// The gradients of gate, up under dy, all of one shape -> a contiguous storage of shape (2, ..): dgate, then dup.
-pub(crate) fn backward(kernel: &Kernel, op: &Glu, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
+pub(crate) fn gate_backward(kernel: &Kernel, op: &Glu, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
     use CpuStorage as C;
     let layouts = inputs.map(|(_, layout)| layout);
     Ok(match inputs.map(|(storage, _)| storage) {
