@@ -11,7 +11,6 @@ use candle_core::{Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
 use super::module::Kernel;
-use crate::activation::{Glu, GluActivation};
 
 // ---------------------------------------------------------------- dtypes
 
@@ -119,33 +118,6 @@ pub(super) fn contiguous<T: Element>(storage: &CudaStorage, layout: &Layout) -> 
 
 // ---------------------------------------------------------------- launches
 
-/// `struct GluOp` of activation.cuh.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct GluOp {
-    activation: i32,
-    beta: f32,
-    gate_multiplier: f32,
-    limit: f32,
-    up_offset: f32,
-}
-
-impl From<&Glu> for GluOp {
-    fn from(glu: &Glu) -> Self {
-        let (activation, beta) = match glu.activation {
-            GluActivation::Silu => (0, 1.0),
-            GluActivation::Swish { beta } => (1, beta),
-            GluActivation::Sigmoid => (2, 1.0),
-            GluActivation::Relu => (3, 1.0),
-            GluActivation::Gelu => (4, 1.0),
-            GluActivation::GeluTanh => (5, 1.0),
-            GluActivation::Identity => (6, 1.0),
-        };
-        let limit = glu.limit.unwrap_or(f32::INFINITY);
-        Self { activation, beta, gate_multiplier: glu.gate_multiplier, limit, up_offset: glu.up_offset }
-    }
-}
-
 /// Pointers to a kernel's arguments, in order.
 macro_rules! arguments {
     ($($value:expr),* $(,)?) => { &mut [$(std::ptr::from_ref(&$value).cast_mut().cast::<std::ffi::c_void>()),*] };
@@ -250,36 +222,4 @@ pub(super) fn tensor_map<T: Element>(
     .result()
     .w()?;
     Ok(map)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const HEADER: &str = include_str!("activation.cuh");
-
-    /// The name of an activation in activation.cuh.
-    fn name(activation: GluActivation) -> &'static str {
-        match activation {
-            GluActivation::Silu => "SILU",
-            GluActivation::Swish { .. } => "SWISH",
-            GluActivation::Sigmoid => "SIGMOID",
-            GluActivation::Relu => "RELU",
-            GluActivation::Gelu => "GELU",
-            GluActivation::GeluTanh => "GELU_TANH",
-            GluActivation::Identity => "IDENTITY",
-        }
-    }
-
-    #[test]
-    fn every_activation_has_its_number_and_its_case_in_the_kernels() {
-        let numbers: Vec<String> = GluActivation::all()
-            .map(|activation| format!("{} = {}", name(activation), GluOp::from(&Glu::new(activation)).activation))
-            .collect();
-        let declared = format!("enum Activation : int {{ {} }};", numbers.join(", "));
-        assert!(HEADER.contains(&declared), "activation.cuh has no line {declared}");
-        for name in GluActivation::all().map(name) {
-            assert_eq!(HEADER.matches(&format!(" case {name}: return ")).count(), 1, "{name}");
-        }
-    }
 }

@@ -5,7 +5,7 @@
 //! few      h (M,I) = glu(x·Wgᵀ, x·Wuᵀ)    gate_up of decode.cu: the weights are read once, gate and up stay in registers
 //!          y (M,H) = h·Wdᵀ                linear of decode.cu, which starts while gate_up still runs
 //! more     p (M,2I) = x·Wguᵀ              cuBLAS, one product
-//!          h = glu(p's halves)            glu.cu, by strides, no copy of a half
+//!          h = glu(p's halves)            gate.cu, by strides, no copy of a half
 //!      or  h = glu(x·Wgᵀ, x·Wuᵀ)          prefill_sm90.cu, where `plan::prefill` says so
 //!          y = h·Wdᵀ                      cuBLAS
 //! ```
@@ -32,9 +32,10 @@ use candle_core::{DType, Layout, Result, Shape, bail};
 use half::{bf16, f16};
 
 use crate::device::{DeviceBlock, DeviceLinear};
+use crate::gate::params::GluParams;
 pub(crate) use gate::{gate_backward, gate_forward};
 use gemm::gemm;
-use launch::{Element, GluOp, Grid, NULL, Pointer, Weight, arguments, contiguous, is_capturing, launch, tensor_map, weight};
+use launch::{Element, Grid, NULL, Pointer, Weight, arguments, contiguous, is_capturing, launch, tensor_map, weight};
 use module::{Kernel, Kernels, Name, ROWS, ROWS_OF_8_WARPS, ROWS_OF_16_WARPS, Tile};
 use plan::chunk_rows;
 pub use plan::{Prefill, force_prefill};
@@ -141,7 +142,7 @@ fn block_of<T: Element>(block: &DeviceBlock, x: &CudaStorage, layout: &Layout) -
                 factor: block.down_multiplier,
             },
             y: Pointer::write(&mut y, &stream),
-            glu: GluOp::from(&block.glu),
+            glu: GluParams::from(&block.glu),
         };
         if m <= call.decode_rows::<T>()? { operands.decode::<T>(&call)? } else { operands.prefill::<T>(&call)? }
     }
@@ -202,7 +203,7 @@ impl Call<'_> {
         Ok((self.kernels.get(name("_mma", variants[size]))?, Grid::new(grid.blocks, 32 * grid.warps as u32)))
     }
 
-    /// The grid of a kernel of glu.cu over (rows, columns).
+    /// The grid of a kernel of gate.cu over (rows, columns).
     fn elementwise_grid<T: Element>(&self, rows: usize, columns: usize) -> Grid {
         let threads = rows.saturating_mul(columns.div_ceil(16 / size_of::<T>()));
         Grid::new(threads.div_ceil(256).clamp(1, 16 * self.kernels.sms), 256)
@@ -264,7 +265,7 @@ struct Operands<'a> {
     gate_up_bias: Pointer<'a>,
     down: Projection<'a>,
     y: Pointer<'a>,
-    glu: GluOp,
+    glu: GluParams,
 }
 
 impl Operands<'_> {
@@ -354,8 +355,8 @@ impl Operands<'_> {
         let (gate_bias, up_bias) = self.biases::<T>();
         let (m, columns, stride) = (rows as i64, i as i64, 2 * i as i64);
         let list = arguments![halves, up, gate_bias, up_bias, hidden, m, columns, stride, stride, columns, self.glu];
-        let name = Name { op: "glu_mul", family: "", dtype: T::NAME, variant: "" };
-        // SAFETY: the arguments of glu_mul_*; p has rows·2I elements, of which gate and up are the halves of each row, the biases have I or
+        let name = Name { op: "gate_forward", family: "", dtype: T::NAME, variant: "" };
+        // SAFETY: the arguments of gate_forward_*; p has rows·2I elements, of which gate and up are the halves of each row, the biases have I or
         // none, h has rows·I.
         unsafe { launch(call.stream, call.kernels.get(name)?, call.elementwise_grid::<T>(rows, i), false, list) }
     }

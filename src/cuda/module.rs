@@ -10,7 +10,7 @@ use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{Result, bail};
 
 const DECODE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/decode.fatbin"));
-const GLU: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/glu.fatbin"));
+const GATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/gate.fatbin"));
 const PREFILL_SM90: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/prefill_sm90.fatbin"));
 
 /// A kernel of prefill_sm90.cu: a cluster of so many blocks, each with tiles of 128 rows by `width` features.
@@ -42,7 +42,7 @@ pub(super) const TILES: [Tile; 8] = [
 /// A kernel's name in its parts: `gate_up_mma_bf16_n1_w8`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Name {
-    /// gate_up, linear, glu_mul, ...
+    /// gate_up, linear, gate_forward, ...
     pub(super) op: &'static str,
     /// _mma, _sm90, ... or nothing
     pub(super) family: &'static str,
@@ -77,8 +77,8 @@ fn decode_names() -> Vec<Name> {
     names
 }
 
-fn glu_names() -> Vec<Name> {
-    let all = ["glu_mul", "glu_grad", "bias_rows"].into_iter();
+fn gate_names() -> Vec<Name> {
+    let all = ["gate_forward", "gate_backward", "bias_rows"].into_iter();
     let all = all.flat_map(|op| ["f32", "bf16", "f16", "f64"].map(|dtype| Name { op, family: "", dtype, variant: "" }));
     all.filter(|name| (name.op, name.dtype) != ("bias_rows", "f64")).collect()
 }
@@ -160,7 +160,7 @@ impl Kernels {
         let hopper = (major, minor) == (9, 0);
         let mut all = Self { kernels: HashMap::new(), sms, bytes_per_clock, hopper };
         all.add(&module(context, DECODE)?, decode_names())?;
-        all.add(&module(context, GLU)?, glu_names())?;
+        all.add(&module(context, GATE)?, gate_names())?;
         if all.hopper {
             all.add(&module(context, PREFILL_SM90)?, prefill_names())?;
         }

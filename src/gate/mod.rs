@@ -5,6 +5,10 @@
 //! formula is composed of candle's differentiable operations.
 
 pub(crate) mod activation;
+#[cfg(any(feature = "cuda", feature = "metal", test))]
+pub(crate) mod params;
+#[cfg(any(feature = "cuda", feature = "metal", test))]
+pub(crate) mod rows;
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor};
 
@@ -255,6 +259,6 @@ impl CustomOp3 for GluGradient {
 }
 
 /// (2, …)
-fn pair_of(layout: &Layout) -> Shape {
+pub(crate) fn pair_of(layout: &Layout) -> Shape {
     Shape::from(std::iter::once(2).chain(layout.dims().iter().copied()).collect::<Vec<_>>())
 }

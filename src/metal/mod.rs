@@ -20,3 +20,11 @@ pub(crate) use gate::{gate_backward, gate_forward};
 pub(crate) use launch::{block, linear};
 #[cfg(feature = "metal")]
 pub(crate) use pipeline::{supports, supports_glu};
+
+/// The line of swiglu.metal that the text of gate.h replaces: Metal compiles one string.
+const INCLUDE: &str = "#include \"../gate/gate.h\"";
+
+/// The kernels as Metal compiles them.
+fn source() -> String {
+    include_str!("swiglu.metal").replacen(INCLUDE, include_str!("../gate/gate.h"), 1)
+}
