@@ -1,4 +1,4 @@
-//! With the feature `cuda`: the kernels of src/cuda, compiled by nvcc to fatbins that `src/cuda/module.rs` embeds. Otherwise nothing.
+//! With the feature `cuda`: the kernels of src/cuda, compiled by nvcc to fatbins that `src/cuda/functions.rs` embeds. Otherwise nothing.
 //!
 //! | fatbin | code |
 //! |---|---|

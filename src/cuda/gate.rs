@@ -1,13 +1,13 @@
-//! `glu_mul` and its gradient on CUDA: one launch each.
+//! The gate by itself on CUDA: one launch forward, one backward.
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{DType, Layout, Result, bail};
 use half::{bf16, f16};
 
-use super::launch::{Element, Pointer, arguments, contiguous, launch};
-use super::module::{Kernels, Name};
-use super::{Call, NULL};
+use super::functions::Functions;
+use super::launch::{Element, LaunchContext, NULL, Pointer, arguments, contiguous};
+use super::plan::Kernel;
 use crate::gate::Glu;
 use crate::gate::params::GluParams;
 use crate::gate::rows::Rows;
@@ -18,22 +18,22 @@ pub(crate) type Operand<'a> = (&'a CudaStorage, &'a Layout);
 /// gate, up (…) of any layout -> act(gate) ⊙ up (…)
 pub(crate) fn gate_forward(glu: &Glu, operands: [Operand<'_>; 2]) -> Result<CudaStorage> {
     match operands[0].0.dtype() {
-        DType::BF16 => mul::<bf16>(glu, operands),
-        DType::F16 => mul::<f16>(glu, operands),
-        DType::F32 => mul::<f32>(glu, operands),
-        DType::F64 => mul::<f64>(glu, operands),
-        other => bail!("glu_mul on CUDA takes floats, found {other:?}"),
+        DType::BF16 => forward::<bf16>(glu, operands),
+        DType::F16 => forward::<f16>(glu, operands),
+        DType::F32 => forward::<f32>(glu, operands),
+        DType::F64 => forward::<f64>(glu, operands),
+        other => bail!("the gate on CUDA takes floats, found {other:?}"),
     }
 }
 
 /// gate, up, dy (…) of any layout -> dgate, then dup (2,…)
 pub(crate) fn gate_backward(glu: &Glu, operands: [Operand<'_>; 3]) -> Result<CudaStorage> {
     match operands[0].0.dtype() {
-        DType::BF16 => gradient::<bf16>(glu, operands),
-        DType::F16 => gradient::<f16>(glu, operands),
-        DType::F32 => gradient::<f32>(glu, operands),
-        DType::F64 => gradient::<f64>(glu, operands),
-        other => bail!("the gradient of glu_mul on CUDA takes floats, found {other:?}"),
+        DType::BF16 => backward::<bf16>(glu, operands),
+        DType::F16 => backward::<f16>(glu, operands),
+        DType::F32 => backward::<f32>(glu, operands),
+        DType::F64 => backward::<f64>(glu, operands),
+        other => bail!("the gate's gradient on CUDA takes floats, found {other:?}"),
     }
 }
 
@@ -59,7 +59,7 @@ impl<'a, const N: usize> Laid<'a, N> {
         Ok(Self { operands, copies, rows: Rows::contiguous(operands[0].1.shape().elem_count()) })
     }
 
-    fn read<'b, T: Element>(&'b self, n: usize, call: &'b Call<'_>) -> Result<Pointer<'b>> {
+    fn read<'b, T: Element>(&'b self, n: usize, call: &'b LaunchContext<'_>) -> Result<Pointer<'b>> {
         let (storage, layout) = self.operands[n];
         match &self.copies[n] {
             Some(copy) => Pointer::read::<T>(copy, 0, call.stream),
@@ -68,10 +68,10 @@ impl<'a, const N: usize> Laid<'a, N> {
     }
 }
 
-fn mul<T: Element>(glu: &Glu, operands: [Operand<'_>; 2]) -> Result<CudaStorage> {
+fn forward<T: Element>(glu: &Glu, operands: [Operand<'_>; 2]) -> Result<CudaStorage> {
     let device = operands[0].0.device();
-    let (stream, kernels) = (device.cuda_stream(), Kernels::of(device)?);
-    let call = Call { device, stream: &stream, kernels: &kernels };
+    let (stream, functions) = (device.cuda_stream(), Functions::of(device)?);
+    let call = LaunchContext { device, stream: &stream, functions: &functions };
     let elements = operands[0].1.shape().elem_count();
     let mut out = call.alloc::<T>(1, elements)?;
     if elements > 0 {
@@ -83,17 +83,16 @@ fn mul<T: Element>(glu: &Glu, operands: [Operand<'_>; 2]) -> Result<CudaStorage>
         let [r, c, gs, us, os] = sizes;
         let op = GluParams::from(glu);
         let list = arguments![gate.address, up.address, NULL.address, NULL.address, out.address, r, c, gs, us, os, op];
-        let name = Name { op: "gate_forward", family: "", dtype: T::NAME, variant: "" };
         // SAFETY: the arguments of gate_forward_*; gate and up have rows of adjacent columns at these strides, out has rows·columns elements.
-        unsafe { launch(&stream, kernels.get(name)?, call.elementwise_grid::<T>(rows, columns), false, list)? };
+        unsafe { call.launch::<T>(call.over::<T>(Kernel::GateForward, rows, columns), list)? };
     }
     Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
 }
 
-fn gradient<T: Element>(glu: &Glu, operands: [Operand<'_>; 3]) -> Result<CudaStorage> {
+fn backward<T: Element>(glu: &Glu, operands: [Operand<'_>; 3]) -> Result<CudaStorage> {
     let device = operands[0].0.device();
-    let (stream, kernels) = (device.cuda_stream(), Kernels::of(device)?);
-    let call = Call { device, stream: &stream, kernels: &kernels };
+    let (stream, functions) = (device.cuda_stream(), Functions::of(device)?);
+    let call = LaunchContext { device, stream: &stream, functions: &functions };
     let elements = operands[0].1.shape().elem_count();
     let mut out = call.alloc::<T>(2, elements)?;
     if elements > 0 {
@@ -106,10 +105,9 @@ fn gradient<T: Element>(glu: &Glu, operands: [Operand<'_>; 3]) -> Result<CudaSto
         let [gs, us, ds] = strides.map(|stride| stride.row as i64);
         let op = GluParams::from(glu);
         let list = arguments![gate.address, up.address, dy.address, dgate, dup, r, c, gs, us, ds, s, s, op];
-        let name = Name { op: "gate_backward", family: "", dtype: T::NAME, variant: "" };
         // SAFETY: the arguments of gate_backward_*; the inputs have rows of adjacent columns at these strides, dgate and dup rows·columns
         // elements each.
-        unsafe { launch(&stream, kernels.get(name)?, call.elementwise_grid::<T>(rows, columns), false, list)? };
+        unsafe { call.launch::<T>(call.over::<T>(Kernel::GateBackward, rows, columns), list)? };
     }
     Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
 }
