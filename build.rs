@@ -1,8 +1,8 @@
-//! With the feature `cuda`: the kernels of src/cuda, compiled by nvcc to fatbins that `src/cuda/module.rs` embeds. Otherwise nothing.
+//! With the feature `cuda`: the kernels of src/cuda, compiled by nvcc to fatbins that `src/cuda/functions.rs` embeds. Otherwise nothing.
 //!
 //! | fatbin | code |
 //! |---|---|
-//! | decode, glu | machine code for sm_80 and sm_90; PTX of compute_80, which the driver compiles for anything newer |
+//! | decode, gate | machine code for sm_80 and sm_90; PTX of compute_80, which the driver compiles for anything newer |
 //! | prefill_sm90 | machine code for sm_90a (Hopper) alone |
 //!
 //! Environment: `NVCC` names the compiler, else it is looked for under `CUDA_HOME` and `CUDA_PATH`, in `PATH` and in
@@ -16,7 +16,7 @@ use std::process::{Child, Command};
 
 const PORTABLE: &[&str] = &["arch=compute_80,code=[compute_80,sm_80]", "arch=compute_90,code=sm_90"];
 const HOPPER: &[&str] = &["arch=compute_90a,code=sm_90a"];
-const FATBINS: [(&str, &[&str]); 3] = [("decode", PORTABLE), ("glu", PORTABLE), ("prefill_sm90", HOPPER)];
+const FATBINS: [(&str, &[&str]); 3] = [("decode", PORTABLE), ("gate", PORTABLE), ("prefill_sm90", HOPPER)];
 
 const SOURCES: &str = "src/cuda";
 const SKIP: &str = "CANDLE_SWIGLU_CUDA_SKIP_NVCC";
@@ -33,6 +33,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             println!("cargo::rerun-if-changed={}", path.display());
         }
     }
+    println!("cargo::rerun-if-changed=src/gate/gate.h");
     VARIABLES.iter().for_each(|name| println!("cargo::rerun-if-env-changed={name}"));
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     if set(SKIP) || set("DOCS_RS") {

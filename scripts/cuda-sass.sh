@@ -55,7 +55,7 @@ check() {
 
 "$nvcc" --version | grep release
 for architecture in 80 90; do
-  for file in decode glu; do
+  for file in decode gate; do
     compile "$file" "$architecture"
     check "$file" "$architecture"
   done

@@ -10,8 +10,8 @@ use std::borrow::Cow;
 
 use serde_json::Value;
 
-use crate::activation::{Glu, GluActivation};
 use crate::error::{Error, Result};
+use crate::gate::activation::{Glu, GluActivation};
 use crate::load::{Biases, Family, FusedOrder, Names, Wanted};
 use model::Part;
 

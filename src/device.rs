@@ -5,8 +5,8 @@
 
 use candle_core::Tensor;
 
-use crate::activation::Glu;
 use crate::error::{Error, Result};
+use crate::gate::activation::Glu;
 use crate::which::Which;
 
 /// The block's weights, contiguous, in one dtype on one device.
@@ -140,7 +140,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
-    use crate::activation::GluActivation;
+    use crate::gate::activation::GluActivation;
 
     /// (rows, 3), with the numbers from `from` on
     fn matrix(from: f32, rows: usize) -> Tensor {

@@ -100,7 +100,6 @@
 //!
 //! The environment variable `CANDLE_SWIGLU_KERNEL` forces one of [`cpu_kernels`].
 
-mod activation;
 mod backend;
 mod config;
 #[allow(unsafe_code)]
@@ -113,7 +112,7 @@ mod embedding;
 mod engine;
 mod error;
 mod ffn;
-mod glu;
+mod gate;
 mod linear;
 mod load;
 #[cfg(any(feature = "metal", test))]
@@ -122,7 +121,6 @@ mod over_rows;
 pub mod reference;
 mod which;
 
-pub use activation::{Glu, GluActivation};
 pub use config::FfnConfig;
 pub use cpu::cpu_kernels;
 #[cfg(feature = "cuda")]
@@ -131,7 +129,7 @@ pub use cuda::{Prefill as CudaPrefill, force_prefill as force_cuda_prefill};
 pub use embedding::{Embedding, embedding};
 pub use error::{Error, Result};
 pub use ffn::{SwiGluFfn, swiglu_ffn};
-pub use glu::{glu_mul, silu_mul};
+pub use gate::{Glu, GluActivation, glu_mul, silu_mul};
 pub use linear::{Linear, linear, linear_b, linear_no_bias};
 #[cfg(feature = "hub")]
 pub use load::hub;

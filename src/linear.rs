@@ -7,7 +7,7 @@ use candle_nn::{Module, VarBuilder};
 
 use crate::engine::{self, Projection};
 use crate::error::{Error, Result};
-use crate::glu::{check_float, check_same};
+use crate::gate::{check_float, check_same};
 use crate::load::{check_linear, load_projection};
 use crate::over_rows::{over_rows, rows, wider};
 

@@ -1,7 +1,7 @@
 //! The definition: the block in three loops and f64 sums. Everything else in this crate is tested against it, and f64
 //! tensors are computed by its scalar functions.
 
-use crate::activation::{Glu, GluActivation};
+use crate::gate::activation::{Glu, GluActivation};
 
 /// σ(z) = 1 / (1 + e⁻ᶻ) without overflow, and its derivative σ(z)·σ(-z).
 fn sigmoid(z: f64) -> (f64, f64) {

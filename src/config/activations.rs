@@ -3,8 +3,8 @@
 use serde_json::Value;
 
 use super::json::{field, text, unsupported};
-use crate::activation::GluActivation::{self, Gelu, GeluTanh, Relu, Silu};
 use crate::error::{Error, Result};
+use crate::gate::activation::GluActivation::{self, Gelu, GeluTanh, Relu, Silu};
 
 /// Where a model type has its activation.
 enum Rule {

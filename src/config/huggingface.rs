@@ -7,8 +7,8 @@ use super::json::{entry, field, flag, invalid, number, positive_number, required
 use super::model::{Config, DINOV2, Part};
 use super::sizes::INTERMEDIATE;
 use super::{Biases, FfnConfig, activations};
-use crate::activation::GluActivation;
 use crate::error::Result;
+use crate::gate::activation::GluActivation;
 use crate::load::{Family, FusedOrder};
 
 pub(super) fn read(whole: &Value, layer: Option<usize>, part: Part) -> Result<FfnConfig> {

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use super::tests::{activation_bound, ops};
 use super::{BlockLayer, CpuKernels, LinearLayer, available, block, linear};
-use crate::activation::{Glu, GluActivation};
+use crate::gate::activation::{Glu, GluActivation};
 use crate::reference;
 use crate::which::Which;
 

@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 use super::activation::{self, Activation, Gelu, GeluTanh, Identity, Relu, Sigmoid, Swish};
 use super::epilogue::{Hidden, PanelSums};
 use super::simd::{Element, MAX_LANES, Simd};
-use crate::activation::{Glu, GluActivation};
+use crate::gate::activation::{Glu, GluActivation};
 
 /// `$body` with `$act` bound to the activation of `$op` as a type of its own.
 macro_rules! with_activation {

@@ -16,7 +16,7 @@ use super::product::{Product, Widen};
 use super::simd::{Body, Element, Isa, Simd};
 use super::sweep::{Rewritten, Sweep};
 use super::tuning::{Access, Tuned};
-use crate::activation::Glu;
+use crate::gate::activation::Glu;
 
 /// One instruction set's functions. They exist only after the CPU's features were detected, and are
 /// therefore safe to call.

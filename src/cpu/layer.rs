@@ -8,8 +8,8 @@ use super::kernels::{CpuKernels, Io};
 use super::matrix::Matrix;
 use super::panels::Columns;
 use super::pass::{Block, Linear, Projection};
-use crate::activation::Glu;
 use crate::error::{Error, Result};
+use crate::gate::activation::Glu;
 use crate::which::Which;
 
 /// A linear layer with a packed weight. Weight and bias are zero until they are set.

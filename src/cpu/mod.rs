@@ -6,9 +6,9 @@ mod activation;
 #[cfg(test)]
 mod block_tests;
 mod buffer;
-mod elementwise;
 mod epilogue;
 mod format;
+mod gate;
 mod glu;
 mod isa;
 mod kernels;
@@ -30,7 +30,7 @@ mod tuning;
 
 use std::sync::OnceLock;
 
-pub(crate) use elementwise::{backward, forward};
+pub(crate) use gate::{gate_backward, gate_forward};
 pub(crate) use kernels::CpuKernels;
 pub(crate) use layer::{BlockLayer, LinearLayer, block, linear};
 

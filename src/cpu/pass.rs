@@ -20,7 +20,7 @@ use super::panels::{Columns, Panels};
 use super::partition::Partition;
 use super::sweep::{Rows, Sweep};
 use super::threads::{self, Phase, SendPtr};
-use crate::activation::Glu;
+use crate::gate::activation::Glu;
 
 /// Rows of x that are processed at a time. The scratch of a block is at most
 /// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes for `rows` ≤ 512, where a is 2 if the

@@ -7,8 +7,8 @@ use candle_core::{CpuStorage, Layout, Shape};
 use half::{bf16, f16};
 
 use super::threads::{self, Phase};
-use super::{CpuKernels, available, backward, forward};
-use crate::activation::{Glu, GluActivation};
+use super::{CpuKernels, available, gate_backward, gate_forward};
+use crate::gate::activation::{Glu, GluActivation};
 use crate::reference;
 
 /// 2⁻²⁴: half a unit in the last place of an f32 in [1, 2).
@@ -67,7 +67,7 @@ fn contiguous(n: usize) -> Layout {
 fn run_f32(kernel: &CpuKernels, op: &Glu, gate: &[f32], up: &[f32]) -> Vec<f32> {
     let layout = contiguous(gate.len());
     let (g, u) = (CpuStorage::F32(gate.to_vec()), CpuStorage::F32(up.to_vec()));
-    match forward(kernel, op, (&g, &layout), (&u, &layout)) {
+    match gate_forward(kernel, op, (&g, &layout), (&u, &layout)) {
         Ok(CpuStorage::F32(out)) => out,
         other => panic!("{other:?}"),
     }
@@ -142,7 +142,7 @@ macro_rules! product_test {
                 let (g, u) = (CpuStorage::$variant(gate.clone()), CpuStorage::$variant(up.clone()));
                 for kernel in available() {
                     for op in ops() {
-                        let Ok(CpuStorage::$variant(out)) = forward(kernel, &op, (&g, &layout), (&u, &layout)) else {
+                        let Ok(CpuStorage::$variant(out)) = gate_forward(kernel, &op, (&g, &layout), (&u, &layout)) else {
                             panic!("{}", kernel.name)
                         };
                         assert_eq!(out.len(), n);
@@ -209,7 +209,7 @@ fn all_kernels_give_the_same_bits() {
         let storage = |v: &[f32]| CpuStorage::F32(v.to_vec());
         let (g, u, d) = (storage(&gate), storage(&up), storage(&dy));
         let mut all = run_f32(kernel, op, &gate, &up);
-        let Ok(CpuStorage::F32(gradients)) = backward(kernel, op, [(&g, &layout), (&u, &layout), (&d, &layout)]) else {
+        let Ok(CpuStorage::F32(gradients)) = gate_backward(kernel, op, [(&g, &layout), (&u, &layout), (&d, &layout)]) else {
             panic!("{}", kernel.name)
         };
         all.extend(gradients);
@@ -245,7 +245,7 @@ macro_rules! rounding_test {
                 let factor = <$dtype>::from_f32(factor);
                 let (g, u) = (CpuStorage::$variant(gate.clone()), CpuStorage::$variant(vec![factor; gate.len()]));
                 for kernel in available() {
-                    let Ok(CpuStorage::$variant(out)) = forward(kernel, &op, (&g, &layout), (&u, &layout)) else {
+                    let Ok(CpuStorage::$variant(out)) = gate_forward(kernel, &op, (&g, &layout), (&u, &layout)) else {
                         panic!("{}", kernel.name)
                     };
                     for (x, y) in gate.iter().zip(&out) {
@@ -295,7 +295,7 @@ fn gradients_meet_the_definition() {
     for kernel in available() {
         for op in ops() {
             let inputs = [0, 1, 2].map(|i| (&storages[i], &layout));
-            let Ok(CpuStorage::F32(out)) = backward(kernel, &op, inputs) else { panic!("{}", kernel.name) };
+            let Ok(CpuStorage::F32(out)) = gate_backward(kernel, &op, inputs) else { panic!("{}", kernel.name) };
             for i in 0..n {
                 let [g, u, d] = [gate[i], up[i], dy[i]].map(f64::from);
                 let (dgate, dup) = reference::glu_grad(&op, g, u, d);
@@ -339,7 +339,7 @@ fn any_layout_gives_what_a_copy_gives() {
         for gate in &layouts {
             for up in &layouts {
                 let op = Glu::new(GluActivation::Silu);
-                let Ok(CpuStorage::F32(out)) = forward(kernel, &op, (&storage, gate), (&storage, up)) else { panic!() };
+                let Ok(CpuStorage::F32(out)) = gate_forward(kernel, &op, (&storage, gate), (&storage, up)) else { panic!() };
                 assert_eq!(out, run_f32(kernel, &op, &copy(gate), &copy(up)), "{} {gate:?} {up:?}", kernel.name);
             }
         }

@@ -296,7 +296,7 @@ template <typename T, int NT, int SPLIT, int HALVES> struct FmaBlock {
 };
 
 template <typename B, typename T>
-DEVICE void gate_up(const T* x, const T* w_gate, const T* w_up, const T* b_gate, const T* b_up, T* h, int M, int I, int H, GluOp op) {
+DEVICE void gate_up(const T* x, const T* w_gate, const T* w_up, const T* b_gate, const T* b_up, T* h, int M, int I, int H, GluParams op) {
   SHARED(typename B::Sums, shared);
   // Past the end the last row is read once more, and not stored.
   const auto row = [&](int first, int half, int f) { return (half ? w_up : w_gate) + size_t(min(first + f, I - 1)) * H; };
@@ -332,7 +332,7 @@ DEVICE void linear(const T* x, const T* w, const T* bias, T* y, int M, int N, in
 // NAME, threads, least blocks per SM (for the register limit), T, the block
 #define GATE_UP(NAME, THREADS, BLOCKS, T, ...)                                                                               \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gate_up_##NAME(                                              \
-      const T* x, const T* w_gate, const T* w_up, const T* b_gate, const T* b_up, T* h, int M, int I, int H, GluOp op) {     \
+      const T* x, const T* w_gate, const T* w_up, const T* b_gate, const T* b_up, T* h, int M, int I, int H, GluParams op) {     \
     gate_up<__VA_ARGS__>(x, w_gate, w_up, b_gate, b_up, h, M, I, H, op);                                                     \
   }
 #define LINEAR(NAME, THREADS, BLOCKS, T, ...)                                                                                \

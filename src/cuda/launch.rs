@@ -6,40 +6,34 @@ use std::ops::Deref;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::sys::cudaDataType_t;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop, sys};
-use candle_core::cuda_backend::{CudaDType, CudaStorage, WrapErr};
-use candle_core::{Layout, Result, Storage, Tensor, bail};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage, WrapErr};
+use candle_core::{Layout, Result, Storage, Tensor, WithDType, bail};
 use half::{bf16, f16};
 
-use super::module::Kernel;
-use crate::activation::{Glu, GluActivation};
+use super::functions::Functions;
+use super::plan::{Grid, Kernel, gate_grid};
 
 // ---------------------------------------------------------------- dtypes
 
 /// An element type of the kernels.
-pub(super) trait Element: CudaDType + DeviceRepr + 'static {
-    /// In the kernels' names.
-    const NAME: &'static str;
+pub(super) trait Element: CudaDType + WithDType + DeviceRepr + 'static {
     /// For cuBLAS.
     const CUDA: cudaDataType_t;
 }
 
 impl Element for f64 {
-    const NAME: &'static str = "f64";
     const CUDA: cudaDataType_t = cudaDataType_t::CUDA_R_64F;
 }
 
 impl Element for f32 {
-    const NAME: &'static str = "f32";
     const CUDA: cudaDataType_t = cudaDataType_t::CUDA_R_32F;
 }
 
 impl Element for bf16 {
-    const NAME: &'static str = "bf16";
     const CUDA: cudaDataType_t = cudaDataType_t::CUDA_R_16BF;
 }
 
 impl Element for f16 {
-    const NAME: &'static str = "f16";
     const CUDA: cudaDataType_t = cudaDataType_t::CUDA_R_16F;
 }
 
@@ -60,7 +54,7 @@ impl<'a> Pointer<'a> {
     pub(super) fn read<T: Element>(storage: &'a CudaStorage, offset: usize, stream: &'a CudaStream) -> Result<Self> {
         let slice = storage.as_cuda_slice::<T>()?;
         if slice.context().cu_ctx() != stream.context().cu_ctx() {
-            bail!("the tensors of one operation lie on different GPUs");
+            bail!("the tensors of one operation are on different GPUs");
         }
         let (start, in_use) = slice.device_ptr(stream);
         Ok(Self { address: start + (offset * size_of::<T>()) as u64, _in_use: Some(in_use) })
@@ -89,7 +83,7 @@ pub(super) fn weight(tensor: &Tensor) -> Result<Weight<impl Deref<Target = Stora
     let (storage, layout) = tensor.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
         (Storage::Cuda(_), Some((offset, _))) => Ok(Weight { storage, offset }),
-        _ => bail!("a weight of the CUDA kernels is contiguous and lies on a CUDA device"),
+        _ => bail!("a weight of the CUDA kernels must be contiguous and on a CUDA device"),
     }
 }
 
@@ -97,7 +91,7 @@ impl<G: Deref<Target = Storage>> Weight<G> {
     pub(super) fn pointer<'a, T: Element>(&'a self, stream: &'a CudaStream) -> Result<Pointer<'a>> {
         match &*self.storage {
             Storage::Cuda(storage) => Pointer::read::<T>(storage, self.offset, stream),
-            _ => bail!("a weight of the CUDA kernels lies on a CUDA device"),
+            _ => bail!("a weight of the CUDA kernels must be on a CUDA device"),
         }
     }
 
@@ -119,89 +113,83 @@ pub(super) fn contiguous<T: Element>(storage: &CudaStorage, layout: &Layout) -> 
 
 // ---------------------------------------------------------------- launches
 
-/// `struct GluOp` of activation.cuh.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct GluOp {
-    activation: i32,
-    beta: f32,
-    gate_multiplier: f32,
-    limit: f32,
-    up_offset: f32,
-}
-
-impl From<&Glu> for GluOp {
-    fn from(glu: &Glu) -> Self {
-        let (activation, beta) = match glu.activation {
-            GluActivation::Silu => (0, 1.0),
-            GluActivation::Swish { beta } => (1, beta),
-            GluActivation::Sigmoid => (2, 1.0),
-            GluActivation::Relu => (3, 1.0),
-            GluActivation::Gelu => (4, 1.0),
-            GluActivation::GeluTanh => (5, 1.0),
-            GluActivation::Identity => (6, 1.0),
-        };
-        let limit = glu.limit.unwrap_or(f32::INFINITY);
-        Self { activation, beta, gate_multiplier: glu.gate_multiplier, limit, up_offset: glu.up_offset }
-    }
-}
-
 /// Pointers to a kernel's arguments, in order.
 macro_rules! arguments {
     ($($value:expr),* $(,)?) => { &mut [$(std::ptr::from_ref(&$value).cast_mut().cast::<std::ffi::c_void>()),*] };
 }
 pub(super) use arguments;
 
-/// A grid of one dimension.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Grid {
-    pub(super) blocks: usize,
-    pub(super) threads: u32,
+/// Where and with what the launches of one call run.
+pub(super) struct LaunchContext<'a> {
+    pub(super) device: &'a CudaDevice,
+    pub(super) stream: &'a CudaStream,
+    pub(super) functions: &'a Functions,
 }
 
-impl Grid {
-    pub(super) fn new(blocks: usize, threads: u32) -> Self {
-        Self { blocks, threads }
+/// A kernel, its grid, and the rows that it computes (for the trace).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Launch {
+    pub(super) kernel: Kernel,
+    pub(super) grid: Grid,
+    pub(super) rows: usize,
+    /// The kernel may start while what precedes it on the stream still runs (programmatic dependent
+    /// launch), if it waits by itself. That hides its start and the latency of its first weights.
+    pub(super) early: bool,
+}
+
+impl LaunchContext<'_> {
+    /// (rows, columns), to be written in full by the launches that follow.
+    pub(super) fn alloc<T: Element>(&self, rows: usize, columns: usize) -> Result<CudaSlice<T>> {
+        let Some(elements) = rows.checked_mul(columns) else { bail!("a matrix of {rows} by {columns} is too large") };
+        // SAFETY: every path writes each element before anything reads it, on the stream that allocates.
+        unsafe { self.device.alloc::<T>(elements) }
     }
-}
 
-/// Launches `kernel`. With `early`, and if the kernel waits by itself, it may start while what precedes it on the stream still runs
-/// (programmatic dependent launch), which hides its start and the latency of its first weights.
-///
-/// # Safety
-/// The arguments are those of the kernel in number, order and type; its pointers are valid for what it reads and writes. With `early`,
-/// the weights it reads were complete before whatever precedes it on the stream was launched.
-pub(super) unsafe fn launch(
-    stream: &CudaStream,
-    kernel: &Kernel,
-    grid: Grid,
-    early: bool,
-    arguments: &mut [*mut c_void],
-) -> Result<()> {
-    let Ok(blocks) = u32::try_from(grid.blocks) else { bail!("a grid of {} blocks is too large", grid.blocks) };
-    stream.context().bind_to_thread().w()?;
-    let mut attribute = sys::CUlaunchAttribute {
-        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-        pad: Default::default(),
-        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-    };
-    let config = sys::CUlaunchConfig {
-        gridDimX: blocks,
-        gridDimY: 1,
-        gridDimZ: 1,
-        blockDimX: grid.threads,
-        blockDimY: 1,
-        blockDimZ: 1,
-        sharedMemBytes: kernel.shared,
-        hStream: stream.cu_stream(),
-        attrs: &mut attribute,
-        numAttrs: u32::from(early && kernel.waits),
-    };
-    // SAFETY: the configuration and its attribute outlive the call, the context is current; the rest is the caller's promise.
-    unsafe { sys::cuLaunchKernelEx(&config, kernel.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()) }
-        .result()
-        .w()
-        .map_err(|error| error.context(format!("cannot launch the CUDA kernel {}", kernel.name)))
+    /// A launch of gate.cu over (rows, columns).
+    pub(super) fn over<T: Element>(&self, kernel: Kernel, rows: usize, columns: usize) -> Launch {
+        let grid = gate_grid(rows, columns, T::DTYPE, self.functions.gpu.sms);
+        Launch { kernel, grid, rows, early: false }
+    }
+
+    /// Launches a kernel in its code for T.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel in number, order and type; its pointers are valid for what
+    /// it reads and writes. With `early`, the weights it reads were complete before whatever precedes it
+    /// on the stream was launched.
+    pub(super) unsafe fn launch<T: Element>(&self, launch: Launch, arguments: &mut [*mut c_void]) -> Result<()> {
+        let Launch { kernel, grid, rows, early } = launch;
+        let function = self.functions.get(kernel, T::DTYPE)?;
+        let name = function.name.as_str();
+        tracing::trace!(kernel = name, grid = grid.blocks, threads = grid.threads, rows, "launch");
+        let Ok(blocks) = u32::try_from(grid.blocks) else {
+            bail!("the CUDA kernel {name} takes a grid of fewer than 2^32 blocks, found {}", grid.blocks)
+        };
+        self.stream.context().bind_to_thread().w()?;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: Default::default(),
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: blocks,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: function.shared,
+            hStream: self.stream.cu_stream(),
+            attrs: &mut attribute,
+            numAttrs: u32::from(early && function.waits),
+        };
+        // SAFETY: the configuration and its attribute outlive the call and the context is current; the
+        // rest is the caller's promise.
+        unsafe { sys::cuLaunchKernelEx(&config, function.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .w()
+            .map_err(|error| error.context(format!("cannot launch the CUDA kernel {name}")))
+    }
 }
 
 /// The stream records a CUDA graph. (An error says that another stream does, which the next launch will report.)
@@ -250,36 +238,4 @@ pub(super) fn tensor_map<T: Element>(
     .result()
     .w()?;
     Ok(map)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const HEADER: &str = include_str!("activation.cuh");
-
-    /// The name of an activation in activation.cuh.
-    fn name(activation: GluActivation) -> &'static str {
-        match activation {
-            GluActivation::Silu => "SILU",
-            GluActivation::Swish { .. } => "SWISH",
-            GluActivation::Sigmoid => "SIGMOID",
-            GluActivation::Relu => "RELU",
-            GluActivation::Gelu => "GELU",
-            GluActivation::GeluTanh => "GELU_TANH",
-            GluActivation::Identity => "IDENTITY",
-        }
-    }
-
-    #[test]
-    fn every_activation_has_its_number_and_its_case_in_the_kernels() {
-        let numbers: Vec<String> = GluActivation::all()
-            .map(|activation| format!("{} = {}", name(activation), GluOp::from(&Glu::new(activation)).activation))
-            .collect();
-        let declared = format!("enum Activation : int {{ {} }};", numbers.join(", "));
-        assert!(HEADER.contains(&declared), "activation.cuh has no line {declared}");
-        for name in GluActivation::all().map(name) {
-            assert_eq!(HEADER.matches(&format!(" case {name}: return ")).count(), 1, "{name}");
-        }
-    }
 }

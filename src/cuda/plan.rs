@@ -3,12 +3,220 @@
 use std::cell::Cell;
 use std::sync::OnceLock;
 
-use candle_core::Result;
+use candle_core::{DType, Result};
 
-use super::module::{TILES, Tile};
-
-/// At most this much memory for h and the product of gate and up together, per call: more rows go through in chunks (of 128 at least).
+/// At most this much memory for h and the product of gate and up together, per call. More rows are
+/// computed in chunks (of 128 at least).
 const SCRATCH_BYTES: usize = 768 << 20;
+
+/// What the choices depend on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Gpu {
+    /// Streaming multiprocessors.
+    pub(super) sms: usize,
+    /// Memory bandwidth in bytes per clock and multiprocessor: an H100's is 12.8, an H200's 18.4.
+    pub(super) bytes_per_clock: f64,
+    /// Compute capability 9.0: the kernels of prefill_sm90.cu run.
+    pub(super) hopper: bool,
+}
+
+// ---------------------------------------------------------------- kernels
+
+/// A kernel of src/cuda. README.md beside this file says what each computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kernel {
+    /// decode.cu: gate, up and the activation (`gated`), or one projection.
+    Decode {
+        gated: bool,
+        cores: Cores,
+        rows: DecodeRows,
+    },
+    /// prefill_sm90.cu, by the index of its tile in [`TILES`].
+    Fused(usize),
+    /// gate.cu
+    GateForward,
+    GateBackward,
+    BiasRows,
+}
+
+/// The arithmetic units of a kernel of decode.cu.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cores {
+    /// `fma`: f32, and the shapes of bf16 and f16 that tensor cores do not take.
+    Cuda,
+    /// `mma`, in blocks of 8 warps.
+    Tensor8,
+    /// `mma`, in blocks of 16 warps.
+    Tensor16,
+}
+
+/// The most rows that a kernel of decode.cu takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DecodeRows {
+    Eight,
+    Sixteen,
+    ThirtyTwo,
+}
+
+const CORES: [Cores; 3] = [Cores::Cuda, Cores::Tensor8, Cores::Tensor16];
+const DECODE_ROWS: [DecodeRows; 3] = [DecodeRows::Eight, DecodeRows::Sixteen, DecodeRows::ThirtyTwo];
+const DECODE_KERNELS: usize = 2 * CORES.len() * DECODE_ROWS.len();
+
+impl Kernel {
+    /// Every kernel, in the order of [`Self::index`].
+    pub(super) fn all() -> impl Iterator<Item = Self> {
+        let decode = [true, false].into_iter().flat_map(|gated| {
+            let variants = CORES.into_iter().flat_map(|cores| DECODE_ROWS.map(|rows| (cores, rows)));
+            variants.map(move |(cores, rows)| Self::Decode { gated, cores, rows })
+        });
+        let fused = (0..TILES.len()).map(Self::Fused);
+        decode.chain(fused).chain([Self::GateForward, Self::GateBackward, Self::BiasRows])
+    }
+
+    /// Its place among [`Self::all`].
+    pub(super) fn index(self) -> usize {
+        match self {
+            Self::Decode { gated, cores, rows } => {
+                let variants = CORES.len() * DECODE_ROWS.len();
+                usize::from(!gated) * variants + cores as usize * DECODE_ROWS.len() + rows as usize
+            }
+            Self::Fused(tile) => DECODE_KERNELS + tile,
+            Self::GateForward => DECODE_KERNELS + TILES.len(),
+            Self::GateBackward => DECODE_KERNELS + TILES.len() + 1,
+            Self::BiasRows => DECODE_KERNELS + TILES.len() + 2,
+        }
+    }
+
+    /// The kernel exists for this dtype.
+    pub(super) fn has(self, dtype: DType) -> bool {
+        let half = matches!(dtype, DType::BF16 | DType::F16);
+        match self {
+            Self::Decode { cores: Cores::Cuda, rows, .. } => dtype == DType::F32 || (half && rows == DecodeRows::ThirtyTwo),
+            Self::Decode { .. } | Self::Fused(_) => half,
+            Self::GateForward | Self::GateBackward => half || matches!(dtype, DType::F32 | DType::F64),
+            Self::BiasRows => half || dtype == DType::F32,
+        }
+    }
+
+    /// The name in the device code: `gate_up_mma_bf16_n1_w8`.
+    pub(super) fn name(self, dtype: DType) -> String {
+        let t = dtype.as_str();
+        match self {
+            Self::Decode { gated, cores, rows } => {
+                let op = if gated { "gate_up" } else { "linear" };
+                let n = 1 << rows as usize;
+                match cores {
+                    Cores::Tensor8 => format!("{op}_mma_{t}_n{n}_w8"),
+                    Cores::Tensor16 => format!("{op}_mma_{t}_n{n}_w16"),
+                    Cores::Cuda if dtype == DType::F32 => format!("{op}_fma_{t}_n{n}"),
+                    Cores::Cuda => format!("{op}_fma_{t}"),
+                }
+            }
+            Self::Fused(tile) => {
+                let Tile { cluster, width, .. } = TILES[tile];
+                format!("gate_up_sm90_{t}_c{cluster}_w{width}")
+            }
+            Self::GateForward => format!("gate_forward_{t}"),
+            Self::GateBackward => format!("gate_backward_{t}"),
+            Self::BiasRows => format!("bias_rows_{t}"),
+        }
+    }
+
+    /// Bytes of dynamic shared memory of a block.
+    pub(super) fn shared(self) -> u32 {
+        match self {
+            Self::Fused(tile) => TILES[tile].shared,
+            _ => 0,
+        }
+    }
+}
+
+/// A grid of one dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Grid {
+    pub(super) blocks: usize,
+    pub(super) threads: u32,
+}
+
+impl Grid {
+    fn new(blocks: usize, threads: u32) -> Self {
+        Self { blocks, threads }
+    }
+}
+
+/// Threads of a block of gate.cu.
+const GATE_THREADS: usize = 256;
+/// Blocks of gate.cu per multiprocessor, at most: eight blocks are resident, a second round evens out
+/// their ends.
+const GATE_BLOCKS_PER_SM: usize = 16;
+
+/// The grid of a kernel of gate.cu over (rows, columns).
+pub(super) fn gate_grid(rows: usize, columns: usize, dtype: DType, sms: usize) -> Grid {
+    let per_thread = 16 / dtype.size_in_bytes();
+    let blocks = rows.saturating_mul(columns.div_ceil(per_thread)).div_ceil(GATE_THREADS);
+    Grid::new(blocks.clamp(1, GATE_BLOCKS_PER_SM * sms), GATE_THREADS as u32)
+}
+
+/// Threads of a block of prefill_sm90.cu: a producer and two consumers of 128.
+pub(super) const FUSED_THREADS: u32 = 384;
+
+/// Output features of a block of decode.cu: of a tile on tensor cores, of a block on CUDA cores.
+const fn decode_features(gated: bool, tensor_cores: bool) -> usize {
+    match (gated, tensor_cores) {
+        (true, _) => 8,
+        (false, true) => 16,
+        (false, false) => 4,
+    }
+}
+
+/// The kernel of decode.cu for `m` rows and `features` outputs, and its grid. `aligned`: the shape
+/// and the addresses are what tensor cores need (README.md).
+pub(super) fn decode(gated: bool, dtype: DType, m: usize, features: usize, aligned: bool, sms: usize) -> (Kernel, Grid) {
+    let rows = match m {
+        0..=8 => DecodeRows::Eight,
+        9..=16 => DecodeRows::Sixteen,
+        _ => DecodeRows::ThirtyTwo,
+    };
+    let of_block = |tensor_cores| features.div_ceil(decode_features(gated, tensor_cores));
+    if dtype == DType::F32 {
+        return (Kernel::Decode { gated, cores: Cores::Cuda, rows }, Grid::new(of_block(false), 128));
+    }
+    if !aligned {
+        let kernel = Kernel::Decode { gated, cores: Cores::Cuda, rows: DecodeRows::ThirtyTwo };
+        return (kernel, Grid::new(of_block(false), 128));
+    }
+    let DecodeGrid { blocks, warps } = decode_grid(of_block(true), sms);
+    let cores = if warps == 16 { Cores::Tensor16 } else { Cores::Tensor8 };
+    (Kernel::Decode { gated, cores, rows }, Grid::new(blocks, 32 * warps as u32))
+}
+
+/// A tile of a kernel of prefill_sm90.cu: `cluster` blocks share the weights, each computes 128 rows
+/// by `width` features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Tile {
+    pub(super) cluster: usize,
+    pub(super) width: usize,
+    /// Bytes of dynamic shared memory, of 232448 that a block can have.
+    shared: u32,
+}
+
+const fn tile(cluster: usize, width: usize, shared: u32) -> Tile {
+    Tile { cluster, width, shared }
+}
+
+/// All of them.
+pub(super) const TILES: [Tile; 8] = [
+    tile(1, 64, 214_272),
+    tile(1, 80, 206_080),
+    tile(1, 96, 230_656),
+    tile(1, 112, 210_176),
+    tile(1, 128, 230_656),
+    tile(2, 96, 230_656),
+    tile(2, 112, 210_176),
+    tile(2, 128, 230_656),
+];
+
+// ---------------------------------------------------------------- the way of prefill
 
 /// How gate, up and the activation are computed above the rows of the decode kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,72 +267,93 @@ pub(super) fn decode_rows(forced: Option<Prefill>, hopper: bool) -> usize {
 
 /// A launch of a tensor-core kernel of decode.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct DecodeGrid {
-    pub(super) blocks: usize,
-    /// Of a block: 8, two blocks to a multiprocessor; 16, so that one block uses all of it, where that is enough for all tiles.
-    pub(super) warps: usize,
+struct DecodeGrid {
+    blocks: usize,
+    /// Of a block: 8, with two blocks to a multiprocessor; or 16, so that one block uses all of a
+    /// multiprocessor, where one block each is enough for all tiles.
+    warps: usize,
 }
 
-/// The persistent blocks for so many tiles. They do not depend on the number of rows, and so neither do a row's bits.
-pub(super) fn decode_grid(tiles: usize, sms: usize) -> DecodeGrid {
+/// The persistent blocks for `tiles` tiles. They do not depend on the number of rows, so a row's bits
+/// do not either.
+fn decode_grid(tiles: usize, sms: usize) -> DecodeGrid {
     let warps = if tiles <= sms { 16 } else { 8 };
     DecodeGrid { blocks: tiles.min(16 / warps * sms), warps }
 }
 
+/// Rows of a tile of prefill_sm90.cu, per block of a cluster.
+const TILE_ROWS: usize = 128;
+/// Blocks that share no weights read more from L2. Above one tile of rows, where arithmetic is the
+/// bound, they take 5 % longer.
+const UNSHARED_WEIGHTS: f64 = 1.05;
+/// Starting and ending a tile takes as long as computing 4 of its features.
+const TILE_OVERHEAD_FEATURES: usize = 4;
+
 /// A launch of a kernel of prefill_sm90.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FusedGrid {
-    pub(super) tile: Tile,
+    /// In [`TILES`].
+    pub(super) tile: usize,
     pub(super) blocks: usize,
     /// Tiles that the busiest block computes, one after the other.
     waves: usize,
 }
 
 impl FusedGrid {
-    fn of(tile: Tile, m: usize, i: usize, sms: usize) -> Self {
-        let tiles = m.div_ceil(128 * tile.cluster) * i.div_ceil(tile.width);
-        let clusters = tiles.min(sms / tile.cluster).max(1);
-        Self { tile, blocks: tile.cluster * clusters, waves: tiles.div_ceil(clusters) }
+    fn of(tile: usize, m: usize, i: usize, sms: usize) -> Self {
+        let Tile { cluster, width, .. } = TILES[tile];
+        let tiles = m.div_ceil(TILE_ROWS * cluster) * i.div_ceil(width);
+        let clusters = tiles.min(sms / cluster).max(1);
+        Self { tile, blocks: cluster * clusters, waves: tiles.div_ceil(clusters) }
     }
 
-    /// What the busiest multiprocessor computes, in features of one row of tiles. Above 128 rows, where arithmetic decides, blocks that
-    /// share no weights read more and take 5 % longer.
+    /// The work of the busiest multiprocessor, in features of one row of tiles.
     fn load(&self, m: usize) -> f64 {
-        let alone = if self.tile.cluster == 1 && m > 128 { 1.05 } else { 1.0 };
-        (self.waves * self.tile.width) as f64 * alone
+        let Tile { cluster, width, .. } = TILES[self.tile];
+        let unshared = if cluster == 1 && m > TILE_ROWS { UNSHARED_WEIGHTS } else { 1.0 };
+        (self.waves * width) as f64 * unshared
     }
 
-    /// Its time in the same unit: a tile takes 4 features more than it has, to begin and to end.
+    /// Its time in the same unit.
     fn time(&self, m: usize) -> f64 {
-        self.load(m) + (4 * self.waves) as f64
+        self.load(m) + (TILE_OVERHEAD_FEATURES * self.waves) as f64
     }
 }
 
 /// The tile that divides (M,I) best among `sms` multiprocessors.
 pub(super) fn fused_grid(m: usize, i: usize, sms: usize) -> FusedGrid {
-    let all = TILES.into_iter().filter(|tile| tile.cluster <= sms.min(m.div_ceil(128)));
+    let all = (0..TILES.len()).filter(|&tile| TILES[tile].cluster <= sms.min(m.div_ceil(TILE_ROWS)));
     let all = all.map(|tile| FusedGrid::of(tile, m, i, sms));
-    all.min_by(|a, b| a.time(m).total_cmp(&b.time(m))).unwrap_or_else(|| FusedGrid::of(TILES[0], m, i, sms))
+    all.min_by(|a, b| a.time(m).total_cmp(&b.time(m))).unwrap_or_else(|| FusedGrid::of(0, m, i, sms))
 }
 
-/// A multiprocessor whose due of the memory's speed is more than this many bytes a clock gets more by cuBLAS than by our kernels of
-/// 17 to 64 rows: an H200's is 18.4, an H100's 12.8.
+/// Threshold of [`Gpu::bytes_per_clock`]. Above it (H200: 18.4; H100: 12.8) cuBLAS is faster than the
+/// fused kernel up to [`FAST_MEMORY_ROWS`], because the fused kernel reads at most 13 bytes per clock
+/// and multiprocessor.
 const FAST_MEMORY: f64 = 14.0;
+const FAST_MEMORY_ROWS: usize = 64;
+/// Up to one tile of rows both ways are bandwidth-bound, and the fused kernel reads the weights 1.15
+/// times as fast as cuBLAS.
+const READS_FASTER: f64 = 1.15;
+/// Where arithmetic is the bound and the tiles divide evenly, the fused kernel takes 0.94 of the time
+/// of cuBLAS and the pass over its halves.
+const COMPUTES_FASTER: f64 = 1.06;
+/// Reading the weights takes cuBLAS as long as computing 2.5 tiles of rows, so up to about 300 rows
+/// bandwidth is its bound.
+const READING_IN_TILES: f64 = 2.5;
 
-/// The fused kernel or cuBLAS for (M,I) on `sms` multiprocessors, each of which the memory could bring `bytes_per_clock`: by what an
-/// H100 and an H200 do.
+/// The fused kernel or cuBLAS for (M,I), by measurements on an H100 and an H200.
 ///
-/// The fused kernel's `load` (above) would be I / sms for each row of tiles if they divided evenly. Above 128 rows it needs 0.94 of what
-/// cuBLAS and the pass over its halves take where the tiles divide evenly, as long as arithmetic decides, from about 300 rows on; below
-/// that reading the weights takes as long as 2.5 times 128 rows. Up to 128 rows it reads them 1.15 times as fast, but no faster than at
-/// 13 bytes a clock: where memory is faster, cuBLAS is up to 64 rows.
-pub(super) fn prefill((m, i): (usize, usize), sms: usize, bytes_per_clock: f64) -> Prefill {
-    if m <= 64 && bytes_per_clock > FAST_MEMORY {
+/// The load of the fused kernel would be I / sms per row of tiles if tiles divided evenly. It is the
+/// faster way if its load is within the factor by which it is faster than cuBLAS then.
+pub(super) fn prefill((m, i): (usize, usize), gpu: &Gpu) -> Prefill {
+    if m <= FAST_MEMORY_ROWS && gpu.bytes_per_clock > FAST_MEMORY {
         return Prefill::Cublas;
     }
-    let due = i as f64 / sms as f64;
-    let bound = if m <= 128 { 1.15 } else { (1.06 * m as f64 / 128.0).max(2.5) };
-    if fused_grid(m, i, sms).load(m) <= bound * due { Prefill::Fused } else { Prefill::Cublas }
+    let even = i as f64 / gpu.sms as f64;
+    let tiles = m as f64 / TILE_ROWS as f64;
+    let bound = if m <= TILE_ROWS { READS_FASTER } else { (COMPUTES_FASTER * tiles).max(READING_IN_TILES) };
+    if fused_grid(m, i, gpu.sms).load(m) <= bound * even { Prefill::Fused } else { Prefill::Cublas }
 }
 
 /// Rows of a chunk: as many as [`SCRATCH_BYTES`] allow, in whole tiles and in chunks of nearly equal size.
@@ -136,84 +365,5 @@ pub(super) fn chunk_rows(m: usize, i: usize, element: usize) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn chunks_cover_all_rows_within_the_bound() {
-        for (m, i, element) in
-            [(33, 14336, 2), (4096, 14336, 2), (40_000, 14336, 2), (100_000, 28672, 4), (1000, 1 << 28, 2), (5, 1, 4)]
-        {
-            let rows = chunk_rows(m, i, element);
-            assert!(rows > 0 && rows.is_multiple_of(128));
-            assert!(rows == 128 || rows * 3 * i * element <= SCRATCH_BYTES, "{m} {i}: {rows}");
-            let sizes: Vec<usize> = (0..m).step_by(rows).map(|start| rows.min(m - start)).collect();
-            assert_eq!(sizes.iter().sum::<usize>(), m);
-        }
-        assert_eq!(chunk_rows(4096, 14336, 2), 4096); // 4096 · 3 · 14336 · 2 B = 336 MiB
-    }
-
-    #[test]
-    fn fused_blocks_fit_the_device() {
-        for (m, i) in [(1, 8), (128, 128), (129, 128), (256, 14336), (4096, 28672)] {
-            for sms in [1, 2, 108, 132] {
-                let grid = fused_grid(m, i, sms);
-                let Tile { cluster, width, .. } = grid.tile;
-                assert!(grid.blocks >= cluster && grid.blocks.is_multiple_of(cluster));
-                assert!(grid.blocks <= sms.max(cluster));
-                let tiles = m.div_ceil(128 * cluster) * i.div_ceil(width);
-                assert!(grid.waves * grid.blocks / cluster >= tiles);
-            }
-        }
-        // 16 clusters of rows by 112 columns of tiles on 66 clusters: 27.2, so 28 in turn.
-        assert_eq!(fused_grid(4096, 14336, 132), FusedGrid { tile: TILES[7], blocks: 132, waves: 28 });
-    }
-
-    /// Widths that leave few multiprocessors idle, where 128 leaves many.
-    #[test]
-    fn tiles_divide_the_features() {
-        let found = |m, i| {
-            let grid = fused_grid(m, i, 132);
-            (grid.tile.cluster, grid.tile.width, grid.waves)
-        };
-        assert_eq!(found(64, 14336), (1, 112, 1)); // 128 tiles
-        assert_eq!(found(64, 8192), (1, 64, 1)); // 128 tiles
-        assert_eq!(found(64, 28672), (1, 112, 2)); // 256 tiles
-        assert_eq!(found(512, 14336), (2, 112, 4)); // 256 clusters on 66
-        assert_eq!(found(512, 8192), (2, 128, 2));
-    }
-
-    #[test]
-    fn decode_blocks_fill_the_device() {
-        for (tiles, blocks, warps) in [(1, 1, 16), (128, 128, 16), (132, 132, 16), (133, 133, 8), (256, 256, 8), (3584, 264, 8)]
-        {
-            assert_eq!(decode_grid(tiles, 132), DecodeGrid { blocks, warps }, "{tiles} tiles");
-        }
-    }
-
-    #[test]
-    fn blocks_that_fill_the_device_are_fused() {
-        for m in [17, 64, 128, 160, 512, 2048, 4096] {
-            for i in [8192, 14336, 28672] {
-                assert_eq!(prefill((m, i), 132, 12.8), Prefill::Fused, "M = {m}, I = {i}");
-                let on_h200 = if m <= 64 { Prefill::Cublas } else { Prefill::Fused };
-                assert_eq!(prefill((m, i), 132, 18.4), on_h200, "M = {m}, I = {i}");
-            }
-        }
-        assert_eq!(prefill((129, 128), 132, 12.8), Prefill::Cublas, "two tiles on 132 multiprocessors");
-        assert_eq!(prefill((64, 1376), 132, 12.8), Prefill::Cublas, "22 tiles");
-        assert_eq!(prefill((300, 14336), 132, 12.8), Prefill::Cublas, "three rows of tiles for the work of 2.3");
-    }
-
-    #[test]
-    fn a_way_can_be_forced() -> Result<()> {
-        for way in [Some(Prefill::Fused), Some(Prefill::Cublas)] {
-            force_prefill(way);
-            assert_eq!(forced()?, way);
-        }
-        force_prefill(None);
-        assert_eq!((parse(None), parse(Some("fused"))), (Ok(None), Ok(Some(Prefill::Fused))));
-        assert!(parse(Some("fast")).is_err_and(|error| error.contains("expected fused or cublas, found fast")));
-        Ok(())
-    }
-}
+#[path = "plan_tests.rs"]
+mod tests;

@@ -171,7 +171,7 @@ template <typename T, int C, int W, typename Formula> DEVICE void put_all(const 
 
 // Plain SwiGLU with everything unrolled. Any other formula in a loop that moves the sums down to where its body finds them,
 // because registers cannot be indexed and fourteen unrolled copies would be a megabyte of code.
-template <typename T, int W> DEVICE void put_tile(float (&sums)[W], uint32_t out, const GluOp& op) {
+template <typename T, int W> DEVICE void put_tile(float (&sums)[W], uint32_t out, const GluParams& op) {
   if (op.activation == SILU && is_plain(op)) {
     put_all<T, 0>(sums, out, Plain<float, Swish<float>>{{1.0f}});
     return;
@@ -229,7 +229,7 @@ DEVICE void produce(const Places<W>& at, const Maps& maps, int rank, int M, int 
 }
 
 template <typename T, int W, int CLUSTER_SIZE>
-DEVICE void consume(const Places<W>& at, const Maps& maps, int rank, const Biases<T>& bias, int M, int I, int H, const GluOp& op) {
+DEVICE void consume(const Places<W>& at, const Maps& maps, int rank, const Biases<T>& bias, int M, int I, int H, const GluParams& op) {
   const int consumer = (threadIdx.x >> 7) - 1;
   const bool leader = (threadIdx.x & 127) == 0;
   using S = Size<W>;
@@ -256,7 +256,7 @@ DEVICE void consume(const Places<W>& at, const Maps& maps, int rank, const Biase
 }
 
 template <typename T, int W, int CLUSTER_SIZE>
-DEVICE void gate_up(const Maps& maps, const T* b_gate, const T* b_up, int M, int I, int H, const GluOp& op) {
+DEVICE void gate_up(const Maps& maps, const T* b_gate, const T* b_up, int M, int I, int H, const GluParams& op) {
   SHARED_BYTES(raw);
   const Places<W> at(raw);
   const int rank = int(cluster_rank());
@@ -291,7 +291,7 @@ DEVICE void gate_up(const Maps& maps, const T* b_gate, const T* b_up, int M, int
 #define GATE_UP_SM90(T, N, W)                                                                                                \
   extern "C" __global__ void CLUSTER(N) __launch_bounds__(384, 1) gate_up_sm90_##T##_c##N##_w##W(                            \
       const GRID_CONSTANT TensorMap x, const GRID_CONSTANT TensorMap w_gate, const GRID_CONSTANT TensorMap w_up,             \
-      const GRID_CONSTANT TensorMap h, const T* b_gate, const T* b_up, int M, int I, int H, GluOp op) {                      \
+      const GRID_CONSTANT TensorMap h, const T* b_gate, const T* b_up, int M, int I, int H, GluParams op) {                      \
     gate_up<T, W, N>(Maps{&x, &w_gate, &w_up, &h}, b_gate, b_up, M, I, H, op);                                               \
   }
 #define GATE_UP_SM90_WIDTHS(T) \

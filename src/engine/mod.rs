@@ -20,10 +20,10 @@ use std::sync::Arc;
 
 use candle_core::{CustomOp1, DType, Device, Tensor};
 
-use crate::activation::Glu;
 use crate::backend;
 use crate::error::{Error, Result};
-use crate::glu::check_like;
+use crate::gate::activation::Glu;
+use crate::gate::check_like;
 use crate::load::{FusedOrder, GateUp, Piece, Weights, split};
 use crate::which::Which;
 

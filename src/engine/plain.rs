@@ -6,9 +6,9 @@ use std::sync::Arc;
 use candle_core::{D, DType, Device, Tensor};
 
 use super::{BlockSpec, Projection};
-use crate::activation::Glu;
 use crate::cpu;
 use crate::error::{Error, Result};
+use crate::gate::activation::Glu;
 use crate::load::{FusedOrder, GateUp, Weights, split};
 use crate::which::Which;
 

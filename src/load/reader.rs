@@ -8,7 +8,7 @@ use super::missing::{plain_mlp, suggest};
 use super::unread::{check_block, contains_anything, joined};
 use super::weights::{Piece, Wanted, fused_bias};
 use crate::error::{Error, Result};
-use crate::glu::check_float;
+use crate::gate::check_float;
 use crate::which::Which;
 
 /// Finds the weights under `vb`'s prefix and passes each projection to `take` before the next is

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::family::{Family, FusedOrder, Names};
 use crate::error::{Error, Result};
-use crate::glu::{check_float, check_same};
+use crate::gate::{check_float, check_same};
 use crate::which::Which;
 
 /// Which of the three projections have a bias.

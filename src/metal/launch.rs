@@ -9,9 +9,9 @@ use candle_metal_kernels::{BufferOffset, GemmDType, Output, call_mlx_gemm, set_p
 use objc2_metal::MTLSize;
 
 use super::pipeline::pipeline;
-use super::plan::{Choice, Kernel, Pair, Product, ProductParameters, THREADS};
-use crate::activation::Glu;
+use super::plan::{Choice, Kernel, Product, ProductParameters, THREADS};
 use crate::device::{DeviceBlock, DeviceLinear};
+use crate::gate::activation::Glu;
 
 /// x (M,H) contiguous -> y (M,H), by two dispatches
 pub(crate) fn block(block: &DeviceBlock, x: &MetalStorage, layout: &Layout) -> Result<(MetalStorage, Shape)> {
@@ -32,16 +32,6 @@ pub(crate) fn linear(linear: &DeviceLinear, x: &MetalStorage, layout: &Layout) -
     let y = projection.run(x.device(), x.buffer(), layout.start_offset(), rows)?;
     let shape = Shape::from((rows, linear.weight.dim(0)?));
     Ok((MetalStorage::new(y, x.device().clone(), shape.elem_count(), x.dtype()), shape))
-}
-
-/// gate, up (…) of any layout -> act(gate) ⊙ up (…)
-pub(crate) fn glu_forward(op: &Glu, inputs: [(&MetalStorage, &Layout); 2]) -> Result<(MetalStorage, Shape)> {
-    gate(op, Kernel::Glu, &inputs)
-}
-
-/// gate, up, dy (…) of any layout -> (2, …): dgate, then dup
-pub(crate) fn glu_backward(op: &Glu, inputs: [(&MetalStorage, &Layout); 3]) -> Result<(MetalStorage, Shape)> {
-    gate(op, Kernel::GluGradient, &inputs)
 }
 
 // ---------------------------------------------------------------- products
@@ -145,59 +135,10 @@ fn on_metal(storage: &Storage) -> Result<&MetalStorage> {
     }
 }
 
-// ---------------------------------------------------------------- the gate alone
-
-type Input<'a> = (&'a MetalStorage, &'a Layout);
-
-/// Operands that are not rows and columns are copied first.
-fn gate(op: &Glu, kernel: Kernel, inputs: &[Input]) -> Result<(MetalStorage, Shape)> {
-    let layouts: Vec<&Layout> = inputs.iter().map(|input| input.1).collect();
-    if let Some(pair) = Pair::new(&layouts) {
-        return run_pair(op, kernel, &pair, inputs);
-    }
-    let copies = inputs.iter().map(contiguous).collect::<Result<Vec<_>>>()?;
-    let layout = Layout::contiguous(layouts[0].shape());
-    let copies: Vec<Input> = copies.iter().map(|copy| (copy, &layout)).collect();
-    match Pair::new(&vec![&layout; copies.len()]) {
-        Some(pair) => run_pair(op, kernel, &pair, &copies),
-        None => candle_core::bail!("too large for Metal: {:?}", layout.dims()),
-    }
-}
-
-fn run_pair(op: &Glu, kernel: Kernel, pair: &Pair, inputs: &[Input]) -> Result<(MetalStorage, Shape)> {
-    let (first, layout) = inputs[0];
-    let (device, dtype) = (first.device(), first.dtype());
-    let shape = match kernel {
-        Kernel::GluGradient => Shape::from(std::iter::once(2).chain(layout.dims().iter().copied()).collect::<Vec<_>>()),
-        _ => layout.shape().clone(),
-    };
-    let out = device.new_buffer_builder().with_size_for(shape.elem_count(), dtype).with_label("glu").build()?;
-    if shape.elem_count() > 0 {
-        let offsets: Vec<usize> = inputs.iter().map(|input| input.1.start_offset()).collect();
-        let parameters = pair.parameters(op);
-        dispatch(device, (kernel, dtype, pair.is_aligned(&offsets)), pair.grid(), |encoder| {
-            for (index, (storage, layout)) in inputs.iter().enumerate() {
-                encoder.set_input_buffer(index, Some(storage.buffer()), layout.start_offset() * dtype.size_in_bytes());
-            }
-            encoder.set_output_buffer(inputs.len(), Some(&out), 0);
-            encoder.set_bytes(inputs.len() + 1, &parameters);
-        })?;
-    }
-    Ok((MetalStorage::new(out, device.clone(), shape.elem_count(), dtype), shape))
-}
-
-fn contiguous(&(storage, layout): &Input) -> Result<MetalStorage> {
-    let (device, dtype, n) = (storage.device(), storage.dtype(), layout.shape().elem_count());
-    let buffer = device.new_buffer_builder().with_size_for(n, dtype).with_label("glu operand").build()?;
-    let mut copy = MetalStorage::new(buffer, device.clone(), n, dtype);
-    storage.copy_strided_src(&mut copy, 0, layout)?;
-    Ok(copy)
-}
-
 // ---------------------------------------------------------------- dispatch
 
 /// `grid` threadgroups on candle's encoder, with what `bind` binds. The encoder is locked meanwhile: `bind` calls nothing of candle's.
-fn dispatch(
+pub(super) fn dispatch(
     device: &MetalDevice,
     (kernel, dtype, aligned): (Kernel, DType, bool),
     [width, height, depth]: [usize; 3],

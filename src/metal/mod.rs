@@ -7,12 +7,24 @@
 //! The kernels run on the CPU against f64 in `tests/metal_shim`; they have never run on Apple hardware.
 
 #[cfg(feature = "metal")]
+mod gate;
+#[cfg(feature = "metal")]
 mod launch;
 #[cfg(feature = "metal")]
 mod pipeline;
 mod plan;
 
 #[cfg(feature = "metal")]
-pub(crate) use launch::{block, glu_backward, glu_forward, linear};
+pub(crate) use gate::{gate_backward, gate_forward};
+#[cfg(feature = "metal")]
+pub(crate) use launch::{block, linear};
 #[cfg(feature = "metal")]
 pub(crate) use pipeline::{supports, supports_glu};
+
+/// The line of swiglu.metal that the text of gate.h replaces: Metal compiles one string.
+const INCLUDE: &str = "#include \"../gate/gate.h\"";
+
+/// The kernels as Metal compiles them.
+fn source() -> String {
+    include_str!("swiglu.metal").replacen(INCLUDE, include_str!("../gate/gate.h"), 1)
+}

@@ -15,8 +15,7 @@ use objc2_metal::{
 };
 
 use super::plan::{Kernel, THREADS};
-
-const SOURCE: &str = include_str!("swiglu.metal");
+use super::source;
 
 /// Lanes of a simdgroup, as the kernels have it.
 const LANES: usize = 32;
@@ -59,7 +58,8 @@ pub(super) fn pipeline(device: &MetalDevice, kernel: Kernel, dtype: DType, align
     let library = match cache.libraries.get(&gpu) {
         Some(library) => library.clone(),
         None => {
-            let library = device.metal_device().new_library_with_source(SOURCE, Some(&options())).map_err(MetalError::from)?;
+            let library =
+                device.metal_device().new_library_with_source(&source(), Some(&options())).map_err(MetalError::from)?;
             cache.libraries.insert(gpu, library.clone());
             library
         }

@@ -13,7 +13,9 @@
 
 use candle_core::{DType, Layout};
 
-use crate::activation::{Glu, GluActivation};
+use crate::gate::params::GluParams;
+use crate::gate::rows::{Rows, Stride};
+use crate::gate::{Glu, GluActivation};
 
 // As in swiglu.metal; a test compares them.
 pub(super) const SIMDGROUPS: usize = 4;
@@ -39,8 +41,8 @@ pub(super) enum Kernel {
         gated: bool,
         rows: usize,
     },
-    Glu,
-    GluGradient,
+    GateForward,
+    GateBackward,
 }
 
 impl Kernel {
@@ -51,8 +53,8 @@ impl Kernel {
         match self {
             Self::Decode { gated, rows } => format!("{}_decode_{rows}_{dtype}", product(gated)),
             Self::Tile { gated, rows } => format!("{}_tile_{rows}_{dtype}", product(gated)),
-            Self::Glu => format!("glu_{dtype}"),
-            Self::GluGradient => format!("glu_gradient_{dtype}"),
+            Self::GateForward => format!("gate_forward_{dtype}"),
+            Self::GateBackward => format!("gate_backward_{dtype}"),
         }
     }
 }
@@ -102,7 +104,7 @@ impl Product {
                 let tiles = self.rows.div_ceil(rows);
                 [tiles.min(RASTER), self.columns.div_ceil(features(TILE_COLUMNS)), tiles.div_ceil(RASTER)]
             }
-            Kernel::Glu | Kernel::GluGradient => [0; 3],
+            Kernel::GateForward | Kernel::GateBackward => [0; 3],
         }
     }
 
@@ -119,7 +121,7 @@ impl Product {
             k: size(self.k)?,
             has_bias: self.has_bias.into(),
             factor: self.factor,
-            glu: GluParameters::new(&self.glu.unwrap_or(Glu::new(GluActivation::Identity))),
+            glu: GluParams::from(&self.glu.unwrap_or(Glu::new(GluActivation::Identity))),
         })
     }
 }
@@ -138,101 +140,39 @@ pub(super) struct ProductParameters {
     k: u32,
     has_bias: u32,
     factor: f32,
-    glu: GluParameters,
+    glu: GluParams,
 }
 
-/// `Glu` of swiglu.metal.
-#[repr(C)]
+/// Two or three operands of the gate, and the kernel's grid over them.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct GluParameters {
-    activation: u32,
-    beta: f32,
-    modified: u32,
-    limited: u32,
-    gate_multiplier: f32,
-    limit: f32,
-    up_offset: f32,
-}
+pub(super) struct Pair<const N: usize>(Rows<N>);
 
-impl GluParameters {
-    fn new(op: &Glu) -> Self {
-        let (activation, beta) = match op.activation {
-            GluActivation::Silu => (0, 1.0),
-            GluActivation::Swish { beta } => (0, beta),
-            GluActivation::Sigmoid => (1, 1.0),
-            GluActivation::Relu => (2, 1.0),
-            GluActivation::Gelu => (3, 1.0),
-            GluActivation::GeluTanh => (4, 1.0),
-            GluActivation::Identity => (5, 1.0),
-        };
-        Self {
-            activation,
-            beta,
-            modified: (!op.is_plain()).into(),
-            limited: op.limit.is_some().into(),
-            gate_multiplier: op.gate_multiplier,
-            limit: op.limit.unwrap_or(f32::INFINITY),
-            up_offset: op.up_offset,
-        }
-    }
-}
-
-/// Two or three operands of one shape, seen as rows and columns.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Pair {
-    pub(super) rows: usize,
-    pub(super) columns: usize,
-    /// (of rows, of columns), per operand
-    strides: Vec<(usize, usize)>,
-}
-
-impl Pair {
+impl<const N: usize> Pair<N> {
     /// None if they have more than two dimensions that cannot be merged, or a number that is too large.
-    pub(super) fn new(layouts: &[&Layout]) -> Option<Self> {
-        let dims = layouts.first()?.dims();
-        let mut merged: Vec<(usize, Vec<usize>)> = vec![];
-        for (i, &n) in dims.iter().enumerate().filter(|&(_, &n)| n != 1) {
-            let strides: Vec<usize> = layouts.iter().map(|layout| layout.stride()[i]).collect();
-            match merged.last_mut() {
-                Some((outer, before)) if before.iter().zip(&strides).all(|(b, s)| *b == s * n) => {
-                    (*outer, *before) = (*outer * n, strides);
-                }
-                _ => merged.push((n, strides)),
-            }
-        }
-        let one = || (1, vec![1; layouts.len()]);
-        let (outer, inner) = match <[_; 2]>::try_from(merged) {
-            Ok([outer, inner]) => (outer, inner),
-            Err(mut rest) if rest.len() < 2 => (one(), rest.pop().unwrap_or_else(one)),
-            Err(_) => return None,
-        };
-        let strides: Vec<_> = outer.1.into_iter().zip(inner.1).collect();
-        let fits = strides.iter().all(|&(row, column)| u32::try_from(row.max(column)).is_ok());
-        (fits && size(outer.0).is_some() && size(inner.0).is_some()).then_some(Self {
-            rows: outer.0,
-            columns: inner.0,
-            strides,
-        })
+    pub(super) fn new(layouts: [&Layout; N]) -> Option<Self> {
+        let rows = Rows::new(layouts)?;
+        let fits = rows.strides.iter().all(|stride| u32::try_from(stride.row.max(stride.column)).is_ok());
+        (fits && size(rows.rows).is_some() && size(rows.columns).is_some()).then_some(Self(rows))
     }
 
     pub(super) fn grid(&self) -> [usize; 3] {
-        [self.columns.div_ceil(THREADS * ELEMENTS), self.rows, 1]
+        [self.0.columns.div_ceil(THREADS * ELEMENTS), self.0.rows, 1]
     }
 
     /// Whether four elements at a time can be read of every operand, from these offsets on.
-    pub(super) fn is_aligned(&self, offsets: &[usize]) -> bool {
+    pub(super) fn is_aligned(&self, offsets: [usize; N]) -> bool {
         let four = |n: usize| n.is_multiple_of(ELEMENTS);
-        let whole = |&(row, column): &(usize, usize)| column == 1 && (four(row) || self.rows == 1);
-        four(self.columns) && self.strides.iter().all(whole) && offsets.iter().all(|&offset| four(offset))
+        let Rows { rows, columns, strides } = self.0;
+        let whole = |stride: &Stride| stride.column == 1 && (four(stride.row) || rows == 1);
+        four(columns) && strides.iter().all(whole) && offsets.into_iter().all(four)
     }
 
     pub(super) fn parameters(&self, op: &Glu) -> PairParameters {
-        let stride = |i: usize| {
-            let (row, column) = self.strides.get(i).copied().unwrap_or((0, 0));
-            (row as u32, column as u32) // `new` has looked
-        };
+        let Rows { rows, columns, strides } = self.0;
+        // `new` has checked that the numbers fit.
+        let stride = |i: usize| strides.get(i).map_or((0, 0), |stride| (stride.row as u32, stride.column as u32));
         let ((gate_row, gate_column), (up_row, up_column), (dy_row, dy_column)) = (stride(0), stride(1), stride(2));
-        let (rows, columns, glu) = (self.rows as u32, self.columns as u32, GluParameters::new(op));
+        let (rows, columns, glu) = (rows as u32, columns as u32, GluParams::from(op));
         PairParameters { rows, columns, gate_row, gate_column, up_row, up_column, dy_row, dy_column, glu }
     }
 }
@@ -249,7 +189,7 @@ pub(super) struct PairParameters {
     up_column: u32,
     dy_row: u32,
     dy_column: u32,
-    glu: GluParameters,
+    glu: GluParams,
 }
 
 #[cfg(test)]

@@ -9,9 +9,9 @@
 //    and of W at a time go through threadgroup memory, rows 80 B apart so that the rows of a fragment lie in different banks.
 // 3. Products are exact, sums in f32; h and y are rounded once each to T.
 //
-// The activations are those of the CPU kernels, operation by operation (their file says how they were made, and their error bounds):
-// everything exponential goes through e^-|z| in [0, 1], which cannot overflow, and erf, which Metal lacks, through a fit of
-// erfcx. They rely on fma, on a division rounded correctly, and on comparisons that are false for NaN: compile with fast math off.
+// The activations are those of src/gate/gate.h and, with the exponential below, of the CPU kernels, operation by operation; their
+// file gives the error bounds. They rely on fma, on a division rounded correctly, and on comparisons that are false for NaN:
+// compile with fast math off.
 // A GPU may take f32 and bf16 denormals (below 1.2e-38) for 0.
 #include <metal_stdlib>
 #include <metal_simdgroup_matrix>
@@ -30,31 +30,11 @@ constant constexpr uint ELEMENTS = 4;             // glu: elements per thread
 // Every row starts on a multiple of 16 B (products) or of 4 elements (glu), and none has a remainder.
 constant bool ALIGNED [[function_constant(0)]];
 
-// ---------------------------------------------------------------- activations
+// ---------------------------------------------------------------- the gate
 
-constant constexpr uint SWISH = 0;                // g·σ(βg)
-constant constexpr uint SIGMOID = 1;
-constant constexpr uint RELU = 2;
-constant constexpr uint GELU = 3;
-constant constexpr uint GELU_TANH = 4;
-constant constexpr uint IDENTITY = 5;
-
-// act(min(m·gate, limit)) ⊙ (clamp(up, ±limit) + c)
-struct Glu {
-    uint activation;
-    float beta;
-    uint modified;                                // 0: m = 1, no limit, c = 0
-    uint limited;
-    float gate_multiplier;                        // m
-    float limit;                                  // ∞ if there is none
-    float up_offset;                              // c
-};
-
-// act(g), and act'(g)
-struct Slope {
-    float value;
-    float slope;
-};
+#define DEVICE inline
+#define PARAMS constant GluParams&
+#define SQRT_8_OVER_PI 1.595769f
 
 // x·2ⁿ for n in [-151, 0] with one rounding: x·2^(n/2) is exact.
 inline float scale(float x, float n) {
@@ -75,117 +55,60 @@ inline float exp_neg(float a) {
     return scale(1.0f + (r + (r * r) * q), n);
 }
 
-// t = e^-|z| and q = 1/(1+t): σ(z) is q or t·q, σ'(z) = t·q².
-struct Logistic {
-    float t;
-    float q;
-    float sigma;
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float absolute(float x) { return fabs(x); }
+inline float fused(float a, float b, float c) { return fma(a, b, c); }
+inline float one_plus_square(float a, float x) { return fma(a, x * x, 1.0f); }
+
+// σ(z) from t = e^-|z| and q = 1/(1+t); σ'(z) = t·q².
+template <typename R>
+struct Sigma {
+    R value;
+    R t;
+    R q;
+    explicit Sigma(R z) {
+        t = exp_neg(absolute(z));
+        q = reciprocal(1.0f + t);
+        value = z <= 0.0f ? t * q : q;
+    }
+    R slope() const { return t * (q * q); }
+    R plus_slope(R factor) const { return value + (factor * t) * (q * q); }
 };
 
-inline Logistic logistic(float z) {
-    Logistic l;
-    l.t = exp_neg(fabs(z));
-    l.q = 1.0f / (1.0f + l.t);
-    l.sigma = z <= 0.0f ? l.t * l.q : l.q;
-    return l;
-}
+// pipeline.rs replaces this line by the text of the file, because Metal compiles a string.
+#include "../gate/gate.h"
 
-// g·f for a factor f in [0, 1] that vanishes where g is very negative: -0 there, also for g = -∞.
-inline float times_tail(float g, float f) {
-    return f <= 0.0f ? -0.0f : g * f;
-}
-
-// x within ±bound; NaN stays.
-inline float bounded(float x, float bound) {
-    x = bound <= x ? bound : x;
-    return x <= -bound ? -bound : x;
-}
-
-inline Slope swish(float g, float beta) {
-    const float z = beta * g;
-    const Logistic l = logistic(z);
-    // z·t is 0 well before |z| reaches 200, so the bound only keeps ∞·0 away.
-    return Slope{times_tail(g, l.sigma), l.sigma + (bounded(z, 200.0f) * l.t) * (l.q * l.q)};
-}
-
-inline Slope sigmoid(float g) {
-    const Logistic l = logistic(g);
-    return Slope{l.sigma, l.t * (l.q * l.q)};
-}
-
-// g·Φ(g): Φ(-a) = e^(-a²/2)·E(a), E a polynomial in (a-4)/(a+4) over a+4. The rounding of a² is put back as a factor.
-inline Slope gelu(float g) {
-    const float x = bounded(g, 16.0f);
-    const float a = fabs(x);
-    const float a2 = a * a;
-    const float rest = fma(a, a, -a2);
-    float e = exp_neg(0.5f * a2);
-    e = fma(e, -0.5f * rest, e);
-    const float w = 1.0f / (a + 4.0f);
-    const float s = fma(-8.0f, w, 1.0f);
-    float p = fma(-0.00013807688f, s, 0.00016672676f);
-    p = fma(p, s, 0.0015663408f);
-    p = fma(p, s, -0.0035058383f);
-    p = fma(p, s, -0.007521953f);
-    p = fma(p, s, 0.06040276f);
-    p = fma(p, s, -0.18652403f);
-    p = fma(p, s, 0.38713697f);
-    p = fma(p, s, -0.60789657f);
-    p = fma(p, s, 0.75528514f);
-    const float tail = e * (w * p);
-    const float cdf = x <= 0.0f ? tail : 1.0f - tail;
-    return Slope{times_tail(g, cdf), fma(x, 0.3989423f * e, cdf)};
-}
-
-// g·σ(v), v = √(8/π)·(g + 0.044715·g³)
-inline Slope gelu_tanh(float g) {
-    const float x = bounded(g, 20.0f);
-    const float x2 = x * x;
-    const Logistic l = logistic((1.595769f * x) * fma(0.044715f, x2, 1.0f));
-    const float dv = 1.595769f * fma(3.0f * 0.044715f, x2, 1.0f);
-    return Slope{times_tail(g, l.sigma), l.sigma + (x * dv) * (l.t * (l.q * l.q))};
-}
-
-inline Slope activation(constant Glu& op, float g) {
-    switch (op.activation) {
-        case SWISH: return swish(g, op.beta);
-        case SIGMOID: return sigmoid(g);
-        case RELU: return Slope{g <= 0.0f ? 0.0f : g, g <= 0.0f ? 0.0f : 1.0f};
-        case GELU: return gelu(g);
-        case GELU_TANH: return gelu_tanh(g);
-        case IDENTITY: return Slope{g, 1.0f};
-        default: return Slope{NAN, NAN}; // no activation has this number
+// act.both(g) of the activation that with_activation chooses
+struct At {
+    float g;
+    template <typename A>
+    Both<float> operator()(A act) const {
+        return act.both(g);
     }
+};
+
+inline Both<float> activation(constant GluParams& op, float g) {
+    return with_activation<float>(op.activation, op.beta, At{g});
 }
 
-inline float bounded_gate(constant Glu& op, float gate) {
-    const float g = op.gate_multiplier * gate;
-    return op.limit <= g ? op.limit : g;
-}
-
-inline float bounded_up(constant Glu& op, float up) {
-    return bounded(up, op.limit) + op.up_offset;
-}
-
-inline float glu_value(constant Glu& op, float gate, float up) {
-    if (op.modified) {
-        gate = bounded_gate(op, gate);
-        up = bounded_up(op, up);
+inline float glu_value(constant GluParams& op, float gate, float up) {
+    if (!is_plain(op)) {
+        gate = bounded_gate(float(op.gate_multiplier), float(op.limit), gate);
+        up = bounded_up(float(op.limit), float(op.up_offset), up);
     }
     return activation(op, gate).value * up;
 }
 
 // (dgate, dup). The gradient passes below the limit and is 0 at it and beyond; NaN is within.
-inline float2 glu_slope(constant Glu& op, float gate, float up, float dy) {
-    if (!op.modified) {
-        const Slope a = activation(op, gate);
+inline float2 glu_slope(constant GluParams& op, float gate, float up, float dy) {
+    if (is_plain(op)) {
+        const Both<float> a = activation(op, gate);
         return float2((dy * up) * a.slope, dy * a.value);
     }
-    const Slope a = activation(op, bounded_gate(op, gate));
-    const float dgate = op.gate_multiplier * ((dy * bounded_up(op, up)) * a.slope);
-    const bool beyond_gate = op.limited && op.limit <= op.gate_multiplier * gate;
-    const bool beyond_up = op.limited && op.limit <= fabs(up);
-    return float2(beyond_gate ? 0.0f : dgate, beyond_up ? 0.0f : dy * a.value);
+    const float m = op.gate_multiplier, limit = op.limit, c = op.up_offset;
+    const Both<float> a = activation(op, bounded_gate(m, limit, gate));
+    const float dgate = m * ((dy * bounded_up(limit, c, up)) * a.slope);
+    return float2(below(limit, m * gate, dgate), below(limit, fabs(up), dy * a.value));
 }
 
 // ---------------------------------------------------------------- what a product is given
@@ -197,7 +120,7 @@ struct Product {
     uint k;
     uint has_bias;                                // bias: as many elements as w has rows
     float factor;                                 // of the sum and its bias, without a gate
-    Glu glu;
+    GluParams glu;
 };
 
 // Sums of one element, with their biases -> its value
@@ -414,7 +337,7 @@ struct Pair {
     uint gate_row, gate_column;
     uint up_row, up_column;
     uint dy_row, dy_column;
-    Glu glu;
+    GluParams glu;
 };
 
 // Elements i.. of a row: four at once if ALIGNED, else as many of the four as there are
@@ -442,9 +365,9 @@ inline void store_four(device T* row, uint i, uint columns, thread const float* 
 // Group (x, y): columns from x·THREADS·ELEMENTS on, row y.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]
-void glu(device const T* gate [[buffer(0)]], device const T* up [[buffer(1)]], device T* out [[buffer(2)]],
-         constant Pair& p [[buffer(3)]], uint3 group [[threadgroup_position_in_grid]],
-         uint simd [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+void gate_forward(device const T* gate [[buffer(0)]], device const T* up [[buffer(1)]], device T* out [[buffer(2)]],
+                  constant Pair& p [[buffer(3)]], uint3 group [[threadgroup_position_in_grid]],
+                  uint simd [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
     const uint i = (group.x * THREADS + simd * LANES + lane) * ELEMENTS;
     if (i >= p.columns) return;
     float g[4], u[4], y[4];
@@ -457,9 +380,9 @@ void glu(device const T* gate [[buffer(0)]], device const T* up [[buffer(1)]], d
 // out (2, rows, columns): dgate, then dup
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]
-void glu_gradient(device const T* gate [[buffer(0)]], device const T* up [[buffer(1)]], device const T* dy [[buffer(2)]],
-                  device T* out [[buffer(3)]], constant Pair& p [[buffer(4)]], uint3 group [[threadgroup_position_in_grid]],
-                  uint simd [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+void gate_backward(device const T* gate [[buffer(0)]], device const T* up [[buffer(1)]], device const T* dy [[buffer(2)]],
+                   device T* out [[buffer(3)]], constant Pair& p [[buffer(4)]], uint3 group [[threadgroup_position_in_grid]],
+                   uint simd [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
     const uint i = (group.x * THREADS + simd * LANES + lane) * ELEMENTS;
     if (i >= p.columns) return;
     float g[4], u[4], d[4], dgate[4], dup[4];
@@ -491,15 +414,15 @@ void glu_gradient(device const T* gate [[buffer(0)]], device const T* up [[buffe
     INSTANTIATE("gate_up_tile_" #rows "_" #type, tile, T, rows, true) \
     INSTANTIATE("linear_tile_" #rows "_" #type, tile, T, rows, false)
 
-#define INSTANTIATE_ALL(type, T)      \
-    INSTANTIATE_DECODE(1, type, T)    \
-    INSTANTIATE_DECODE(2, type, T)    \
-    INSTANTIATE_DECODE(4, type, T)    \
-    INSTANTIATE_DECODE(8, type, T)    \
-    INSTANTIATE_TILE(32, type, T)     \
-    INSTANTIATE_TILE(64, type, T)     \
-    INSTANTIATE("glu_" #type, glu, T) \
-    INSTANTIATE("glu_gradient_" #type, glu_gradient, T)
+#define INSTANTIATE_ALL(type, T)                          \
+    INSTANTIATE_DECODE(1, type, T)                        \
+    INSTANTIATE_DECODE(2, type, T)                        \
+    INSTANTIATE_DECODE(4, type, T)                        \
+    INSTANTIATE_DECODE(8, type, T)                        \
+    INSTANTIATE_TILE(32, type, T)                         \
+    INSTANTIATE_TILE(64, type, T)                         \
+    INSTANTIATE("gate_forward_" #type, gate_forward, T)   \
+    INSTANTIATE("gate_backward_" #type, gate_backward, T)
 
 INSTANTIATE_ALL(f32, float)
 INSTANTIATE_ALL(f16, half)

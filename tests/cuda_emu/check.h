@@ -105,7 +105,7 @@ struct Slope {
 // A tail below this is 0: half the smallest number of the type that the kernel computes in.
 inline Wide vanished = 0x1p-150L;
 
-inline Slope activation(const GluOp& op, Wide g) {
+inline Slope activation(const GluParams& op, Wide g) {
   const auto kept = [](Wide s) { return fabsl(s) < vanished ? 0 : s; };
   const auto sigma = [&](Wide z) { return kept(z < 0 ? expl(z) / (1 + expl(z)) : 1 / (1 + expl(-z))); };
   const auto bounded = [](Wide x, Wide bound) { return x > bound ? bound : x < -bound ? -bound : x; };
@@ -138,14 +138,14 @@ struct Pair {
   Wide gate, up;  // what act and the product take
   bool gate_within, up_within;
 };
-inline Pair pair_of(const GluOp& op, Wide gate, Wide up) {
+inline Pair pair_of(const GluParams& op, Wide gate, Wide up) {
   const Wide limit = op.limit, g = Wide(op.gate_multiplier) * gate;
   const bool none = std::isinf(op.limit);
   const bool gate_out = !none && g >= limit, up_out = !none && fabsl(up) >= limit;
   const Wide u = none ? up : up >= limit ? limit : up <= -limit ? -limit : up;
   return {gate_out ? limit : g, op.up_offset == 0 ? u : u + Wide(op.up_offset), !gate_out, !up_out};
 }
-inline Wide glu(const GluOp& op, Wide gate, Wide up) {
+inline Wide glu(const GluParams& op, Wide gate, Wide up) {
   const Pair p = pair_of(op, gate, up);
   return activation(op, p.gate).value * p.up;
 }
@@ -154,7 +154,7 @@ inline Wide glu(const GluOp& op, Wide gate, Wide up) {
 
 // Units of error of act(g) relative to itself: as activation.cuh derives them, with the product's one. f64: the rounding of the
 // exponent's argument counts |z|, that of erfc's argument g² units.
-template <typename R> Wide units(const GluOp& op, Wide g) {
+template <typename R> Wide units(const GluParams& op, Wide g) {
   const Wide a = fabsl(g), v = std::min<Wide>(2000, fabsl(1.5957691L * (a + 0.044715L * a * a * a)));
   switch (op.activation) {
     case SILU: return 10 + (sizeof(R) == 8 ? a : 0);
@@ -168,7 +168,7 @@ template <typename R> Wide units(const GluOp& op, Wide g) {
 
 constexpr Wide STEEPEST = 1.13L;  // |act'|: 1.0998 for Swish, 1.129 for GELU
 // |act''|: 0.5·β for Swish, 2·φ(0) = 0.80 for GELU, less than 1 for its tanh form
-inline Wide bend(const GluOp& op) { return op.activation == SWISH ? std::max(1.0f, fabsf(op.beta)) : 1.0f; }
+inline Wide bend(const GluParams& op) { return op.activation == SWISH ? std::max(1.0f, fabsf(op.beta)) : 1.0f; }
 
 // Half a unit in the last place of y in T, at most.
 template <typename T> Wide rounding(Wide y) {
@@ -180,7 +180,7 @@ template <typename T> Wide rounding(Wide y) {
 }
 
 // How far glu(gate, up) in R may be from its exact value, with errors `dg` and `du` of gate and up.
-template <typename R> Wide glu_error(const GluOp& op, Wide gate, Wide up, Wide dg, Wide du) {
+template <typename R> Wide glu_error(const GluParams& op, Wide gate, Wide up, Wide dg, Wide du) {
   const Wide u = sizeof(R) == 8 ? Wide(U64) : Wide(U);
   const Pair p = pair_of(op, gate, up);
   const Wide a = activation(op, p.gate).value, m = fabsl(Wide(op.gate_multiplier));

@@ -9,7 +9,7 @@ using namespace check;
 
 namespace {
 
-template <typename T> using GateUp = void (*)(const T*, const T*, const T*, const T*, const T*, T*, int, int, int, GluOp);
+template <typename T> using GateUp = void (*)(const T*, const T*, const T*, const T*, const T*, T*, int, int, int, GluParams);
 template <typename T> using Linear = void (*)(const T*, const T*, const T*, T*, int, int, int, float);
 
 // A kernel for M ≤ 8, 16, 32 rows, and its launch: (size + per_block - 1) / per_block blocks; those of mma are persistent, so fewer
@@ -86,14 +86,14 @@ template <typename T> struct Block {
     b_up.fill(1);
   }
   const T* up() const { return gate_up.data + size_t(I) * H; }
-  void run(const Family<T>& family, const GluOp& op, BiasKind bias, unsigned seed, int rows, int blocks = 0) {
+  void run(const Family<T>& family, const GluParams& op, BiasKind bias, unsigned seed, int rows, int blocks = 0) {
     const T* bg = bias == BOTH || bias == GATE_ONLY ? b_gate.data : nullptr;
     const T* bu = bias == BOTH || bias == UP_ONLY ? b_up.data : nullptr;
     h.poison();
     emu::launch(blocks ? blocks : family.blocks(I, family.gate_up_per_block), family.threads, 1, 0, seed,
                 [&] { family.gate_up[variant(rows)](x.data, gate_up.data, up(), bg, bu, h.data, rows, I, H, op); }, Previous<T>(x, h));
   }
-  void verify(const GluOp& op, BiasKind bias) {
+  void verify(const GluParams& op, BiasKind bias) {
     bool ok = true;
     for (int m = 0; m < M; ++m)
       for (int i = 0; i < I; ++i) {
@@ -108,13 +108,13 @@ template <typename T> struct Block {
   }
 };
 
-const GluOp PLAIN = {SILU, 0, 1, INFINITY, 0}, GPT_OSS = {SWISH, 1.702f, 1, 0.75f, 1};
-const GluOp OPS[] = {PLAIN, {SWISH, 1.702f, 1, INFINITY, 0}, {SIGMOID, 0, 1, INFINITY, 0}, {RELU, 0, 1, INFINITY, 0},
+const GluParams PLAIN = {SILU, 0, 1, INFINITY, 0}, GPT_OSS = {SWISH, 1.702f, 1, 0.75f, 1};
+const GluParams OPS[] = {PLAIN, {SWISH, 1.702f, 1, INFINITY, 0}, {SIGMOID, 0, 1, INFINITY, 0}, {RELU, 0, 1, INFINITY, 0},
                      {GELU, 0, 1, INFINITY, 0}, {GELU_TANH, 0, 1, INFINITY, 0}, {IDENTITY, 0, 1, INFINITY, 0}, GPT_OSS,
                      {SILU, 0, 0.5f, INFINITY, 0}, {GELU, 0, 2, 1.5f, -1}, {IDENTITY, 0, 1, 0.5f, 0}, {SILU, 0, 1, INFINITY, 0.25f}};
 
 template <typename T>
-void gate_up_case(const Family<T>& family, int M, int I, int H, const GluOp& op, BiasKind bias, size_t shift = 0) {
+void gate_up_case(const Family<T>& family, int M, int I, int H, const GluParams& op, BiasKind bias, size_t shift = 0) {
   current = std::string("gate_up ") + family.name + " M=" + std::to_string(M) + " I=" + std::to_string(I) + " H=" + std::to_string(H) +
             " activation " + std::to_string(op.activation) + " bias " + std::to_string(bias);
   Block<T> b(M, I, H, shift);
@@ -179,7 +179,7 @@ template <typename T, size_t N> void sizes(const Family<T> (&families)[N]) {
 
 template <typename T> void every_activation(const Family<T>& family) {
   begin_group((std::string(family.name) + ": activations x biases").c_str());
-  for (const GluOp& op : OPS)
+  for (const GluParams& op : OPS)
     for (const BiasKind bias : {NONE, BOTH, GATE_ONLY, UP_ONLY}) gate_up_case(family, 9, 11, 72, op, bias);
 }
 

@@ -6,7 +6,7 @@ using namespace check;
 
 namespace {
 
-template <typename T> using Kernel = void (*)(TensorMap, TensorMap, TensorMap, TensorMap, const T*, const T*, int, int, int, GluOp);
+template <typename T> using Kernel = void (*)(TensorMap, TensorMap, TensorMap, TensorMap, const T*, const T*, int, int, int, GluParams);
 // One kernel: blocks of a cluster, features of a tile, and the shared memory it takes.
 template <typename T> struct Variant {
   int cluster, width;
@@ -43,7 +43,7 @@ template <typename T> struct Layer {
     b_gate.fill(1);
     b_up.fill(1);
   }
-  void run(const GluOp& op, bool bg, bool bu, unsigned seed) {
+  void run(const GluParams& op, bool bg, bool bu, unsigned seed) {
     const std::vector<T> real = x.copy();
     std::vector<T> before;
     const auto previous = [&](bool done) {
@@ -64,7 +64,7 @@ template <typename T> struct Layer {
       v.kernel(mx, mg, mu, mh, bg ? b_gate.data : nullptr, bu ? b_up.data : nullptr, s.M, s.I, s.H, op);
     }, previous);
   }
-  void verify(const GluOp& op, bool bg, bool bu) {
+  void verify(const GluParams& op, bool bg, bool bu) {
     std::vector<double> xs(x.n), ws(gate_up.n);
     for (size_t i = 0; i < x.n; ++i) xs[i] = value(x.data[i]);
     for (size_t i = 0; i < gate_up.n; ++i) ws[i] = value(gate_up.data[i]);
@@ -95,13 +95,13 @@ template <typename T> struct Layer {
 };
 
 const float INF = INFINITY;
-const GluOp PLAIN = {SILU, 0, 1, INF, 0};
-const GluOp OPS[] = {PLAIN, {SWISH, 1.702f, 1, INF, 0}, {SIGMOID, 0, 1, INF, 0}, {RELU, 0, 1, INF, 0}, {GELU, 0, 1, INF, 0},
+const GluParams PLAIN = {SILU, 0, 1, INF, 0};
+const GluParams OPS[] = {PLAIN, {SWISH, 1.702f, 1, INF, 0}, {SIGMOID, 0, 1, INF, 0}, {RELU, 0, 1, INF, 0}, {GELU, 0, 1, INF, 0},
                      {GELU_TANH, 0, 1, INF, 0}, {IDENTITY, 0, 1, INF, 0}, {SWISH, 1.702f, 1, 0.75f, 1}, {SILU, 0, 0.5f, INF, 0},
                      {GELU, 0, 2, 1.5f, -1}};
 
 int turn = 0;
-template <typename T> void run_case(Shape s, const GluOp& op, int bias) {
+template <typename T> void run_case(Shape s, const GluParams& op, int bias) {
   current = "M=" + std::to_string(s.M) + " I=" + std::to_string(s.I) + " H=" + std::to_string(s.H) + " c" + std::to_string(s.cluster) +
             " w" + std::to_string(s.width) + " activation " + std::to_string(op.activation) + " bias " + std::to_string(bias) + " seed " + std::to_string(turn);
   Layer<T> layer(s);
@@ -148,7 +148,7 @@ template <typename T> void late_stores(const char* name) {
 
 template <typename T> void operations(const char* name) {
   begin_group((std::string("sm90 ") + name + ": activations x biases").c_str());
-  for (const GluOp& op : OPS)
+  for (const GluParams& op : OPS)
     for (int bias = 0; bias < 4; ++bias) run_case<T>({33, 136, 72, 1 + bias % 2, 99}, op, bias);
 }
 

@@ -43,7 +43,7 @@ bool begins(const std::string& name, const char* prefix) { return name.rfind(pre
 
 // ---- the gate
 
-struct GluOp {
+struct GluParams {
   int activation;
   float beta, gate_multiplier, limit, up_offset;
 };
@@ -69,7 +69,7 @@ Value swish(double g, double beta) {
   return {tail(g, s), s + z * ds};
 }
 
-Value act(const GluOp& op, double g) {
+Value act(const GluParams& op, double g) {
   constexpr double K = 1.5957691216057307, SQRT_HALF = 0.70710678118654752440, INV_SQRT_2PI = 0.3989422804014327;
   const double x = bounded(g, 40);
   switch (op.activation) {
@@ -97,14 +97,14 @@ struct Factors {
   bool in_gate, in_up;
 };
 
-Factors factors(const GluOp& op, double gate, double up) {
+Factors factors(const GluParams& op, double gate, double up) {
   const bool limited = std::isfinite(op.limit);
   const double g = gate * op.gate_multiplier;
   const bool beyond_gate = limited && g >= op.limit, beyond_up = limited && std::fabs(up) >= op.limit;
   return {act(op, beyond_gate ? op.limit : g), bounded(up, op.limit) + op.up_offset, !beyond_gate, !beyond_up};
 }
 
-double glu(const GluOp& op, double gate, double up) {
+double glu(const GluParams& op, double gate, double up) {
   const Factors f = factors(op, gate, up);
   return f.act.value * f.up;
 }
@@ -148,7 +148,7 @@ double dot(const std::vector<double>& x, size_t row, const std::vector<double>& 
   return sum;
 }
 
-Work gate_up(Type t, uint64_t x, uint64_t wg, uint64_t wu, uint64_t bg, uint64_t bu, uint64_t h, size_t m, size_t i, size_t k, GluOp op) {
+Work gate_up(Type t, uint64_t x, uint64_t wg, uint64_t wu, uint64_t bg, uint64_t bu, uint64_t h, size_t m, size_t i, size_t k, GluParams op) {
   return [=] {
     const auto X = operand(t, x, m * k, "x"), G = operand(t, wg, i * k, "gate"), U = operand(t, wu, i * k, "up"), H = operand(t, h, m * i, "h");
     const auto BG = operand(t, bg, bg ? i : 0, "gate's bias"), BU = operand(t, bu, bu ? i : 0, "up's bias");
@@ -166,7 +166,7 @@ Work gate_up_kernel(const Launch& l) {
   const size_t m = argument<int>(l, 6), i = argument<int>(l, 7), h = argument<int>(l, 8);
   const Decode d = decode_of(l.name, "gate_up_");
   require_decode(l, d, m, h, false, i, {a(0), a(1), a(2)});
-  return gate_up(d.type, a(0), a(1), a(2), a(3), a(4), a(5), m, i, h, argument<GluOp>(l, 9));
+  return gate_up(d.type, a(0), a(1), a(2), a(3), a(4), a(5), m, i, h, argument<GluParams>(l, 9));
 }
 
 Work linear_kernel(const Launch& l) {
@@ -206,10 +206,10 @@ Work prefill_kernel(const Launch& l) {
     REQUIRE(map.rows == rows && map.columns == columns && map.box == box && map.box_columns == box_columns,
             "a map of %lu by %lu in boxes of %lu rows by %lu", map.rows, map.columns, map.box, map.box_columns);
   return gate_up(type_named(split(l.name)[3]), x.address, g.address, u.address, argument<uint64_t>(l, 4), argument<uint64_t>(l, 5), h.address, m, i,
-                 k, argument<GluOp>(l, 9));
+                 k, argument<GluParams>(l, 9));
 }
 
-// ---- glu.cu
+// ---- gate.cu
 
 void require_elementwise(const Launch& l, Type t, size_t rows, size_t columns) {
   const size_t threads = rows * ceil_div(columns, 16 / size_of(t));
@@ -218,12 +218,12 @@ void require_elementwise(const Launch& l, Type t, size_t rows, size_t columns) {
 
 size_t extent(size_t rows, size_t columns, size_t stride) { return rows && columns ? (rows - 1) * stride + columns : 0; }
 
-Work glu_mul_kernel(const Launch& l) {
+Work gate_forward_kernel(const Launch& l) {
   const Type t = type_named(split(l.name)[2]);
   const auto a = [&](int n) { return argument<uint64_t>(l, n); };
   const size_t rows = a(5), columns = a(6), gs = a(7), us = a(8), os = a(9);
   require_elementwise(l, t, rows, columns);
-  return [=, gate = a(0), up = a(1), bg = a(2), bu = a(3), out = a(4), op = argument<GluOp>(l, 10)] {
+  return [=, gate = a(0), up = a(1), bg = a(2), bu = a(3), out = a(4), op = argument<GluParams>(l, 10)] {
     const auto G = operand(t, gate, extent(rows, columns, gs), "gate"), U = operand(t, up, extent(rows, columns, us), "up");
     const auto O = operand(t, out, extent(rows, columns, os), "out");
     const auto BG = operand(t, bg, bg ? columns : 0, "gate's bias"), BU = operand(t, bu, bu ? columns : 0, "up's bias");
@@ -233,12 +233,12 @@ Work glu_mul_kernel(const Launch& l) {
   };
 }
 
-Work glu_grad_kernel(const Launch& l) {
+Work gate_backward_kernel(const Launch& l) {
   const Type t = type_named(split(l.name)[2]);
   const auto a = [&](int n) { return argument<uint64_t>(l, n); };
   const size_t rows = a(5), columns = a(6), gs = a(7), us = a(8), ds = a(9), dgs = a(10), dus = a(11);
   require_elementwise(l, t, rows, columns);
-  return [=, gate = a(0), up = a(1), dy = a(2), dgate = a(3), dup = a(4), op = argument<GluOp>(l, 12)] {
+  return [=, gate = a(0), up = a(1), dy = a(2), dgate = a(3), dup = a(4), op = argument<GluParams>(l, 12)] {
     const auto G = operand(t, gate, extent(rows, columns, gs), "gate"), U = operand(t, up, extent(rows, columns, us), "up"),
                D = operand(t, dy, extent(rows, columns, ds), "dy");
     const auto DG = operand(t, dgate, extent(rows, columns, dgs), "dgate"), DU = operand(t, dup, extent(rows, columns, dus), "dup");
@@ -347,8 +347,8 @@ Work kernel(const Launch& l) {
   if (begins(name, "gate_up_sm90")) return prefill_kernel(l);
   if (begins(name, "gate_up")) return gate_up_kernel(l);
   if (begins(name, "linear")) return linear_kernel(l);
-  if (begins(name, "glu_mul")) return glu_mul_kernel(l);
-  if (begins(name, "glu_grad")) return glu_grad_kernel(l);
+  if (begins(name, "gate_forward")) return gate_forward_kernel(l);
+  if (begins(name, "gate_backward")) return gate_backward_kernel(l);
   if (begins(name, "bias_rows")) return bias_rows_kernel(l);
   if (begins(name, "copy2d")) return copy2d(l, type_named(parts[1]));
   if (begins(name, "ucopy")) return unary(l, type_named(parts[1]), type_named(parts[1]), [](double v) { return v; });
@@ -364,7 +364,7 @@ Work kernel(const Launch& l) {
   for (auto [prefix, activation] : {std::pair{"usilu", 0}, {"usigmoid", 2}, {"urelu", 3}, {"ugelu_erf", 4}, {"ugelu", 5}})
     if (begins(name, prefix))
       return unary(l, type_named(parts.back()), type_named(parts.back()),
-                   [op = GluOp{activation, 1, 1, INFINITY, 0}](double v) { return act(op, v).value; });
+                   [op = GluParams{activation, 1, 1, INFINITY, 0}](double v) { return act(op, v).value; });
   if (begins(name, "badd")) return binary(l, type_named(parts[1]), [](double a, double b) { return a + b; });
   if (begins(name, "bmul")) return binary(l, type_named(parts[1]), [](double a, double b) { return a * b; });
   fail("no model of kernel %s", name.c_str());

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Plants faults in copies of swiglu.metal, one at a time: run.sh must fail on each.
+# Plants faults in copies of swiglu.metal and gate.h, one at a time: run.sh must fail on each.
 #
 #   tests/metal_shim/faults.sh [PATTERN]     those whose name matches
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-source=$here/../../src/metal/swiglu.metal
+sources=$here/../../src
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 caught=0 missed=0
@@ -12,10 +12,16 @@ caught=0 missed=0
 # name, sed expression
 plant() {
     if [[ ! $1 =~ ${pattern} ]]; then return; fi
-    sed -E "$2" "$source" > "$work/faulty.metal"
-    if cmp -s "$source" "$work/faulty.metal"; then echo "BROKEN  $1: the expression changes nothing"; missed=$((missed + 1)); return; fi
+    rm -rf "$work/src"
+    mkdir -p "$work/src/gate" "$work/src/metal"
+    local file changed=0
+    for file in gate/gate.h metal/swiglu.metal; do
+        sed -E "$2" "$sources/$file" > "$work/src/$file"
+        cmp -s "$sources/$file" "$work/src/$file" || changed=1
+    done
+    if [ $changed = 0 ]; then echo "BROKEN  $1: the expression changes nothing"; missed=$((missed + 1)); return; fi
     local status=0
-    METAL=$work/faulty.metal "$here/run.sh" --fail-fast > "$work/log" 2>&1 || status=$?
+    SOURCES=$work/src "$here/run.sh" --fail-fast > "$work/log" 2>&1 || status=$?
     if [ $status -eq 0 ]; then
         echo "MISSED  $1"
         missed=$((missed + 1))
@@ -50,15 +56,15 @@ plant "decode: half of a chunk" 's/v < 4 \/ sizeof\(T\)/v < 1/'
 plant "decode: one lane's sum" 's/= simd_sum\(sums\[i\]\[r\]\)/= sums[i][r]/'
 plant "bias of gate for up" 's/bias\[p.columns \+ column\]/bias[column]/'
 plant "the factor before the bias" 's/if \(p.has_bias\) sum \+= float\(bias\[column\]\);/if (p.has_bias) return sum * p.factor + float(bias[column]);/'
-plant "NaN lost in a limit" 's/return op.limit <= g \? op.limit : g;/return g < op.limit ? g : op.limit;/'
-plant "silu(-inf) NaN" 's/return f <= 0.0f \? -0.0f : g \* f;/return g * f;/'
-plant "silu(-inf) +0" 's/return f <= 0.0f \? -0.0f : g \* f;/return f <= 0.0f ? 0.0f : g * f;/'
-plant "e^x overflows" 's/l.t = exp_neg\(fabs\(z\)\)/l.t = exp_neg(z)/'
+plant "NaN lost in a limit" 's/return g >= limit \? limit : g;/return g < limit ? g : limit;/'
+plant "silu(-inf) NaN" 's/return f <= R\(0\) \? -R\(0\) : g \* f;/return g * f;/'
+plant "silu(-inf) +0" 's/return f <= R\(0\) \? -R\(0\) : g \* f;/return f <= R(0) ? R(0) : g * f;/'
+plant "e^x overflows" 's/t = exp_neg\(absolute\(z\)\)/t = exp_neg(z)/'
 plant "denormals of e^x flushed too early" 's/fmax\(n, -151.0f\)/fmax(n, -120.0f)/'
 plant "a coefficient of erfc off by 1e-6" 's/0.75528514f/0.75528414f/'
 plant "the rounding of a² not put back" 's/-0.5f \* rest, e\)/0.0f, e)/'
-plant "a gradient at the limit" 's/op.limited \&\& op.limit <= fabs\(up\)/op.limited \&\& op.limit < fabs(up)/'
-plant "the gate's multiplier left out of the gradient" 's/= op.gate_multiplier \* \(\(dy/= ((dy/'
+plant "a gradient at the limit" 's/INFINITY\) \&\& x >= limit/INFINITY) \&\& x > limit/'
+plant "the gate's multiplier left out of the gradient" 's/= m \* \(\(dy/= ((dy/'
 plant "an activation without a case" '/case IDENTITY: return/d'
 plant "glu: no guard of the tail" 's/if \(i \+ e < columns\) row/row/'
 plant "glu: the stride of up for the gate" 's/p.gate_column, g\)/p.up_column, g)/'

@@ -40,7 +40,7 @@ bool overflows(double a, double b, double found) {
 
 void run_gate(const DType& t, const Op& op, size_t rows, size_t columns, const std::vector<Strides>& strides, bool special, unsigned seed) {
     const bool backward = strides.size() == 3;
-    const std::string name = std::string(backward ? "glu_gradient_" : "glu_") + t.name;
+    const std::string name = std::string(backward ? "gate_backward_" : "gate_forward_") + t.name;
     what = name + " " + op.name + " " + std::to_string(rows) + " x " + std::to_string(columns);
     descending = seed % 2;
     std::mt19937 random(seed);
@@ -85,7 +85,7 @@ void run_gate(const DType& t, const Op& op, size_t rows, size_t columns, const s
         if (!overflows(d * inner.u, act.slope, out.get(i))) compare(comparison, t, i, out.get(i), exact.dgate, error.dgate);
         if (!overflows(d, act.value, out.get(n + i))) compare(comparison, t, n + i, out.get(n + i), exact.dup, error.dup);
     }
-    comparison.report(std::string(backward ? "glu_gradient " : "glu ") + (special ? "of special values " : "") + t.name);
+    comparison.report(std::string(backward ? "gate_backward " : "gate_forward ") + (special ? "of special values " : "") + t.name);
 }
 
 std::vector<std::function<void()>> gate_cases() {

@@ -139,6 +139,6 @@ void launch(const std::string& name, bool aligned, std::vector<void*> buffers, P
 
 unsigned up_to(unsigned n, unsigned tile) { return (n + tile - 1) / tile; }
 
-::Glu parameters(const Op& op) {
-    return {op.activation, (float)op.beta, !op.plain(), op.limit != INF, (float)op.m, (float)op.limit, (float)op.c};
+GluParams parameters(const Op& op) {
+    return {op.activation, (float)op.beta, (float)op.m, (float)op.limit, (float)op.c};
 }

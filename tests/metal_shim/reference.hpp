@@ -12,12 +12,9 @@ namespace reference {
 const double U = std::ldexp(1, -24); // half a unit in the last place of an f32 in [1, 2)
 const double INF = std::numeric_limits<double>::infinity();
 
-// The numbers of swiglu.metal.
-enum Activation : unsigned { SWISH, SIGMOID, RELU, GELU, GELU_TANH, IDENTITY };
-
 struct Op {
     std::string name;
-    unsigned activation;
+    Activation activation; // of gate.h
     double beta = 1, m = 1, limit = INF, c = 0;
     bool plain() const { return m == 1 && limit == INF && c == 0; }
 };
@@ -25,7 +22,7 @@ struct Op {
 inline std::vector<Op> ops() {
     const double b = 1.702f, m = 0.6875f;
     return {
-        {"silu", SWISH},
+        {"silu", SILU},
         {"swish(1.702)", SWISH, b},
         {"swish(-0.5)", SWISH, -0.5},
         {"sigmoid", SIGMOID},
@@ -34,7 +31,7 @@ inline std::vector<Op> ops() {
         {"gelu_tanh", GELU_TANH},
         {"identity", IDENTITY},
         {"gpt-oss", SWISH, b, 1, 7, 1},
-        {"falcon-h1", SWISH, 1, m},
+        {"falcon-h1", SILU, 1, m},
         {"gelu, limit, offset, multiplier", GELU, 1, -1.25, 0.5, -0.25},
         {"relu, limit", RELU, 1, 1, 0.75, 0},
     };
@@ -55,6 +52,7 @@ inline double times_tail(double g, double s) { return s == 0 ? -0.0 : g * s; }
 inline Slope activation(const Op& op, double g) {
     const double k = 1.5957691216057307, inv_sqrt_2pi = 0.3989422804014327, x = bounded(g, 40);
     switch (op.activation) {
+        case SILU:
         case SWISH: {
             const double z = bounded(op.beta * g, 800);
             const Slope s = sigmoid(z);
@@ -70,8 +68,9 @@ inline Slope activation(const Op& op, double g) {
             const Slope s = sigmoid(k * (x + 0.044715 * x * x * x));
             return {times_tail(g, s.value), s.value + x * s.slope * k * (1 + 3 * 0.044715 * x * x)};
         }
-        default: return {g, 1};
+        case IDENTITY: return {g, 1};
     }
+    return {NAN, NAN};
 }
 
 // The activation's argument, up's factor, and whether each side lies within the limit.
@@ -102,12 +101,15 @@ inline Gradients glu_gradient(const Op& op, double gate, double up, double dy) {
 // rounded, and its slope amplifies that: |z| for Swish, 4|v| for the tanh form.
 inline double units(const Op& op, double g) {
     switch (op.activation) {
+        case SILU:
         case SWISH: return 6 + (op.beta == 1 ? 0 : std::min(std::fabs(op.beta * g), 750.0));
         case SIGMOID: return 6;
         case GELU: return 12;
         case GELU_TANH: return 6 + 4 * std::min(std::fabs(1.596 * g + 0.07136 * g * g * g), 750.0);
-        default: return 0;
+        case RELU:
+        case IDENTITY: return 0;
     }
+    return NAN;
 }
 
 // |act'| of the family: gelu'(√2) = 1.129, silu' and any swish' stay below 1.1.

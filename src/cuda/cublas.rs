@@ -32,6 +32,7 @@ pub(super) unsafe fn gemm<T: Element>(
         }
         _ => blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
     };
+    tracing::trace!(kernel = "cublas", rows = m, columns = n, k, "launch");
     let (alpha, beta) = (factor, if add { factor } else { 0.0 });
     device.cuda_stream().context().bind_to_thread().w()?;
     let handle = device.cublas_handle();

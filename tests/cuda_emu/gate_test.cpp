@@ -1,19 +1,19 @@
-// glu.cu on the emulator against the definition: every dtype, activation and modifier, layouts, tails, special values.
+// gate.cu on the emulator against the definition: every dtype, activation and modifier, layouts, tails, special values.
 //
 // Bounds: as activation.cuh derives them, in f32 (f64 for f64) from exactly widened inputs, rounded once (check.h).
 #include "check.h"
-#include "glu.cu"
+#include "gate.cu"
 
 using namespace check;
 
 namespace {
 
 template <typename T> struct Kernels;
-#define KERNELS(NAME, T)                             \
-  template <> struct Kernels<T> {                    \
-    static constexpr const char* name = #NAME;       \
-    static constexpr auto mul = glu_mul_##NAME;      \
-    static constexpr auto grad = glu_grad_##NAME;    \
+#define KERNELS(NAME, T)                                   \
+  template <> struct Kernels<T> {                          \
+    static constexpr const char* name = #NAME;             \
+    static constexpr auto forward = gate_forward_##NAME;   \
+    static constexpr auto backward = gate_backward_##NAME; \
   };
 KERNELS(f32, float)
 KERNELS(f16, f16)
@@ -22,7 +22,7 @@ KERNELS(f64, double)
 
 const float INF = INFINITY;
 // activation, beta, multiplier, limit, offset
-const GluOp OPS[] = {{SILU, 0, 1, INF, 0},        {SWISH, 1.702f, 1, INF, 0}, {SWISH, -0.5f, 1, INF, 0}, {SWISH, 3, 1, INF, 0},
+const GluParams OPS[] = {{SILU, 0, 1, INF, 0},        {SWISH, 1.702f, 1, INF, 0}, {SWISH, -0.5f, 1, INF, 0}, {SWISH, 3, 1, INF, 0},
                      {SIGMOID, 0, 1, INF, 0},     {RELU, 0, 1, INF, 0},       {GELU, 0, 1, INF, 0},      {GELU_TANH, 0, 1, INF, 0},
                      {IDENTITY, 0, 1, INF, 0},    {SWISH, 1.702f, 1, 7, 1},   {SILU, 0, 0.5f, INF, 0},   {GELU, 0, 1, 7, 0},
                      {GELU_TANH, 0, 2, INF, 0.5f}, {RELU, 0, 1, 7, 0},        {SIGMOID, 0, -1, 2, -1},   {IDENTITY, 0, 1, 7, 1}};
@@ -37,7 +37,7 @@ template <typename T> struct Matrix {
 };
 
 // The error of the gradients in R, in this order: dgate, dup.
-template <typename T> std::array<bool, 2> gradients_close(const GluOp& op, Wide gate, Wide up, Wide dy, T dgate, T dup) {
+template <typename T> std::array<bool, 2> gradients_close(const GluParams& op, Wide gate, Wide up, Wide dy, T dgate, T dup) {
   using R = Real<T>;
   const Wide u = sizeof(R) == 8 ? Wide(U64) : Wide(U), m = op.gate_multiplier;
   const Pair p = pair_of(op, gate, up);
@@ -74,11 +74,11 @@ template <typename T> struct Case {
       }
     return ok;
   }
-  void forward(const GluOp& op, bool with_b_gate, bool with_b_up, int grid) {
+  void forward(const GluParams& op, bool with_b_gate, bool with_b_up, int grid) {
     const T *bg = with_b_gate ? b_gate.data : nullptr, *bu = with_b_up ? b_up.data : nullptr;
     out.buffer.poison();
     emu::launch(grid, 256, 1, 0, seed(), [&] {
-      Kernels<T>::mul(gate.buffer.data, up.buffer.data, bg, bu, out.buffer.data, rows, cols, gate.stride, up.stride, out.stride, op);
+      Kernels<T>::forward(gate.buffer.data, up.buffer.data, bg, bu, out.buffer.data, rows, cols, gate.stride, up.stride, out.stride, op);
     });
     const Wide u = sizeof(Real<T>) == 8 ? Wide(U64) : Wide(U);
     bool ok = true;
@@ -90,11 +90,11 @@ template <typename T> struct Case {
     report(ok, "out differs from the definition");
     report(gaps_untouched(out, cols), "written beyond out");
   }
-  void backward(const GluOp& op, int grid) {
+  void backward(const GluParams& op, int grid) {
     dgate.buffer.poison();
     dup.buffer.poison();
     emu::launch(grid, 256, 1, 0, seed(), [&] {
-      Kernels<T>::grad(gate.buffer.data, up.buffer.data, dy.buffer.data, dgate.buffer.data, dup.buffer.data, rows, cols, gate.stride,
+      Kernels<T>::backward(gate.buffer.data, up.buffer.data, dy.buffer.data, dgate.buffer.data, dup.buffer.data, rows, cols, gate.stride,
                        up.stride, dy.stride, dgate.stride, dup.stride, op);
     });
     bool gate_ok = true, up_ok = true;
@@ -111,7 +111,7 @@ template <typename T> struct Case {
 };
 
 template <typename T> void layouts() {
-  begin_group((std::string("glu ") + Kernels<T>::name + ": layouts and tails").c_str());
+  begin_group((std::string("gate ") + Kernels<T>::name + ": layouts and tails").c_str());
   const long long V = 16 / sizeof(T);
   int i = 0;
   for (const long long cols : {1LL, V - 1, V, V + 1, 3 * V + 5, 8 * V})
@@ -135,8 +135,8 @@ template <typename T> void layouts() {
 }
 
 template <typename T> void every_operation() {
-  begin_group((std::string("glu ") + Kernels<T>::name + ": activations and modifiers").c_str());
-  for (const GluOp& op : OPS) {
+  begin_group((std::string("gate ") + Kernels<T>::name + ": activations and modifiers").c_str());
+  for (const GluParams& op : OPS) {
     current = "activation " + std::to_string(op.activation) + " m " + std::to_string(op.gate_multiplier) + " limit " +
               std::to_string(op.limit);
     Case<T> c(64, 40, 40, 40, 0);
@@ -151,12 +151,12 @@ template <typename T> void every_operation() {
 
 // All pairs of the values where something changes, and the infinities, NaN, zeros, the smallest and the largest numbers.
 template <typename T> void special_values() {
-  begin_group((std::string("glu ") + Kernels<T>::name + ": special values").c_str());
+  begin_group((std::string("gate ") + Kernels<T>::name + ": special values").c_str());
   const double largest = std::is_same<T, f16>::value ? 65504 : sizeof(T) == 8 ? 1.7e308 : 3e38;
   const double values[] = {0.0, -0.0, INFINITY, -INFINITY, NAN,  7,   -7,   1e-30, -1e-30,  16,       -16, 20,
                            -20, 88,   -88,      104,       -104, 800, -800, largest, -largest, 1,   -1};
   const int n = int(sizeof values / sizeof *values);
-  for (const GluOp& op : OPS) {
+  for (const GluParams& op : OPS) {
     current = "activation " + std::to_string(op.activation) + " beta " + std::to_string(op.beta) + " limit " +
               std::to_string(op.limit);
     Case<T> c(n, n, n, n, 0);
@@ -168,10 +168,10 @@ template <typename T> void special_values() {
       }
     c.out.buffer.poison();
     emu::launch(1, 256, 1, 0, seed(), [&] {
-      Kernels<T>::mul(c.gate.buffer.data, c.up.buffer.data, nullptr, nullptr, c.out.buffer.data, n, n, n, n, n, op);
+      Kernels<T>::forward(c.gate.buffer.data, c.up.buffer.data, nullptr, nullptr, c.out.buffer.data, n, n, n, n, n, op);
     });
     emu::launch(1, 256, 1, 0, seed(), [&] {
-      Kernels<T>::grad(c.gate.buffer.data, c.up.buffer.data, c.dy.buffer.data, c.dgate.buffer.data, c.dup.buffer.data, n, n, n, n, n,
+      Kernels<T>::backward(c.gate.buffer.data, c.up.buffer.data, c.dy.buffer.data, c.dgate.buffer.data, c.dup.buffer.data, n, n, n, n, n,
                        n, n, op);
     });
     bool ok = true, grad_ok = true;

@@ -12,8 +12,8 @@ use candle_core::{CpuStorage, Layout};
 use super::kernels::{CpuKernels, GateKernels};
 use super::pages;
 use super::threads::{self, SendPtr};
-use crate::activation::Glu;
 use crate::error::{Error, Result};
+use crate::gate::activation::Glu;
 use crate::reference;
 
 /// Below this many elements one thread is faster than waking the others: the bound candle's own elementwise ops use.
@@ -26,7 +26,7 @@ const GATHER: usize = 512;
 const MIN_RUN: usize = 64;
 
 /// `op` of gate and up, of equal shape -> a contiguous storage of that shape.
-pub(crate) fn forward(
+pub(crate) fn gate_forward(
     kernels: &CpuKernels,
     op: &Glu,
     gate: (&CpuStorage, &Layout),
@@ -43,7 +43,7 @@ pub(crate) fn forward(
 }
 
 /// The gradients of gate, up under dy, all of one shape -> a contiguous storage of shape (2, ..): dgate, then dup.
-pub(crate) fn backward(kernels: &CpuKernels, op: &Glu, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
+pub(crate) fn gate_backward(kernels: &CpuKernels, op: &Glu, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
     use CpuStorage as C;
     let layouts = inputs.map(|(_, layout)| layout);
     Ok(match inputs.map(|(storage, _)| storage) {

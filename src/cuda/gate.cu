@@ -1,4 +1,5 @@
-// The gate by itself, one pass over memory: `glu_mul` out = glu(gate + bg, up + bu), its gradients, and rows filled with a bias.
+// The gate by itself, one pass over memory: `gate_forward` out = glu(gate + bg, up + bu), `gate_backward` its gradients, and rows
+// filled with a bias.
 //
 // A thread takes V = 16 / sizeof(T) adjacent columns of a row at a time: one 16-byte access per operand where everything lies
 // on 16 bytes, V single ones elsewhere and at a row's end. Elements are widened, computed in f32 (f64 for f64) and rounded once.
@@ -80,8 +81,8 @@ template <typename T, typename Each> DEVICE void for_packs(long long rows, long 
 }
 
 template <typename T>
-DEVICE void glu_mul(const T* gate, const T* up, const T* b_gate, const T* b_up, T* out, long long rows, long long cols,
-                    long long gate_stride, long long up_stride, long long out_stride, GluOp op) {
+DEVICE void gate_forward(const T* gate, const T* up, const T* b_gate, const T* b_up, T* out, long long rows, long long cols,
+                    long long gate_stride, long long up_stride, long long out_stride, GluParams op) {
   const bool vectors = fits(gate, gate_stride) && fits(up, up_stride) && fits(out, out_stride) && on16(b_gate) && on16(b_up);
   pdl_wait();
   pdl_launch();
@@ -99,9 +100,9 @@ DEVICE void glu_mul(const T* gate, const T* up, const T* b_gate, const T* b_up, 
 }
 
 template <typename T>
-DEVICE void glu_grad(const T* gate, const T* up, const T* dy, T* dgate, T* dup, long long rows, long long cols,
+DEVICE void gate_backward(const T* gate, const T* up, const T* dy, T* dgate, T* dup, long long rows, long long cols,
                      long long gate_stride, long long up_stride, long long dy_stride, long long dgate_stride,
-                     long long dup_stride, GluOp op) {
+                     long long dup_stride, GluParams op) {
   const bool vectors = fits(gate, gate_stride) && fits(up, up_stride) && fits(dy, dy_stride) && fits(dgate, dgate_stride) &&
                        fits(dup, dup_stride);
   pdl_wait();
@@ -112,7 +113,11 @@ DEVICE void glu_grad(const T* gate, const T* up, const T* dy, T* dgate, T* dup, 
       Pack<T> u = load_pack(up + row * up_stride + column, n, vectors);
       const Pack<T> d = load_pack(dy + row * dy_stride + column, n, vectors);
 #pragma unroll
-      for (int i = 0; i < LANES<T>; ++i) formula.gradients(g.v[i], u.v[i], d.v[i], g.v[i], u.v[i]);
+      for (int i = 0; i < LANES<T>; ++i) {
+        const Gradients<Real<T>> gradients = formula.gradients(g.v[i], u.v[i], d.v[i]);
+        g.v[i] = gradients.gate;
+        u.v[i] = gradients.up;
+      }
       store_pack(dgate + row * dgate_stride + column, g, n, vectors);
       store_pack(dup + row * dup_stride + column, u, n, vectors);
     });
@@ -132,26 +137,26 @@ template <typename T> DEVICE void bias_rows(const T* bias, T* y, long long rows,
 
 // ------------------------------------------------------------------------------------------------ kernels
 
-#define GLU_KERNELS(NAME, T)                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(256) glu_mul_##NAME(                                                           \
+#define GATE_KERNELS(NAME, T)                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(256) gate_forward_##NAME(                                                           \
       const T* gate, const T* up, const T* b_gate, const T* b_up, T* out, long long rows, long long cols,                     \
-      long long gate_stride, long long up_stride, long long out_stride, GluOp op) {                                           \
-    glu_mul<T>(gate, up, b_gate, b_up, out, rows, cols, gate_stride, up_stride, out_stride, op);                              \
+      long long gate_stride, long long up_stride, long long out_stride, GluParams op) {                                           \
+    gate_forward<T>(gate, up, b_gate, b_up, out, rows, cols, gate_stride, up_stride, out_stride, op);                              \
   }                                                                                                                           \
-  extern "C" __global__ void __launch_bounds__(256) glu_grad_##NAME(                                                          \
+  extern "C" __global__ void __launch_bounds__(256) gate_backward_##NAME(                                                          \
       const T* gate, const T* up, const T* dy, T* dgate, T* dup, long long rows, long long cols, long long gate_stride,       \
-      long long up_stride, long long dy_stride, long long dgate_stride, long long dup_stride, GluOp op) {                     \
-    glu_grad<T>(gate, up, dy, dgate, dup, rows, cols, gate_stride, up_stride, dy_stride, dgate_stride, dup_stride, op);       \
+      long long up_stride, long long dy_stride, long long dgate_stride, long long dup_stride, GluParams op) {                     \
+    gate_backward<T>(gate, up, dy, dgate, dup, rows, cols, gate_stride, up_stride, dy_stride, dgate_stride, dup_stride, op);       \
   }
 #define BIAS_KERNEL(NAME, T)                                                                                                  \
   extern "C" __global__ void __launch_bounds__(256) bias_rows_##NAME(const T* bias, T* y, long long rows, long long cols) {   \
     bias_rows<T>(bias, y, rows, cols);                                                                                        \
   }
 
-GLU_KERNELS(f32, float)
-GLU_KERNELS(f16, f16)
-GLU_KERNELS(bf16, bf16)
-GLU_KERNELS(f64, double)
+GATE_KERNELS(f32, float)
+GATE_KERNELS(f16, f16)
+GATE_KERNELS(bf16, bf16)
+GATE_KERNELS(f64, double)
 BIAS_KERNEL(f32, float)
 BIAS_KERNEL(f16, f16)
 BIAS_KERNEL(bf16, bf16)

@@ -4,12 +4,19 @@
 //! operands of any layout; nothing but the inputs is kept for the backward pass. Where a device has no such kernel the same
 //! formula is composed of candle's differentiable operations.
 
+pub(crate) mod activation;
+#[cfg(any(feature = "cuda", feature = "metal", test))]
+pub(crate) mod params;
+#[cfg(any(feature = "cuda", feature = "metal", test))]
+pub(crate) mod rows;
+
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor};
 
-use crate::activation::{Glu, GluActivation};
 use crate::backend::has_glu;
 use crate::cpu;
 use crate::error::{Error, Result};
+
+pub use activation::{Glu, GluActivation};
 
 /// `act(gate) ⊙ up` for a pair of equal shape: SwiGLU, GLU, ReGLU, GEGLU or the bilinear unit.
 ///
@@ -165,7 +172,7 @@ impl CustomOp2 for Glu {
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((cpu::forward(cpu::selected()?, self, (s1, l1), (s2, l2))?, l1.shape().clone()))
+        Ok((cpu::gate_forward(cpu::selected()?, self, (s1, l1), (s2, l2))?, l1.shape().clone()))
     }
 
     #[cfg(feature = "metal")]
@@ -176,7 +183,7 @@ impl CustomOp2 for Glu {
         s2: &candle_core::MetalStorage,
         l2: &Layout,
     ) -> candle_core::Result<(candle_core::MetalStorage, Shape)> {
-        crate::metal::glu_forward(self, [(s1, l1), (s2, l2)])
+        crate::metal::gate_forward(self, [(s1, l1), (s2, l2)])
     }
 
     #[cfg(feature = "cuda")]
@@ -187,7 +194,7 @@ impl CustomOp2 for Glu {
         s2: &candle_core::CudaStorage,
         l2: &Layout,
     ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
-        Ok((crate::cuda::glu_mul(self, [(s1, l1), (s2, l2)])?, l1.shape().clone()))
+        Ok((crate::cuda::gate_forward(self, [(s1, l1), (s2, l2)])?, l1.shape().clone()))
     }
 
     fn bwd(
@@ -219,7 +226,7 @@ impl CustomOp3 for GluGradient {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let storage = cpu::backward(cpu::selected()?, &self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
+        let storage = cpu::gate_backward(cpu::selected()?, &self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
         Ok((storage, pair_of(l1)))
     }
 
@@ -233,7 +240,7 @@ impl CustomOp3 for GluGradient {
         s3: &candle_core::CudaStorage,
         l3: &Layout,
     ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
-        let storage = crate::cuda::glu_gradient(&self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
+        let storage = crate::cuda::gate_backward(&self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
         Ok((storage, pair_of(l1)))
     }
 
@@ -247,11 +254,11 @@ impl CustomOp3 for GluGradient {
         s3: &candle_core::MetalStorage,
         l3: &Layout,
     ) -> candle_core::Result<(candle_core::MetalStorage, Shape)> {
-        crate::metal::glu_backward(&self.0, [(s1, l1), (s2, l2), (s3, l3)])
+        crate::metal::gate_backward(&self.0, [(s1, l1), (s2, l2), (s3, l3)])
     }
 }
 
 /// (2, …)
-fn pair_of(layout: &Layout) -> Shape {
+pub(crate) fn pair_of(layout: &Layout) -> Shape {
     Shape::from(std::iter::once(2).chain(layout.dims().iter().copied()).collect::<Vec<_>>())
 }
