@@ -21,6 +21,7 @@ mod partition;
 mod pass;
 mod prefetch;
 mod product;
+mod projection;
 mod simd;
 mod sweep;
 #[cfg(test)]

@@ -10,15 +10,14 @@
 
 use std::ops::Range;
 
-use super::buffer::{Buffer, Scratch};
+use super::buffer::Scratch;
 use super::epilogue::PanelSums;
-use super::format::Format;
-use super::kernels::{CpuKernels, Edges, FormatKernels, Io, OutputFn};
+use super::kernels::{Edges, Io, OutputFn};
 use super::matrix::Matrix;
 use super::pages;
-use super::panels::{Columns, Panels};
 use super::partition::Partition;
-use super::sweep::{Rows, Sweep};
+use super::projection::Projection;
+use super::sweep::Rows;
 use super::threads::{self, Phase, SendPtr};
 use crate::gate::activation::Glu;
 
@@ -33,65 +32,6 @@ const SERIAL: usize = 1 << 16;
 /// Rows that a thread copies at a time.
 const COPY_ROWS: usize = 8;
 
-/// A projection's packed weight and bias, and the kernels for its format.
-pub(super) struct Projection {
-    kernels: &'static FormatKernels,
-    pub(super) weight: Panels,
-    /// (panels·NR), in the order of the packed columns.
-    bias: Option<Buffer>,
-    /// Outputs.
-    pub(super) columns: usize,
-}
-
-impl Projection {
-    /// Zeros (columns, k).
-    pub(super) fn new(kernels: &'static CpuKernels, format: Format, columns: usize, k: usize) -> Self {
-        let kernels = kernels.format(format);
-        let weight = Panels::zeroed(format, columns, k, kernels.sweep.nr, kernels.sweep.streams);
-        Self { kernels, weight, bias: None, columns }
-    }
-
-    /// Zeros for gate and up, (intermediate_size, k) each.
-    pub(super) fn new_pair(kernels: &'static CpuKernels, format: Format, intermediate_size: usize, k: usize) -> Self {
-        let half = kernels.format(format).sweep.nr / 2;
-        let columns = 2 * intermediate_size.next_multiple_of(half);
-        Self { columns: intermediate_size, ..Self::new(kernels, format, columns, k) }
-    }
-
-    pub(super) fn set_bias(&mut self, columns: Columns, bias: &[f32]) {
-        let len = self.weight.count() * self.weight.nr();
-        let buffer = self.bias.get_or_insert_with(|| Buffer::zeroed(len * size_of::<f32>()));
-        for (row, &value) in bias.iter().enumerate() {
-            let column = self.weight.column(columns, row);
-            assert!(column < len);
-            // SAFETY: the buffer has `len` f32.
-            unsafe { *buffer.as_mut_ptr::<f32>().add(column) = value };
-        }
-    }
-
-    /// The bias of the rows of `columns` as it was set.
-    pub(super) fn bias(&self, columns: Columns) -> Option<Vec<f32>> {
-        let buffer = self.bias.as_ref()?;
-        // SAFETY: columns of existing rows lie within the buffer.
-        let at = |row| unsafe { *buffer.as_ptr::<f32>().add(self.weight.column(columns, row)) };
-        Some((0..self.columns).map(at).collect())
-    }
-
-    fn sums(&self, panel: usize, rows: usize, sums: *const f32) -> PanelSums {
-        assert!(panel < self.weight.count());
-        let bias = match &self.bias {
-            // SAFETY: the bias is as wide as all panels.
-            Some(buffer) => unsafe { buffer.as_ptr::<f32>().add(panel * self.weight.nr()) },
-            None => std::ptr::null(),
-        };
-        PanelSums { sums, rows, bias }
-    }
-
-    fn sweep(&self) -> &'static Sweep {
-        &self.kernels.sweep
-    }
-}
-
 /// A linear layer with packed weights; x and y have dtype T.
 pub(super) struct Linear<T: 'static> {
     pub(super) projection: Projection,
@@ -101,7 +41,7 @@ pub(super) struct Linear<T: 'static> {
 impl<T: Io> Linear<T> {
     /// None if the format's kernels do not support T.
     pub(super) fn new(projection: Projection) -> Option<Self> {
-        let edges = T::edges(projection.kernels)?;
+        let edges = T::edges(projection.kernels())?;
         Some(Self { projection, edges })
     }
 
@@ -134,7 +74,7 @@ impl<T: Io> Block<T> {
     pub(super) fn new(glu: Glu, gate_up: Projection, down: Projection, down_multiplier: f32) -> Option<Self> {
         // gate_up's epilogue writes h as the element type of A that down reads.
         assert!(gate_up.sweep().a_bytes == down.sweep().a_bytes);
-        let edges = T::edges(gate_up.kernels)?;
+        let edges = T::edges(gate_up.kernels())?;
         Some(Self { glu, gate_up, down, down_multiplier, edges })
     }
 
