@@ -8,6 +8,7 @@ use crate::config::FfnConfig;
 use crate::cpu::{self, Part};
 use crate::error::{Error, Result};
 use crate::family::PackedOrder;
+use crate::forced;
 use crate::glu::{check_float, check_like, check_same};
 use crate::linear::{Linear, over_rows};
 use crate::packed::{Packed, Packer, Sizes, can_pack, has_kernels};
@@ -354,8 +355,8 @@ impl<'a> Builder<'a> {
         };
         let kernel = match (&form, self.device.is_cpu()) {
             (Form::Packed(packed), _) => packed.kernel()?.to_string(),
-            (_, true) => format!("plain-{}", cpu::selected()?.name_of(DType::F32)),
-            (_, false) => "plain".to_string(),
+            (_, true) if !forced::is_plain() => format!("plain-{}", cpu::selected()?.name_of(DType::F32)),
+            _ => forced::PLAIN.to_string(),
         };
         let (dtype, device) = (self.dtype, self.device);
         let span = tracing::span!(tracing::Level::TRACE, "swiglu-ffn");

@@ -13,6 +13,7 @@ mod embedding;
 mod error;
 mod family;
 mod ffn;
+mod forced;
 mod gate;
 #[cfg(feature = "hub")]
 pub mod hub;

@@ -15,6 +15,7 @@ use crate::cpu::{self, Layer, Part};
 use crate::device::{DeviceBlock, DeviceLinear, Parts};
 use crate::error::{Error, Result};
 use crate::family::PackedOrder;
+use crate::forced;
 use crate::weights::split;
 
 /// A tensor that may be packed: of a dtype for which its device has kernels, and no gradient is tracked through it.
@@ -25,6 +26,7 @@ pub(crate) fn can_pack(tensor: &Tensor) -> bool {
 /// The device has kernels for projections in this dtype.
 pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
     match device {
+        _ if forced::is_plain() => false,
         Device::Cpu => matches!(dtype, DType::F32 | DType::BF16 | DType::F16),
         _ => backend::has_kernels(device, dtype),
     }

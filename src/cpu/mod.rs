@@ -45,6 +45,7 @@ pub(crate) use layer::{Layer, Part, block, linear};
 use self::gemm::{Gemm, GemmElement};
 use crate::activation::Glu;
 use crate::error::{Error, Result};
+use crate::forced;
 
 /// gate, up (n) -> out (n)
 type Forward<T> = fn(&Glu, &[T], &[T], &mut [MaybeUninit<T>]);
@@ -395,7 +396,8 @@ pub(crate) fn available() -> &'static [Kernel] {
 
 /// The names of the CPU kernels that this machine can run, best first: on x86-64 of `avx512bf16`, `avx512` and `avx2`, on 64-bit
 /// ARM of `neonbf16` and `neon`, in WebAssembly built for it `simd128`, and everywhere `scalar`. The environment variable `CANDLE_SWIGLU_KERNEL` takes one of them;
-/// without it the first one runs.
+/// without it the first one runs. `CANDLE_SWIGLU_KERNEL=plain` stands for no kernel of this crate, on any device: the definition by
+/// candle's own operations.
 ///
 /// ```
 /// assert_eq!(candle_swiglu::cpu_kernels().last(), Some(&"scalar"));
@@ -404,20 +406,16 @@ pub fn cpu_kernels() -> Vec<&'static str> {
     available().iter().map(|kernel| kernel.name).collect()
 }
 
-/// The environment variable that forces a kernel by name.
-const FORCED: &str = "CANDLE_SWIGLU_KERNEL";
-
-/// The kernel that production runs: the best one, or the one that `CANDLE_SWIGLU_KERNEL` names. Decided once.
+/// The kernel that production runs: the best one, or the one that [`forced::VARIABLE`] names. With
+/// `plain` no layer uses it.
 pub(crate) fn selected() -> Result<&'static Kernel> {
-    static SELECTED: OnceLock<std::result::Result<&'static Kernel, String>> = OnceLock::new();
-    let selected = SELECTED.get_or_init(|| match std::env::var(FORCED) {
-        Ok(name) if !name.is_empty() => by_name(&name).ok_or(name),
-        _ => Ok(&available()[0]),
-    });
-    selected.as_ref().copied().map_err(|name| Error::UnknownKernel {
-        variable: FORCED,
-        found: name.clone(),
-        available: cpu_kernels(),
+    let Some(name) = forced::kernel().filter(|&name| name != forced::PLAIN) else {
+        return Ok(&available()[0]);
+    };
+    by_name(name).ok_or_else(|| Error::UnknownKernel {
+        variable: forced::VARIABLE,
+        found: name.to_string(),
+        available: cpu_kernels().into_iter().chain([forced::PLAIN]).collect(),
     })
 }
 
