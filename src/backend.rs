@@ -3,6 +3,8 @@
 
 use candle_core::{DType, Device};
 
+use crate::forced;
+
 /// Whether this GPU has kernels for the block and for projections in this dtype.
 pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
     match device {
@@ -20,6 +22,7 @@ pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
 /// Whether this device has the fused gate, forward and backward, for this dtype.
 pub(crate) fn has_glu(device: &Device, dtype: DType) -> bool {
     match device {
+        _ if forced::is_plain() => false,
         Device::Cpu => true,
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => crate::cuda::supports_glu(device, dtype),

@@ -361,7 +361,7 @@ pub enum Error {
         variable: &'static str,
         /// What it says.
         found: String,
-        /// The kernels this machine can run, best first.
+        /// The kernels this machine can run, best first, and `plain`.
         available: Vec<&'static str>,
     },
     /// A checkpoint cannot be downloaded.

@@ -112,6 +112,7 @@ mod embedding;
 mod engine;
 mod error;
 mod ffn;
+mod forced;
 mod gate;
 mod linear;
 mod load;

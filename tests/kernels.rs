@@ -20,8 +20,14 @@ const ROLE: &str = "CANDLE_SWIGLU_TEST_ROLE";
 const FORCED: &str = "CANDLE_SWIGLU_KERNEL";
 
 type Role = fn() -> Result<()>;
-const ROLES: [(&str, Role); 5] =
-    [("names", names), ("digests", digests), ("concurrent", concurrent), ("nested", nested), ("after a panic", after_a_panic)];
+const ROLES: [(&str, Role); 6] = [
+    ("names", names),
+    ("plain", plain),
+    ("digests", digests),
+    ("concurrent", concurrent),
+    ("nested", nested),
+    ("after a panic", after_a_panic),
+];
 
 /// The child's side.
 #[test]
@@ -109,13 +115,45 @@ fn every_kernel_of_this_machine_can_be_forced_by_name() -> Result<()> {
     let promised = [("scalar", true)];
     let promised: Vec<&str> = promised.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect();
     assert_eq!(available, promised);
-    assert_eq!(run("names", &[(FORCED, "sse9")])?, available, "an unknown name's error lists them");
+    let listed: Vec<&str> = available.iter().copied().chain(["plain"]).collect();
+    assert_eq!(run("names", &[(FORCED, "sse9")])?, listed, "an unknown name's error lists them");
     for name in &available {
         assert_eq!(run("names", &[(FORCED, name)])?, [*name]);
     }
     for unset in [&[][..], &[(FORCED, "")]] {
         assert_eq!(run("names", unset)?, available[..1]);
     }
+    Ok(())
+}
+
+/// `plain` is the block by candle's own operations: their bits, and gradients twice.
+fn plain() -> Result<()> {
+    for dtype in [DType::F32, DType::F64] {
+        let tensor = |dims, scale| numbers(dims, dtype, scale);
+        let (x, gate, up, down) = (tensor((3, 8), 1.0)?, tensor((24, 8), 0.5)?, tensor((24, 8), 0.4)?, tensor((8, 24), 0.3)?);
+        let ffn = SwiGluFfn::from_tensors(gate.clone(), up.clone(), down.clone())?;
+        ensure!(ffn.kernel() == "plain", "{}", ffn.kernel());
+        let linear = Linear::new(gate.clone(), None)?;
+        let exact = |y: Tensor| y.to_dtype(DType::F64)?.to_vec2::<f64>();
+        ensure!(exact(linear.forward(&x)?)? == exact(x.matmul(&gate.t()?)?)?);
+        let (g, u) = (x.matmul(&gate.t()?)?, x.matmul(&up.t()?)?);
+        let h = (&g * candle_nn::ops::sigmoid(&g)? * &u)?;
+        let difference =
+            (ffn.forward(&x)? - h.matmul(&down.t()?)?)?.to_dtype(DType::F64)?.abs()?.max_all()?.to_scalar::<f64>()?;
+        ensure!(difference <= if dtype == DType::F32 { 1e-6 } else { 1e-14 }, "{dtype:?}: {difference}");
+        // candle's operations have a second derivative, the fused gate has none.
+        let x = candle_core::Var::from_tensor(&x)?;
+        let first = silu_mul(&x, &x)?.sum_all()?.backward()?.get(&x).context("no gradient")?.clone();
+        ensure!(first.sqr()?.sum_all()?.backward()?.get(&x).is_some(), "{dtype:?}: the gate is not composed");
+    }
+    say("plain");
+    Ok(())
+}
+
+#[test]
+fn plain_runs_candles_own_operations() -> Result<()> {
+    assert_eq!(run("plain", &[(FORCED, "plain")])?, ["plain"]);
+    assert!(run("plain", &[]).is_err(), "the role tells kernels from candle's operations");
     Ok(())
 }
 

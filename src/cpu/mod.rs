@@ -29,7 +29,7 @@ mod tests;
 mod threads;
 mod tuning;
 
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 
 pub(crate) use gate::{gate_backward, gate_forward};
 pub(crate) use kernels::CpuKernels;
@@ -37,6 +37,7 @@ pub(crate) use layer::{BlockLayer, LinearLayer, block, linear};
 
 use self::tuning::CpuFamily;
 use crate::error::{Error, Result};
+use crate::forced;
 
 /// Every kernel this machine can run, best first. The scalar one is always there.
 pub(crate) fn available() -> &'static [CpuKernels] {
@@ -47,7 +48,8 @@ pub(crate) fn available() -> &'static [CpuKernels] {
 /// The names of the CPU kernels that this machine can run, best first: on x86-64 of `avx512bf16`,
 /// `avx512` and `avx2`, on 64-bit ARM of `neonbf16` and `neon`, in WebAssembly built for it `simd128`,
 /// and everywhere `scalar`. The environment variable `CANDLE_SWIGLU_KERNEL` selects one by name;
-/// without it the first one runs.
+/// without it the first one runs. `CANDLE_SWIGLU_KERNEL=plain` selects no kernel of this crate, on any
+/// device: the block is then computed by candle's own operations.
 ///
 /// ```
 /// assert_eq!(candle_swiglu::cpu_kernels().last(), Some(&"scalar"));
@@ -56,28 +58,23 @@ pub fn cpu_kernels() -> Vec<&'static str> {
     available().iter().map(|kernels| kernels.name).collect()
 }
 
-/// The environment variable that forces a kernel by name.
-const FORCED: &str = "CANDLE_SWIGLU_KERNEL";
-
-/// The kernel that production runs: the best one, or the one that `CANDLE_SWIGLU_KERNEL` names. Decided once.
+/// The kernels that production runs: the best ones, or those that [`forced::VARIABLE`] names. With
+/// `plain` no layer uses them.
 pub(crate) fn selected() -> Result<&'static CpuKernels> {
-    static SELECTED: OnceLock<std::result::Result<&'static CpuKernels, String>> = OnceLock::new();
-    let selected = SELECTED.get_or_init(|| {
-        let kernels = match std::env::var(FORCED) {
-            Ok(name) if !name.is_empty() => by_name(&name).ok_or(name)?,
-            _ => &available()[0],
-        };
+    let name = forced::kernel().filter(|&name| name != forced::PLAIN);
+    let kernels = match name {
+        Some(name) => available().iter().find(|kernels| kernels.name == name),
+        None => available().first(),
+    };
+    let kernels = kernels.ok_or_else(|| Error::UnknownKernel {
+        variable: forced::VARIABLE,
+        found: name.unwrap_or_default().to_string(),
+        available: cpu_kernels().into_iter().chain([forced::PLAIN]).collect(),
+    })?;
+    static LOGGED: Once = Once::new();
+    LOGGED.call_once(|| {
         let tuning = kernels.f32.sweep.tuning.measured_on;
         tracing::debug!(kernel = kernels.name, cpu = ?CpuFamily::detect(), tuning, "CPU kernel selected");
-        Ok(kernels)
     });
-    selected.as_ref().copied().map_err(|name| Error::UnknownKernel {
-        variable: FORCED,
-        found: name.clone(),
-        available: cpu_kernels(),
-    })
-}
-
-fn by_name(name: &str) -> Option<&'static CpuKernels> {
-    available().iter().find(|kernels| kernels.name == name)
+    Ok(kernels)
 }

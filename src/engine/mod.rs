@@ -22,6 +22,7 @@ use candle_core::{CustomOp1, DType, Device, Tensor};
 
 use crate::backend;
 use crate::error::{Error, Result};
+use crate::forced;
 use crate::gate::activation::Glu;
 use crate::gate::check_like;
 use crate::load::{FusedOrder, GateUp, Piece, Weights, split};
@@ -267,6 +268,7 @@ fn is_constant(piece: &Piece) -> bool {
 /// The device has kernels for the block and for projections in this dtype.
 fn has_kernels(device: &Device, dtype: DType) -> bool {
     match device {
+        _ if forced::is_plain() => false,
         Device::Cpu => matches!(dtype, DType::F32 | DType::BF16 | DType::F16),
         _ => backend::has_kernels(device, dtype),
     }

@@ -8,6 +8,7 @@ use candle_core::{D, DType, Device, Tensor};
 use super::{BlockSpec, Projection};
 use crate::cpu;
 use crate::error::{Error, Result};
+use crate::forced;
 use crate::gate::activation::Glu;
 use crate::load::{FusedOrder, GateUp, Weights, split};
 use crate::which::Which;
@@ -49,6 +50,10 @@ impl super::Builder for BlockBuilder {
     }
 
     fn finish(self: Box<Self>) -> Result<Arc<dyn super::Block>> {
+        let kernel = match self.device {
+            Device::Cpu if !forced::is_plain() => format!("plain-{}", cpu::selected()?.name_of(DType::F32)),
+            _ => forced::PLAIN.to_string(),
+        };
         let missing = |which: Which| move || Error::missing(which.name());
         let gate_up = match self.gate_up {
             Some((layer, order)) => Projections::Fused { layer, order },
@@ -57,12 +62,8 @@ impl super::Builder for BlockBuilder {
                 up: self.up.ok_or_else(missing(Which::Up))?,
             },
         };
-        let down = self.down.ok_or_else(missing(Which::Down))?;
-        let kernel = match self.device {
-            Device::Cpu => format!("plain-{}", cpu::selected()?.name_of(DType::F32)),
-            _ => "plain".to_string(),
-        };
-        let Self { glu, down_multiplier, dtype, device, .. } = *self;
+        let Self { glu, down_multiplier, dtype, device, down, .. } = *self;
+        let down = down.ok_or_else(missing(Which::Down))?;
         Ok(Arc::new(Block { gate_up, down, glu, down_multiplier, dtype, device, kernel }))
     }
 }

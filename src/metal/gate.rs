@@ -3,7 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{Layout, MetalStorage, Result, Shape};
 
-use super::launch::dispatch;
+use super::launch::{Launch, dispatch};
 use super::plan::{Kernel, Pair};
 use crate::gate::{Glu, pair_of};
 
@@ -47,7 +47,8 @@ fn run_pair<const N: usize>(
     if shape.elem_count() > 0 {
         let parameters = pair.parameters(op);
         let aligned = pair.is_aligned(operands.map(|(_, layout)| layout.start_offset()));
-        dispatch(device, (kernel, dtype, aligned), pair.grid(), |encoder| {
+        let launch = Launch { kernel, dtype, aligned, grid: pair.grid(), rows: pair.rows() };
+        dispatch(device, launch, |encoder| {
             for (index, (storage, layout)) in operands.iter().enumerate() {
                 encoder.set_input_buffer(index, Some(storage.buffer()), layout.start_offset() * dtype.size_in_bytes());
             }

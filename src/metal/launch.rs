@@ -79,16 +79,16 @@ impl Projection<'_> {
             Choice::Candle => return gemm(device, dtype, product, (&x, &w), out),
         };
         let aligned = product.is_aligned(dtype, [x_start, weight_layout.start_offset()]);
-        let grid = product.grid(kernel);
+        let launch = Launch { kernel, dtype, aligned, grid: product.grid(kernel), rows: product.rows };
         // Without a bias something must be bound all the same: the weight, which is not read as one.
         let Some(bias) = self.bias else {
-            return dispatch(device, (kernel, dtype, aligned), grid, |encoder| {
+            return dispatch(device, launch, |encoder| {
                 set_params!(encoder, (&x, &w, &w, Output::new(out), &[parameters][..]));
             });
         };
         let (bias, bias_layout) = bias.storage_and_layout();
         let bias = at(on_metal(&bias)?.buffer(), bias_layout.start_offset());
-        dispatch(device, (kernel, dtype, aligned), grid, |encoder| {
+        dispatch(device, launch, |encoder| {
             set_params!(encoder, (&x, &w, &bias, Output::new(out), &[parameters][..]));
         })
     }
@@ -110,6 +110,7 @@ fn gemm(
     };
     let guard = device.command_encoder()?;
     let Product { rows, columns, k, .. } = *product;
+    tracing::trace!(kernel = "candle's gemm", rows, columns, k, "launch");
     call_mlx_gemm(
         device.metal_device(),
         &guard,
@@ -137,18 +138,27 @@ fn on_metal(storage: &Storage) -> Result<&MetalStorage> {
 
 // ---------------------------------------------------------------- dispatch
 
-/// `grid` threadgroups on candle's encoder, with what `bind` binds. The encoder is locked meanwhile: `bind` calls nothing of candle's.
-pub(super) fn dispatch(
-    device: &MetalDevice,
-    (kernel, dtype, aligned): (Kernel, DType, bool),
-    [width, height, depth]: [usize; 3],
-    bind: impl FnOnce(&ComputeCommandEncoder),
-) -> Result<()> {
+/// A kernel, its threadgroups, and the rows that it computes (for the trace).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Launch {
+    pub(super) kernel: Kernel,
+    pub(super) dtype: DType,
+    pub(super) aligned: bool,
+    pub(super) grid: [usize; 3],
+    pub(super) rows: usize,
+}
+
+/// Dispatches on candle's encoder, with the buffers that `bind` sets. The encoder is locked
+/// meanwhile, so `bind` must not call candle.
+pub(super) fn dispatch(device: &MetalDevice, launch: Launch, bind: impl FnOnce(&ComputeCommandEncoder)) -> Result<()> {
+    let Launch { kernel, dtype, aligned, grid, rows } = launch;
+    tracing::trace!(kernel = kernel.name(dtype), aligned, grid = ?grid, threads = THREADS, rows, "launch");
     let pipeline = pipeline(device, kernel, dtype, aligned)?;
     let guard = device.command_encoder()?;
     let encoder: &ComputeCommandEncoder = guard.as_ref();
     encoder.set_compute_pipeline_state(&pipeline);
     bind(encoder);
+    let [width, height, depth] = grid;
     encoder.dispatch_thread_groups(MTLSize { width, height, depth }, MTLSize { width: THREADS, height: 1, depth: 1 });
     Ok(())
 }

@@ -40,7 +40,7 @@ pub(crate) fn supports(device: &MetalDevice, dtype: DType) -> bool {
     dtype_is_known && device.metal_device().as_ref().supportsFamily(MTLGPUFamily::Apple7)
 }
 
-/// Likewise, of the gate alone.
+/// Whether the gate's kernels run on this GPU in this dtype.
 pub(crate) fn supports_glu(device: &MetalDevice, dtype: DType) -> bool {
     supports(device, dtype)
 }
@@ -48,7 +48,7 @@ pub(crate) fn supports_glu(device: &MetalDevice, dtype: DType) -> bool {
 /// The pipeline of a kernel. The first use of a GPU compiles the library, which takes seconds.
 pub(super) fn pipeline(device: &MetalDevice, kernel: Kernel, dtype: DType, aligned: bool) -> Result<ComputePipeline> {
     static CACHE: OnceLock<Mutex<Cache>> = OnceLock::new();
-    // A thread that panicked left whole entries.
+    // A thread that panicked while it held the lock has inserted an entry or not, never a part of one.
     let mut cache = CACHE.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
     let gpu = device.metal_device().registry_id();
     let key = (gpu, kernel, dtype, aligned);
@@ -70,9 +70,11 @@ pub(super) fn pipeline(device: &MetalDevice, kernel: Kernel, dtype: DType, align
 }
 
 fn compile(device: &MetalDevice, library: &Library, name: &str, aligned: bool) -> Result<ComputePipeline> {
+    let failed =
+        |error| candle_core::Error::from(MetalError::from(error)).context(format!("cannot make the Metal kernel {name}"));
     let constants = ConstantValues::new(vec![(ALIGNED, Value::Bool(aligned))]);
-    let function = library.get_function(name, Some(&constants)).map_err(MetalError::from)?;
-    let pipeline = device.metal_device().new_compute_pipeline_state_with_function(&function).map_err(MetalError::from)?;
+    let function = library.get_function(name, Some(&constants)).map_err(failed)?;
+    let pipeline = device.metal_device().new_compute_pipeline_state_with_function(&function).map_err(failed)?;
     let (lanes, threads) = (pipeline.as_ref().threadExecutionWidth(), pipeline.max_total_threads_per_threadgroup());
     if lanes != LANES || threads < THREADS {
         candle_core::bail!("{name}: expected simdgroups of {LANES} and {THREADS} threads, found {lanes} and {threads}");

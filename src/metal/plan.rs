@@ -31,12 +31,12 @@ const DECODE_ROWS: usize = 8;
 /// A kernel of swiglu.metal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
-    /// Gate, up and the activation (`gated`), or one projection
+    /// Few rows: gate, up and the activation (`gated`), or one projection.
     Decode {
         gated: bool,
         rows: usize,
     },
-    /// Likewise
+    /// Many rows, as above.
     Tile {
         gated: bool,
         rows: usize,
@@ -153,6 +153,11 @@ impl<const N: usize> Pair<N> {
         let rows = Rows::new(layouts)?;
         let fits = rows.strides.iter().all(|stride| u32::try_from(stride.row.max(stride.column)).is_ok());
         (fits && size(rows.rows).is_some() && size(rows.columns).is_some()).then_some(Self(rows))
+    }
+
+    #[cfg(feature = "metal")]
+    pub(super) fn rows(&self) -> usize {
+        self.0.rows
     }
 
     pub(super) fn grid(&self) -> [usize; 3] {
