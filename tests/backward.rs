@@ -254,7 +254,7 @@ fn one_side_may_be_untracked() -> Result<()> {
     Ok(())
 }
 
-/// Packed weights get the gradients of separate ones, in their own order: bit by bit over integers, whose sums are exact.
+/// Fused weights get the gradients of separate ones, in their own order: bit by bit over integers, whose sums are exact.
 #[test]
 fn fused_weights_get_the_same_gradients() -> Result<()> {
     let cfg = FfnConfig::new(6, 9).with_activation(GluActivation::Relu).with_bias(true);

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod common;
+#[path = "../benches/harness/memory.rs"]
+mod memory;
 
 use std::collections::HashMap;
 
@@ -350,5 +352,29 @@ fn a_block_of_constants_and_a_variable() -> Result<()> {
         assert_ne!(bits(&block.forward(&x)?)?, bits(&y)?, "{biases:?}, {}", NAMES[variable]);
         assert_eq!(bits(&frozen.forward(&x)?)?, before, "{biases:?}, {}", NAMES[variable]);
     }
+    Ok(())
+}
+
+/// The benchmark's floor reads every byte of the packed weights, with each instruction set and in
+/// each order: the sum of the 32-bit words is that of the weights, to which padding adds nothing.
+#[test]
+fn the_packed_memory_holds_the_weights() -> Result<()> {
+    let (h, i) = (300, 700); // several pieces, and a rest in each order
+    let mut numbers = Numbers::new(11);
+    let mut weight = |rows, k| numbers.tensor(&[rows, k], 1.0, DType::F32);
+    let (gate, up, down) = (weight(i, h)?, weight(i, h)?, weight(h, i)?);
+    let mut expected = 0u32;
+    for matrix in [&gate, &up, &down] {
+        let words = matrix.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits);
+        expected = words.fold(expected, u32::wrapping_add);
+    }
+    let block = SwiGluFfn::from_tensors(gate, up, down)?;
+    for (kernel, streams) in candle_swiglu::cpu_kernels().into_iter().flat_map(|kernel| [(kernel, 1), (kernel, 4)]) {
+        let sum = memory::read_all(kernel, &block.packed_bytes(), streams);
+        assert_eq!(sum, expected, "{kernel}, {streams} streams");
+    }
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    assert!(SwiGluFfn::new(&FfnConfig::new(h, i), vb)?.packed_bytes().is_empty());
     Ok(())
 }

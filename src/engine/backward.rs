@@ -6,13 +6,13 @@ use super::{Block, BlockSpec, Projection};
 use crate::which::Which;
 
 /// dx = dy·W
-pub(super) fn projection(layer: &impl Projection, dy: &Tensor) -> Result<Tensor> {
+pub(super) fn projection(layer: &dyn Projection, dy: &Tensor) -> Result<Tensor> {
     dy.matmul(&layer.weight()?)
 }
 
 /// dx, with gate and up computed again: dh = d·dy·Wd, (dgate, dup) = the gate's gradients,
 /// dx = dgate·Wg + dup·Wu. A packed weight is unpacked for each product and dropped after it.
-pub(super) fn block(block: &impl Block, spec: &BlockSpec, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+pub(super) fn block(block: &dyn Block, spec: &BlockSpec, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let dh = (dy * f64::from(spec.down_multiplier))?.matmul(&block.weight(Which::Down)?)?;
     let (gate, up) = (project(block, Which::Gate, x)?, project(block, Which::Up, x)?);
     let (dgate, dup) = spec.glu.gradients(&gate, &up, &dh)?;
@@ -20,7 +20,7 @@ pub(super) fn block(block: &impl Block, spec: &BlockSpec, x: &Tensor, dy: &Tenso
 }
 
 /// x·Wᵀ + b
-fn project(block: &impl Block, which: Which, x: &Tensor) -> Result<Tensor> {
+fn project(block: &dyn Block, which: Which, x: &Tensor) -> Result<Tensor> {
     let y = x.matmul(&block.weight(which)?.t()?)?;
     match block.bias(which)? {
         Some(bias) => y.broadcast_add(&bias),

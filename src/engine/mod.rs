@@ -160,73 +160,74 @@ pub(crate) fn build_block(spec: &BlockSpec, weights: Weights) -> Result<Arc<dyn 
     let (dtype, device) = (weights.down_proj.dtype(), weights.down_proj.device().clone());
     let pieces = weights.into_pieces();
     let mut builder = builder(spec, dtype, &device, pieces.iter().all(is_constant))?;
-    pieces.iter().try_for_each(|piece| builder.take(piece))?;
+    // By value: a tensor that was packed is dropped before the next is.
+    pieces.into_iter().try_for_each(|piece| builder.take(&piece))?;
     builder.finish()
 }
 
-/// Builds a block from a source that passes one piece after another to the function that `load`
-/// calls. Each piece is packed before the next is read, so that at most one of them is in memory
-/// twice. If a gradient turns out to be tracked through a later piece, the packed ones are dropped
-/// and `load` runs again for a plain block.
+/// Builds a block from a source: `load` calls its argument with one piece after the other. Each
+/// piece is packed before the next is read, so that at most one of them is in memory twice. If a
+/// gradient is tracked through a later piece but not through the first, the packed pieces are
+/// dropped and `load` is called again for a plain block.
 ///
 /// # Errors
 /// Those of `load`; pieces whose dtype or device differs from the first's; a missing piece.
-pub(crate) fn load_block(
-    spec: &BlockSpec,
-    load: impl Fn(&mut dyn FnMut(Piece) -> Result<()>) -> Result<()>,
-) -> Result<Arc<dyn Block>> {
-    let (packed, plain) = (Arriving::new(spec, true), Arriving::new(spec, false));
-    match packed.load(&load)? {
-        Some(block) => Ok(block),
-        None => plain.load(&load)?.ok_or_else(|| Error::missing(Which::Gate.name())),
+pub(crate) fn load_block(spec: &BlockSpec, load: impl Fn(Take<'_>) -> Result<()>) -> Result<Arc<dyn Block>> {
+    for may_pack in [true, false] {
+        let mut loading = Loading { spec, may_pack, first: None };
+        load(&mut |piece| loading.take(&piece))?;
+        match loading.first {
+            None => break,
+            Some(First { builder: Some(builder), .. }) => return builder.finish(),
+            Some(First { builder: None, .. }) => {}
+        }
     }
+    Err(Error::missing(Which::Gate.name()))
 }
 
+/// Receives the pieces of a block.
+type Take<'a> = &'a mut dyn FnMut(Piece) -> Result<()>;
+
 /// A block whose pieces are being loaded.
-struct Arriving<'a> {
+struct Loading<'a> {
     spec: &'a BlockSpec,
     may_pack: bool,
-    /// The first piece decides about dtype, device and implementation: the tensors of a `VarMap`
-    /// may have another dtype than the `VarBuilder`.
     first: Option<First>,
 }
 
+/// What the first piece decides. Its dtype may differ from that of a `VarBuilder` over a `VarMap`.
 struct First {
     dtype: DType,
     device: Device,
-    /// Whether the builder takes constants only.
-    constant: bool,
-    /// None once a gradient was found to be tracked through a later piece.
+    /// Whether the builder packs, and so takes only constants.
+    packs: bool,
+    /// None after a piece that cannot be packed.
     builder: Option<Box<dyn Builder>>,
 }
 
-impl<'a> Arriving<'a> {
-    fn new(spec: &'a BlockSpec, may_pack: bool) -> Self {
-        Self { spec, may_pack, first: None }
-    }
-
-    /// None if some pieces are constants and some are not.
-    fn load(mut self, load: &impl Fn(&mut dyn FnMut(Piece) -> Result<()>) -> Result<()>) -> Result<Option<Arc<dyn Block>>> {
-        load(&mut |piece| self.take(&piece))?;
-        let first = self.first.ok_or_else(|| Error::missing(Which::Gate.name()))?;
-        first.builder.map(|builder| builder.finish()).transpose()
-    }
-
+impl Loading<'_> {
     fn take(&mut self, piece: &Piece) -> Result<()> {
         let constant = self.may_pack && is_constant(piece);
-        if self.first.is_none() {
-            let (dtype, device) = (piece.weight().dtype(), piece.weight().device().clone());
-            let builder = Some(builder(self.spec, dtype, &device, constant)?);
-            self.first = Some(First { dtype, device, constant, builder });
-        }
-        let Some(first) = &mut self.first else { return Ok(()) };
+        let first = match &mut self.first {
+            Some(first) => first,
+            none => none.insert(First::new(self.spec, piece.weight(), constant)?),
+        };
         for (name, tensor) in piece.named() {
             check_like(name, tensor, "the block's first weight", first.dtype, &first.device)?;
         }
-        if first.constant && !constant {
+        if first.packs && !constant {
             first.builder = None;
         }
         first.builder.as_deref_mut().map_or(Ok(()), |builder| builder.take(piece))
+    }
+}
+
+impl First {
+    fn new(spec: &BlockSpec, weight: &Tensor, constant: bool) -> Result<Self> {
+        let (dtype, device) = (weight.dtype(), weight.device().clone());
+        let packs = constant && has_kernels(&device, dtype);
+        let builder = Some(builder(spec, dtype, &device, constant)?);
+        Ok(Self { dtype, device, packs, builder })
     }
 }
 
@@ -288,3 +289,6 @@ fn check_addressable(name: &'static str, rows: usize, columns: usize) -> Result<
 fn run<L: CustomOp1 + Clone + Send + Sync + 'static>(layer: &L, x: &Tensor) -> candle_core::Result<Tensor> {
     if x.track_op() { x.apply_op1(layer.clone()) } else { x.apply_op1_no_bwd(layer) }
 }
+
+#[cfg(test)]
+mod tests;
