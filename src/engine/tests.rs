@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::*;
-use crate::activation::GluActivation;
+use crate::gate::activation::GluActivation;
 use crate::load::Biases;
 
 const H: usize = 5;
