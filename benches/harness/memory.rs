@@ -1,5 +1,5 @@
 //! The read bandwidth of this machine: every byte of some buffers, once, with all threads.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, unreachable_pub, reason = "intrinsics; a benchmark and a test use it")]
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
