@@ -1,14 +1,21 @@
-//! With the feature `cuda`: the kernels of src/cuda, compiled by nvcc to fatbins that `src/cuda/functions.rs` embeds. Otherwise nothing.
+//! With the feature `cuda`: compiles the kernels of src/cuda with nvcc to fatbins that
+//! `src/cuda/functions.rs` embeds. Without it nothing is built.
 //!
 //! | fatbin | code |
 //! |---|---|
 //! | decode, gate | machine code for sm_80 and sm_90; PTX of compute_80, which the driver compiles for anything newer |
 //! | prefill_sm90 | machine code for sm_90a (Hopper) alone |
 //!
-//! Environment: `NVCC` names the compiler, else it is looked for under `CUDA_HOME` and `CUDA_PATH`, in `PATH` and in
-//! /usr/local/cuda; `NVCC_CCBIN` names its host compiler. `CANDLE_SWIGLU_CUDA_SKIP_NVCC=1` embeds empty fatbins, and the kernels of
-//! this crate are then an error when they are requested. candle's CUDA crates run nvcc in build scripts of their own, so a machine
-//! without CUDA needs a stand-in for it as well: `scripts/cuda-toolkit.sh DIR none` makes one.
+//! Environment variables:
+//!
+//! - `NVCC` names the compiler. Otherwise it is searched in `CUDA_HOME` and `CUDA_PATH`, in `PATH`
+//!   and in /usr/local/cuda.
+//! - `NVCC_CCBIN` names the host compiler of nvcc.
+//! - `CANDLE_SWIGLU_CUDA_SKIP_NVCC=1` embeds empty fatbins. Using a kernel of this crate is then an
+//!   error.
+//!
+//! The build scripts of candle's CUDA crates run nvcc too, so a machine without CUDA needs a
+//! stand-in for it: `scripts/cuda-toolkit.sh DIR none` makes one.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -43,7 +50,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Ok(());
     }
     let nvcc = nvcc();
-    // All at once: each is a process of its own.
+    // All start at once, each in a process of its own.
     let started: Vec<_> = FATBINS.iter().map(|(name, code)| (name, start(&nvcc, name, code, &out))).collect();
     for (name, child) in started {
         let status = child.map_err(|error| missing(&nvcc, &error))?.wait()?;
@@ -54,7 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The variable is there, not empty and not 0.
+/// Whether the variable is set, and neither empty nor 0.
 fn set(name: &str) -> bool {
     std::env::var_os(name).is_some_and(|value| !value.is_empty() && value != "0")
 }

@@ -1,5 +1,6 @@
-//! The whole block against candle's own MLP (three `candle_nn::Linear`, `silu`, `*`) and against the machine's limits, in turn in
-//! one process; each kernel in a process of its own.
+//! Compares the whole block with candle's own MLP (three `candle_nn::Linear`, `silu`, `*`) and with
+//! the limits of the machine. The samples alternate within one process; each kernel has a process
+//! of its own.
 //!
 //! ```text
 //! cargo bench --bench ffn [-- OPTIONS]
@@ -7,14 +8,18 @@
 //!   --shapes  small,1b,8b  of (H, I) = (512, 1376), (2048, 8192), (4096, 14336)
 //!   --rows    1,4,16,128,512
 //!   --dtypes  bf16,f16,f32
-//!   --seconds 1            for a case's own samples, and as much for candle's
+//!   --seconds 1            time for the samples of a case, and the same again for candle's
 //!   --no-candle
 //!   --record  MACHINE/NAME writes NAME.csv, NAME.txt and NAME.svg under benches/record
 //! ```
 //!
-//! The floor of a case is what its weights take to be read or its products to be multiplied, whichever is more. Both are measured
-//! beside the case: the read of the same packed weights call by call in turn with the block, with the same threads, each in order
-//! or in four streams (whichever is faster), the peak of the multiply-add instruction in bursts in between, the best of which counts.
+//! The floor of a case is the larger of two times: one read of its weights, and its multiply-adds
+//! at peak rate. Both are measured beside the case.
+//!
+//! - The read covers the same packed weights with the same threads, and alternates with the block.
+//!   It is measured in order and in four streams; the faster of the two counts.
+//! - The peak rate of the multiply-add instruction is measured in bursts between the samples. The
+//!   best burst counts.
 
 mod harness;
 
@@ -56,7 +61,7 @@ fn options() -> Result<Options> {
     };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
-        // cargo adds --bench behind everything.
+        // cargo appends `--bench` to the arguments.
         let mut value =
             || args.next().filter(|value| !value.starts_with("--")).with_context(|| format!("{arg}: expected a value"));
         match arg.as_str() {
@@ -100,7 +105,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The kernels asked for, which this machine must have.
+/// The requested kernels. It is an error if this machine lacks one of them.
 fn kernels(asked: &str) -> Result<Vec<&'static str>> {
     let available = candle_swiglu::cpu_kernels();
     match asked {
@@ -114,7 +119,7 @@ fn kernels(asked: &str) -> Result<Vec<&'static str>> {
     }
 }
 
-/// Measures with one kernel; the csv's lines.
+/// Measures one kernel in a child process and returns its lines of the csv.
 fn run_child(kernel: &str) -> Result<String> {
     let mut child = Command::new(std::env::current_exe()?);
     child.args(std::env::args().skip(1)).arg("--child").env(KERNEL, kernel).stdout(Stdio::piped());
@@ -131,7 +136,7 @@ fn measure_all(options: &Options) -> Result<()> {
             let weights = [random(&[i, h], dtype, 1)?, random(&[i, h], dtype, 2)?, random(&[h, i], dtype, 3)?];
             let [gate, up, down] = weights.clone();
             let ffn = SwiGluFfn::from_tensors(gate, up, down)?;
-            ensure!(kernel.starts_with(ffn.kernel()), "expected a block of {kernel}, found one of {}", ffn.kernel());
+            ensure!(kernel.starts_with(ffn.kernel()), "expected the kernel {kernel}, found {}", ffn.kernel());
             let candle = options.candle.then(|| weights.map(|w| Linear::new(w, None)));
             for &rows in &options.rows {
                 let flops = 6.0 * (rows * h * i) as f64;
@@ -144,7 +149,8 @@ fn measure_all(options: &Options) -> Result<()> {
 }
 
 struct Case<'a> {
-    /// As [`KERNEL`] names it: in f32 and f16 `avx512bf16` runs as `avx512`, and its lines say `avx512bf16`.
+    /// The name in [`KERNEL`]. In f32 and f16 `avx512bf16` runs the kernels of `avx512`, but the
+    /// csv still says `avx512bf16`.
     kernel: &'a str,
     shape: &'a str,
     rows: usize,
@@ -155,7 +161,7 @@ struct Case<'a> {
 }
 
 impl Case<'_> {
-    /// A line of the csv.
+    /// Returns one line of the csv.
     fn measure(&self, x: &Tensor, seconds: f64) -> Result<String> {
         if let Some(candle) = self.candle {
             check(&self.ffn.forward(x)?, &candle_mlp(candle, x)?)?;
@@ -170,8 +176,8 @@ impl Case<'_> {
         let forward = || drop(black_box(self.ffn.forward(black_box(x))));
         let bytes = self.ffn.packed_bytes();
         let floor = |streams| harness::read_all(self.kernel, &bytes, streams);
-        ensure!(floor(1) == floor(4), "the two orders of reading differ in the bytes that they read");
-        // Short calls are timed in groups, so that the clock's resolution does not show.
+        ensure!(floor(1) == floor(4), "the sums of the two orders of reading differ");
+        // Short calls are timed in groups, so that the clock's resolution does not matter.
         let start = Instant::now();
         forward();
         let first = start.elapsed().as_secs_f64();
@@ -214,12 +220,12 @@ impl Case<'_> {
     }
 }
 
-/// candle's own block, as its LLaMA has it.
+/// candle's own block, as in the LLaMA of candle-transformers.
 fn candle_mlp([gate, up, down]: &[Linear; 3], x: &Tensor) -> candle_core::Result<Tensor> {
     down.forward(&(candle_nn::ops::silu(&gate.forward(x)?)? * up.forward(x)?)?)
 }
 
-/// Numbers of about the size that keeps activations near 1; the same every time.
+/// Random numbers that keep activations near 1 in size, reproducible from the seed.
 fn random(dims: &[usize], dtype: DType, seed: u64) -> Result<Tensor> {
     let k = dims[dims.len() - 1];
     let scale = if seed == 4 { 1.0 } else { (k as f32).powf(-0.5) } * 3f32.sqrt() / (1u32 << 23) as f32;
@@ -236,12 +242,12 @@ fn random(dims: &[usize], dtype: DType, seed: u64) -> Result<Tensor> {
     Ok(tensor?)
 }
 
-/// The same values, up to candle's roundings of gate, up and silu to the dtype.
+/// Checks that both results agree up to candle's roundings of gate, up and silu to the dtype.
 fn check(ours: &Tensor, candle: &Tensor) -> Result<()> {
     let wide = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all();
     let (ours, candle) = (wide(ours)?, wide(candle)?);
     let norm = |t: &Tensor| t.sqr()?.mean_all()?.to_scalar::<f32>();
     let (error, size) = (norm(&(&ours - &candle)?)?.sqrt(), norm(&candle)?.sqrt());
-    ensure!(error <= 0.01 * size, "results differ by {error} rms, their size is {size}");
+    ensure!(error <= 0.01 * size, "the rms of the difference is {error}, of the results {size}");
     Ok(())
 }

@@ -1,10 +1,12 @@
-//! The block on Metal against candle's operations, in turn in one process: three matmuls around `silu` and a product (as
-//! candle-transformers has it), and candle's GEMM over the merged weight with our gate over its halves.
+//! Compares the block on Metal with candle's operations. The samples alternate within one process.
+//! There are two baselines: three matmuls around `silu` and a product, as in candle-transformers;
+//! and candle's GEMM with the fused weight, followed by this crate's gate.
 //!
 //! `cargo bench --features metal --bench metal [-- --record MACHINE/NAME]`
 //!
-//! Each call is a chain of blocks that wait for each other, and one synchronization. Up to a few rows a block can be no faster than
-//! its weights are read (GB/s), beyond that than its multiplications go (TFLOP/s).
+//! A sample is a chain of blocks, each of which needs the result of the previous one, and one
+//! synchronization. With few rows a block is bandwidth-bound (GB/s), with many rows compute-bound
+//! (TFLOP/s).
 
 mod harness;
 
@@ -47,7 +49,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// What macOS calls the machine.
+/// The machine and its GPU, as macOS names them.
 fn facts(device: &Device) -> Result<String> {
     let ask = |name: &str| {
         let answer = Command::new("sysctl").args(["-n", name]).output().map(|output| output.stdout).unwrap_or_default();
@@ -73,7 +75,7 @@ struct Weights {
 }
 
 impl Weights {
-    /// Uniform with the variance 1/n, so that a chain keeps its size.
+    /// Uniform with the variance 1/n, so that values keep their size along a chain.
     fn random(h: usize, i: usize, dtype: DType, device: &Device) -> Result<Self> {
         let uniform = |rows: usize, n: usize| -> Result<Tensor> {
             let bound = (3.0 / n as f32).sqrt();
@@ -82,7 +84,7 @@ impl Weights {
         let (gate, up, down) = (uniform(i, h)?, uniform(i, h)?, uniform(h, i)?);
         let gate_up = Tensor::cat(&[&gate, &up], 0)?;
         let block = SwiGluFfn::from_tensors(gate.clone(), up.clone(), down.clone())?;
-        anyhow::ensure!(block.kernel() == "metal", "the block runs as {}", block.kernel());
+        anyhow::ensure!(block.kernel() == "metal", "expected the kernel metal, found {}", block.kernel());
         Ok(Self { gate, up, down, gate_up, block })
     }
 
@@ -119,12 +121,12 @@ impl Weights {
     }
 }
 
-/// Equal up to the roundings of gate, silu(gate), h and y in the dtype, of values that sums of many such have blurred.
+/// Checks that both results agree up to the roundings of gate, silu(gate), h and y to the dtype.
 fn check(ours: &Tensor, candle: &Tensor) -> Result<()> {
     let wide = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32);
     let (ours, candle) = (wide(ours)?, wide(candle)?);
     let rms = |t: &Tensor| t.sqr()?.mean_all()?.to_scalar::<f32>().map(f32::sqrt);
     let (difference, size) = (rms(&(ours - &candle)?)?, rms(&candle)?);
-    anyhow::ensure!(difference <= 0.02 * size, "results differ by {difference}, their size is {size}");
+    anyhow::ensure!(difference <= 0.02 * size, "the rms of the difference is {difference}, of the results {size}");
     Ok(())
 }

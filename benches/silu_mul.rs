@@ -1,4 +1,5 @@
-//! `silu_mul(gate, up)` against candle's `gate.silu() * up`, in turn in one process.
+//! Compares `silu_mul(gate, up)` with candle's `gate.silu() * up`. The samples alternate within one
+//! process.
 //!
 //! `cargo bench --bench silu_mul [-- --record MACHINE/NAME]`
 
@@ -47,13 +48,14 @@ fn measure(dtype: DType, rows: usize, columns: usize) -> anyhow::Result<String> 
     Ok(format!("{:>6} {shape:>14} {a:>12.2} {b:>12.2} {speedup:>8.2} {rate:>8.1}", dtype.as_str()))
 }
 
-/// Same values up to candle's roundings (of e^-x, 1 + e^-x and the quotient, each in the dtype).
+/// Checks that both results agree up to candle's roundings of e^-x, 1 + e^-x and the quotient to
+/// the dtype.
 fn check(gate: &Tensor, up: &Tensor) -> anyhow::Result<()> {
     let wide = |t: Tensor| t.to_dtype(DType::F32);
     let (ours, candle) = (wide(silu_mul(gate, up)?)?, wide((gate.silu()? * up)?)?);
     let difference = (ours - &candle)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
     let largest = candle.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
     let unit = if gate.dtype() == DType::F32 { 2f32.powi(-24) } else { 2f32.powi(-8) };
-    anyhow::ensure!(difference <= 8.0 * unit * largest, "results differ by {difference}, the largest is {largest}");
+    anyhow::ensure!(difference <= 8.0 * unit * largest, "the largest difference is {difference}, the largest value {largest}");
     Ok(())
 }

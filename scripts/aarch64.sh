@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The tests on 64-bit ARM without such a machine: built across, and run under qemu's user emulation.
+# Runs the tests for 64-bit ARM on an x86-64 machine: cross-compiled, under qemu's user emulation.
 #
-#   scripts/aarch64.sh                     all suites under every kernel there is for ARM
-#   scripts/aarch64.sh quick               unit tests (CI)
-#   scripts/aarch64.sh prepare             only what is needed from Debian
-#   scripts/aarch64.sh test --lib tests    any cargo command
+#     scripts/aarch64.sh                     all suites under every ARM kernel
+#     scripts/aarch64.sh quick               unit tests (CI)
+#     scripts/aarch64.sh prepare             installs the packages from Debian
+#     scripts/aarch64.sh test --lib tests    any cargo command
 #
-# Everything comes from Debian (scripts/debian.sh); needs root. Proves that the results are right, on a CPU with every extension
-# that qemu knows, bf16 products among them; says nothing about speed.
+# All tools come from Debian (scripts/debian.sh); root is required. qemu's CPU has every extension
+# that qemu supports, including bf16 products. The run checks results, not speed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/debian.sh
@@ -19,13 +19,13 @@ target=aarch64-unknown-linux-gnu
 export CARGO_BUILD_TARGET=$target
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu"
-export TEST_RUNNER=$CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER # for tests that start themselves again
+export TEST_RUNNER=$CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER # for tests that run their own binary
 export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc CXX_aarch64_unknown_linux_gnu=aarch64-linux-gnu-g++
 export AR_aarch64_unknown_linux_gnu=aarch64-linux-gnu-ar
-# Flags for this machine's own compiler would be wrong there.
+# Flags for the compiler of this machine do not apply to the target.
 unset RUSTFLAGS RUSTC RUSTUP_TOOLCHAIN CARGO_BUILD_RUSTFLAGS
 
-# Unit tests and tests/kernels.rs go through all kernels by themselves.
+# Unit tests and tests/kernels.rs run all kernels by themselves.
 all=(--lib) suites=(--test forward --test golden_blocks) kernels=(neonbf16 neon)
 case "${1:-}" in
     prepare)
@@ -38,7 +38,7 @@ case "${1:-}" in
         ;;
     "")
         all+=(--test kernels) suites+=(--test backward --test properties) kernels+=(scalar)
-        printf '\n==> examples and benchmarks are checked\n'
+        printf '\n==> cargo check of examples and benchmarks\n'
         inside cargo check --locked --examples --benches
         ;;
     *)

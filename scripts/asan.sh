@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
-# The tests under AddressSanitizer: accesses beyond a buffer, use after free, leaks.
+# Runs the tests under AddressSanitizer, which finds accesses beyond a buffer, use after free and
+# leaks.
 #
-#   scripts/asan.sh                  under every kernel of this machine
-#   scripts/asan.sh avx2 scalar      under these
+#     scripts/asan.sh                  under every kernel of this machine
+#     scripts/asan.sh avx2 scalar      under the named kernels
 #
-# Needs a nightly toolchain. std is linked as it comes; its generic code is compiled here and so is checked too. BUILD_STD=1
-# instruments all of it, which needs the component rust-src and the network for std's own dependencies.
+# A nightly toolchain is required. std is linked as it is distributed, but its generic code is
+# compiled here and therefore checked. BUILD_STD=1 instruments all of std; it needs the component
+# rust-src and network access for std's dependencies.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-target=x86_64-unknown-linux-gnu # named, so that build scripts and macros stay without the sanitizer
+target=x86_64-unknown-linux-gnu # explicit, so that build scripts and macros are built without the sanitizer
 export RUSTFLAGS="-Zsanitizer=address"
-export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/asan" # other flags, other files: keep the usual ones
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/asan" # a separate directory keeps the usual build
 run=(cargo +nightly test --locked --target "$target")
 if [ -n "${BUILD_STD:-}" ]; then run+=(-Zbuild-std); fi
 
-printf '\n==> unit tests: each goes through all kernels by itself\n'
+printf '\n==> unit tests: each runs all kernels by itself\n'
 "${run[@]}" --lib
 
 kernels=("$@")
 if [ ${#kernels[@]} -eq 0 ]; then
-    # The error for an unknown name lists them.
+    # The error for an unknown name lists the kernels.
     unknown=$(CANDLE_SWIGLU_KERNEL='?' "${run[@]}" --test forward the_kernel_has_a_name 2>&1) && exit 1
     read -ra kernels <<<"$(sed -n 's/.*expected one of \(.*\), found ?.*/\1/p' <<<"$unknown" | head -1 | tr -d ,)"
 fi

@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
-# The tests under the AVX-512 kernels on a machine without AVX-512: in Bochs, which emulates a whole PC, on Linux without a disk.
+# Runs the tests under the AVX-512 kernels on a machine without AVX-512: in Bochs, which emulates a
+# whole PC, on Linux without a disk.
 #
-#   scripts/avx512.sh                       unit tests of the kernels, and tests/forward.rs under avx512bf16 and avx512
-#   scripts/avx512.sh in_bf16 every_size    the unit tests whose names contain one of these
+#     scripts/avx512.sh                       unit tests of the kernels, and tests/forward.rs under
+#                                             avx512bf16 and avx512
+#     scripts/avx512.sh in_bf16 every_size    the unit tests whose names contain an argument
 #
-# Everything but the tests comes from Debian (scripts/debian.sh); needs root. Proves that the results are right; says nothing about
-# speed: 16 lanes are computed one after the other.
+# Everything except the tests comes from Debian (scripts/debian.sh); root is required. The run
+# checks results, not speed: the emulator computes 16 lanes one after the other.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/debian.sh
 
-# Debian 13: Bochs as GCC 15 or later builds it divides wrongly (https://github.com/bochs-emu/Bochs/issues/668).
+# Debian 13: a Bochs that GCC 15 or later has compiled divides incorrectly
+# (https://github.com/bochs-emu/Bochs/issues/668).
 debian trixie bochs bochs-term linux-image-cloud-amd64 busybox-static isolinux syslinux-common xorriso cpio
 
-# Bochs 3.0 lacks what Linux needs of the features that are taken away; the clock goes as fast as the model's.
+# The excluded features are those for which Bochs 3.0 lacks support that Linux needs. The clock runs
+# at the speed of the modelled CPU.
 # shellcheck disable=SC2016
 options='config_interface: textconfig
 display_library: term
@@ -30,10 +34,11 @@ info: action=ignore
 mouse: enabled=0'
 linux="console=ttyS0,115200 quiet nokaslr mitigations=off tsc=reliable no_timer_check"
 
-# The path of a test's binary, built.
+# Builds a test and prints the path of its binary.
 binary() { cargo test --locked --no-run --message-format=json "$@" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p'; }
 
-# emulate NAME BINARY ARGUMENT...: runs a test binary on a machine of its own; its output is in $root/NAME/serial.
+# emulate NAME BINARY ARGUMENT...: runs a test binary on its own emulated machine. The output is in
+# $root/NAME/serial.
 emulate() {
     local dir=$1 tests=$2 at=$root/$1
     shift 2
@@ -55,7 +60,7 @@ exec >/dev/ttyS0 2>&1
 export CANDLE_SWIGLU_KERNEL=${kernel:-} PROPTEST_CASES=${PROPTEST_CASES:-4}
 busybox grep -q avx512_bf16 /proc/cpuinfo && /tests --test-threads 1 $*
 echo "exit status \$?"
-busybox sleep 1 # the serial line has to send it
+busybox sleep 1 # time for the serial line to send it
 busybox poweroff -f
 END
     chmod +x "$at/files/init"
@@ -65,7 +70,7 @@ END
 
     printf '%s\n' "$options" "log: /$dir/log" "com1: enabled=1, mode=file, dev=/$dir/serial" \
         "ata0-master: type=cdrom, path=/$dir/boot.iso, status=inserted" >"$at/bochsrc"
-    # Its display wants a terminal.
+    # Bochs's text display needs a terminal.
     TERM=xterm timeout 40m script -qec "chroot '$root' bochs -q -f /$dir/bochsrc" "$at/screen" >/dev/null </dev/null || true
     if ! grep -qs '^exit status 0' "$at/serial"; then
         tail "$at/log" "$at/serial"
@@ -81,7 +86,7 @@ mapfile -t tests < <("$unit" --list "${filters[@]}" 2>/dev/null | sed -n 's/: te
 [ ${#tests[@]} -gt 0 ]
 
 jobs=()
-# All that was started, to its end; an error if one failed.
+# Waits for all jobs; an error if one failed.
 finish() {
     local job failed=0
     for job in "${jobs[@]}"; do wait "$job" || failed=1; done
@@ -89,8 +94,8 @@ finish() {
     return $failed
 }
 
-# One emulator for each processor, and the tests dealt out to them.
-printf '\n==> %s unit tests: each goes through all kernels by itself\n' ${#tests[@]}
+# One emulator per processor; the tests are dealt out to them.
+printf '\n==> %s unit tests: each runs all kernels by itself\n' ${#tests[@]}
 shares=$(nproc)
 for ((share = 0; share < shares && share < ${#tests[@]}; share++)); do
     of_share=()

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The instructions of the kernels' inner loops, x86-64 beside 64-bit ARM, as the compiler made them: tables on stdout.
+# Counts the instructions of the kernels' inner loops for x86-64 and 64-bit ARM, from the compiler's
+# assembly, and prints tables.
 #
 #   scripts/count-instructions.sh
 #
-# As scripts/aarch64.sh: Debian, root.
+# Like scripts/aarch64.sh it needs Debian and root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

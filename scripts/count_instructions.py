@@ -1,11 +1,16 @@
 #!/usr/bin/env python3
-"""Counts instructions in the inner loops of assembly listings of this crate, see count-instructions.sh.
+"""Counts instructions in the inner loops of this crate's assembly, see count-instructions.sh.
 
     count_instructions.py FILE.s...
 
-For each kernel: the microkernels' innermost loop, per multiply-add of a vector, and silu(gate)*up's, per element. A spill is a
-vector that goes to the stack or comes from there within the loop (row pointers may); of microkernels that differ in what they fetch
-ahead, the one without counts, but for spills the one that has most.
+For each kernel it counts
+
+- the innermost loop of a microkernel, per multiply-add of a vector;
+- the loop of silu(gate)*up, per element;
+- spills: vectors that the loop stores to the stack or loads from it (row pointers do not count).
+
+Of the microkernels that differ only in software prefetch, the one without prefetch is listed. The
+spills are those of the variant that has most.
 """
 import re
 import sys
@@ -31,7 +36,7 @@ def functions(path):
 
 
 def innermost(lines):
-    """The bodies of loops that contain no other loop: from a label to the last branch back to it."""
+    """Yields the bodies of innermost loops: from a label to the last branch back to it."""
     at = {m[1]: i for i, l in enumerate(lines) if (m := re.match(r"^(\.L\w+):", l))}
     loops = {}
     for i, line in enumerate(lines):
@@ -60,7 +65,10 @@ def dtype(name):
 
 
 def micro(name):
-    """(kernel, dtype and product, MR, NV, STREAMS, role) of a microkernel's mangled name; role 0 prefetches nothing."""
+    """Returns (kernel, dtype and product, MR, NV, STREAMS, role) of a microkernel's mangled name.
+
+    Role 0 has no software prefetch.
+    """
     if m := re.search(r"3cpu3isa8(neonbf16)5microKj(\w)_", name):
         return m[1], "bf16 bfmmla", int(m[2], 16), 4, 1, 0
     number = r"K(j\w|B\w*?)_"
@@ -72,7 +80,7 @@ def micro(name):
 
 
 def constant(name, text):
-    """A number; where it was mangled before, its place behind `_R` in base 62 stands for it."""
+    """Decodes a number, or a back reference: an offset behind `_R` in base 62 to an earlier number."""
     if text.startswith("B"):
         digits = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
         place = 0 if text == "B" else sum(digits.index(d) * 62**i for i, d in enumerate(reversed(text[1:]))) + 1
@@ -94,7 +102,7 @@ def main():
                         rows[case] = best[:2]
             elif m := re.search(rf"3cpu3isa\d+({'|'.join(LANES)})N.*7Forward(\w+)", name):
                 kind = dtype(m[2])
-                # Loops with one division, fewest instructions first: sigmoid, then silu.
+                # Loops with one division, by number of instructions: sigmoid, then silu.
                 divisions = lambda body: sum("div" in line.split()[0] for line in body)
                 loops = sorted(len(body) for body in innermost(lines) if divisions(body) == 1)
                 spills = max((count(body)[2] for body in innermost(lines)), default=0)

@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Compiles the kernels of src/cuda as build.rs does and looks at the machine code; needs no GPU. Prints registers, stack and shared
-# memory of every kernel, and fails where
-#   the compiler warns, or says that it serializes wgmma (C75xx);
-#   a kernel spills registers or has a stack frame;
-#   an activation is read by a load that need not see what the previous kernel wrote;
-#   a kernel that should use tensor cores has no HMMA, or HGMMA with TMA on Hopper; one compiled for sm_90 does not wait for its predecessor.
+# Compiles the kernels of src/cuda as build.rs does and checks the machine code; no GPU is needed.
+# It prints the registers and the shared memory of every kernel, and fails if
 #
-#   scripts/cuda-sass.sh        nvcc (13.0), cuobjdump and nvdisasm in PATH, e.g. by scripts/cuda-toolkit.sh
-# About a minute of one core per architecture.
+# - the compiler warns, or reports that it serializes wgmma (C75xx);
+# - a kernel spills registers or has a stack frame;
+# - a load of an activation may miss what the previous kernel wrote;
+# - a kernel for tensor cores has no HMMA, or on Hopper no HGMMA with TMA;
+# - a kernel compiled for sm_90 does not wait for its predecessor.
+#
+#     scripts/cuda-sass.sh
+#
+# nvcc (13.0), cuobjdump and nvdisasm must be in PATH, for example those of scripts/cuda-toolkit.sh.
+# The script takes about a minute of one core per architecture.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../src/cuda" && pwd)
 nvcc=${NVCC:-nvcc}
@@ -28,7 +32,7 @@ compile() {
   if grep -iE 'warning|C75[0-9][0-9]' "$build/log"; then bad "$1.cu for sm_$2: warnings"; fi
 }
 
-# resources CUBIN: `kernel registers stack local shared`, one kernel a line
+# resources CUBIN: prints a line `kernel registers stack local shared` for each kernel
 resources() {
   cuobjdump -res-usage "$1" 2>&1 | sed -nE 's/^ *Function ([^:]+):.*/\1/p; s/.*REG:([0-9]+) STACK:([0-9]+) SHARED:([0-9]+) LOCAL:([0-9]+).*/\1 \2 \4 \3/p' | paste -d' ' - -
 }
@@ -47,7 +51,8 @@ check() {
       *_sm90_*) for i in "HGMMA.64x$((2 * ${kernel##*_w}))x16.F32" UTMALDG.2D UTMASTG.2D USETMAXREG; do grep -q "$i" "$code" || bad "$kernel: no $i"; done ;;
     esac
     [ "$2" = 80 ] || grep -q ACQBULK "$code" || bad "$kernel for sm_$2: no griddepcontrol.wait"
-    # Only weights may be read incoherently: the previous kernel may still write what else this one reads. (sm_80 has no such overlap.)
+    # Only weights may be loaded incoherently: the previous kernel may still write the other inputs.
+    # (sm_80 has no such overlap.)
     if [ "$2" != 80 ] && grep 'LDG.*CONSTANT' "$code" | grep -qv 'LDG.E.NA.LTC128B.128.CONSTANT'; then bad "$kernel for sm_$2: incoherent load of an activation"; fi
     if grep -qE 'STL|LDL' "$code"; then bad "$kernel for sm_$2: local memory"; fi
   done < <(resources "$cubin")

@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
-# What `cargo build --features cuda` needs, for a machine without a GPU and without CUDA.
+# Provides what `cargo build --features cuda` needs on a machine without a GPU and without CUDA.
 #
-#   scripts/cuda-toolkit.sh DIR [none|compile]     prints `export` lines:  eval "$(scripts/cuda-toolkit.sh DIR compile)"
+#     scripts/cuda-toolkit.sh DIR [none|compile]
 #
-#   none     no download: libraries to link against and an nvcc that writes empty files. Enough for cargo check, clippy and test,
-#            where every CUDA test skips: LD_LIBRARY_PATH=$CUDA_HOME/lib/stubs cargo test --features cuda
-#   compile  (default) NVIDIA's nvcc 13.0 from PyPI, pinned, 381 MB on disk. Builds programs for a machine that has a GPU.
-#            CUDA_NVCC_LITE=1 at build time leaves out candle's quantized and MoE kernels (most of ten minutes); calling them aborts.
+# prints `export` lines for eval "$(scripts/cuda-toolkit.sh DIR compile)". The modes are
 #
-# Needs g++, cargo with the dependencies fetched (`cargo fetch`), and for `compile` python3 with pip or venv. CUDARC_SRC names
-# cudarc's source if it is not in cargo's registry. A second run does only what is missing.
+# - none: no download. Makes libraries to link against and an nvcc that writes empty files. This is
+#   enough for cargo check and clippy, and for cargo test, where every CUDA test is skipped:
+#   LD_LIBRARY_PATH=$CUDA_HOME/lib/stubs cargo test --features cuda
+# - compile (default): NVIDIA's nvcc 13.0 from PyPI, pinned, 381 MB on disk. Builds programs for a
+#   machine that has a GPU. CUDA_NVCC_LITE=1 at build time omits candle's quantized and MoE kernels,
+#   which take most of ten minutes; a call of one then aborts.
 #
-# The libraries are stubs in both modes: every function that cudarc declares, returning "no device". A program linked against them
-# starts anywhere and runs with the real ones where those are found first; one linked against the real cuBLAS would not start here.
-# nvcc 13.0 writes PTX 9.0, which drivers from 580 on take; a later one's PTX they would refuse.
+# g++ and cargo with the dependencies fetched (`cargo fetch`) are required, for `compile` also
+# python3 with pip or venv. CUDARC_SRC names cudarc's source if it is not in cargo's registry. A
+# second run does only the missing steps.
+#
+# In both modes the libraries are stubs: they define every function that cudarc declares and return
+# "no device". A program linked against them starts on any machine and uses the real libraries where
+# the loader finds those first. A program linked against the real cuBLAS would not start here. nvcc
+# 13.0 writes PTX 9.0, which drivers from version 580 accept; they would reject the PTX of a later
+# nvcc.
 set -euo pipefail
 
 fail() { echo "cuda-toolkit.sh: $*" >&2; exit 1; }
@@ -57,11 +64,11 @@ if [ "$mode" = compile ] && [ "$(cat "$dir/.wheels" 2>/dev/null)" != "$(printf '
 cudarc=${CUDARC_SRC:-$(ls -d "$registry"/*/cudarc-0.19.* 2>/dev/null | sort -V | tail -1)}
 [ -f "$cudarc/src/driver/sys/mod.rs" ] || fail "cudarc 0.19 is not in $registry: run 'cargo fetch', or set CUDARC_SRC"
 
-# The launch functions that nvcc's own objects call and cudarc does not declare.
+# The launch functions that objects of nvcc call and cudarc does not declare.
 nvcc_calls=(__cudaRegisterFatBinary __cudaRegisterFatBinaryEnd __cudaUnregisterFatBinary __cudaRegisterFunction __cudaRegisterVar
     __cudaPushCallConfiguration __cudaPopCallConfiguration __cudaInitModule __cudaGetKernel __cudaLaunchKernel)
 
-stub() { # name, soname, folder in cudarc, what every function returns, further functions
+stub() { # name, soname, folder in cudarc, return value of every function, further functions
     local name=$1 soname=$2 source=$cudarc/src/$3/sys/mod.rs value=$4
     shift 4
     [ -e "$root/lib/stubs/lib$name.so" ] && return
@@ -78,14 +85,15 @@ stub nvrtc libnvrtc.so.13 nvrtc 1
 stub nccl libnccl.so.2 nccl 1
 [ -e "$root/lib/libcudart.so" ] || stub cudart libcudart.so.13 runtime 100 "${nvcc_calls[@]}"
 
-# ---- the nvcc that cargo calls: the real one, or files without code
+# ---- the nvcc that cargo calls: the real one, or one that writes files without code
 kernels=$(ls -d "$registry"/*/candle-kernels-0.11.*/src/ffi.rs 2>/dev/null | sort -V | tail -1 || true)
 [ -n "$kernels" ] || fail "candle-kernels 0.11 is not in $registry: run 'cargo fetch'"
 grep -oE 'pub fn [A-Za-z0-9_]+\(' "$kernels" | sed -E 's/pub fn ([A-Za-z0-9_]+)\(/void abort(void); void \1(void) { abort(); }/' |
     sort -u > "$dir/front/ffi.c"
 sed "s#@FRONT@#$dir/front#; s#@ROOT@#$root#" > "$dir/front/nvcc" <<'NVCC'
 #!/usr/bin/env bash
-# CUDA_NVCC_LITE=1: objects become stubs, PTX and fatbins stay real. Without a real nvcc everything is a stub.
+# With CUDA_NVCC_LITE=1 objects become stubs, PTX and fatbins stay real. Without a real nvcc
+# everything is a stub.
 front=@FRONT@ real=@ROOT@/bin/nvcc
 [ -x "$real" ] && [ "${CUDA_NVCC_LITE:-0}" = 0 ] && exec "$real" "$@"
 out= source= kind= folder=.
@@ -98,7 +106,7 @@ for ((i = 1; i <= $#; i++)); do
     esac
 done
 case $kind in
-    object) # one of them has all the functions, the others none
+    object) # the stub of this file defines all functions, the others none
         case $source in */moe_gguf.cu) exec gcc -w -fno-builtin -fPIC -c -o "$out" "$front/ffi.c" ;; esac
         exec gcc -w -fPIC -c -x c -o "$out" /dev/null ;;
     library)
@@ -113,7 +121,7 @@ case $kind in
     fatbin) echo 'no code: written by the nvcc of scripts/cuda-toolkit.sh none' > "$out" ;;
     version) printf 'nvcc: stub\nCuda compilation tools, release 13.0, V13.0.88\n' ;;
     codes) printf 'sm_80\nsm_90\n' ;;
-    *) echo "stub nvcc: no idea what to do with: $*" >&2; exit 1 ;;
+    *) echo "stub nvcc: unsupported arguments: $*" >&2; exit 1 ;;
 esac
 NVCC
 chmod +x "$dir/front/nvcc"

@@ -1,14 +1,16 @@
-# Sourced by the scripts that need more than this machine has: a Debian release in a directory of its own. "sid", the unstable one,
-# has a rustc that is new enough together with the standard libraries of other targets. As root, on x86-64 Debian or what
-# descends from it.
+# Sourced by the scripts that need packages which this machine lacks. It creates a Debian release in
+# a directory of its own. The unstable release "sid" has a recent enough rustc together with the
+# standard libraries of other targets. Root is required, on x86-64 Debian or a derivative.
 #
-# DEBIAN names the directory that holds them (default target; sid takes 2.7 GB; remove one to get newer packages).
+# DEBIAN names the directory of the releases (default target). sid takes 2.7 GB; remove its
+# directory to get newer packages.
 
-# A mirror may lag behind by more than the days that a release file is good for; its signature is checked all the same.
+# A mirror may be older than the validity of its release file; the signature is checked all the
+# same.
 lagging=(-o Acquire::Check-Valid-Until=false)
 
-# debian RELEASE PACKAGE...: makes the release's directory, $root from then on, if it is not there, and installs packages into it
-# if they are not.
+# debian RELEASE PACKAGE...: creates the release's directory and installs the packages, unless they
+# exist. $root names the directory afterwards.
 debian() {
     local release=$1
     shift
@@ -18,7 +20,7 @@ debian() {
             apt-get update -qq "${lagging[@]}"
             apt-get install -y -qq debootstrap
         fi
-        local mirror # this machine's own; one of the files may be missing
+        local mirror # the mirror of this machine; one of the files may be missing
         mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | grep -oE 'https?://[^ ]+/debian/*$' | head -1 || true)
         debootstrap --variant=minbase --include=ca-certificates "$release" "$root" ${mirror:+"$mirror"}
         touch "$root/ready"
@@ -32,8 +34,8 @@ debian() {
     fi
 }
 
-# inside COMMAND...: runs a command in $root, in this repository and with cargo's registry as it is out here. What is mounted
-# for that is seen by the command alone.
+# inside COMMAND...: runs a command in $root, in this repository and with cargo's registry of this
+# machine. The mounts for that are visible to the command alone.
 inside() {
     cargo fetch --locked --quiet
     mkdir -p "$root/cargo" "$root/src" "$root/target"

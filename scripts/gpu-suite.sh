@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# Builds all that a machine with an NVIDIA GPU needs to test and measure this crate, into one folder: that machine needs no cargo.
+# Builds into one folder all that a machine with an NVIDIA GPU needs to test and measure this crate.
+# That machine needs no cargo.
 #
-#   scripts/gpu-suite.sh [FOLDER]      default target/gpu-suite; then there: OUT=results bash FOLDER/run.sh
+#     scripts/gpu-suite.sh [FOLDER]      default target/gpu-suite
 #
-# Uses the CUDA toolkit that NVCC, CUDA_HOME or PATH name, or else fetches nvcc (scripts/cuda-toolkit.sh) into target/cuda-toolkit.
-# The folder has the tests, the benchmark and the example as programs without symbols, packed, the checkpoint of weights/, PyTorch's side of
-# the benchmark and run.sh, whose head says what it does. The limit is 60 MB. Records go to benches/record/MACHINE/DATE.{csv,txt}.
+# Run there: OUT=results bash FOLDER/run.sh
+#
+# The CUDA toolkit is the one that NVCC, CUDA_HOME or PATH name. Otherwise nvcc is downloaded into
+# target/cuda-toolkit (scripts/cuda-toolkit.sh).
+#
+# The folder holds an archive of the tests, the benchmark and the example without symbols, the
+# checkpoint of weights/, PyTorch's side of the benchmark, and run.sh, whose head explains it. The
+# limit is 60 MB. Records are stored as benches/record/MACHINE/DATE.{csv,txt}.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-target/gpu-suite}
@@ -17,7 +23,7 @@ if [ -z "${NVCC:-}" ] && ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/u
 fi
 export CUDA_NVCC_LITE="${CUDA_NVCC_LITE-1}" CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-90}"
 
-# The programs and where cargo has put them, from its messages.
+# The programs and their paths, from cargo's messages.
 programs=$(cargo build --locked --release --features cuda --test cuda --bench gpu --example llama --example make_checkpoint \
     --message-format=json-render-diagnostics | python3 -c '
 import json, sys
@@ -28,7 +34,7 @@ for line in sys.stdin:
         found[message["target"]["name"]] = message["executable"]
 missing = wanted - found.keys()
 if missing:
-    sys.exit(f"not built: {sorted(missing)}")
+    sys.exit(f"cargo did not build {sorted(missing)}")
 for name, path in sorted(found.items()):
     print(name, path)')
 
@@ -46,5 +52,5 @@ sed -n 's/^\/\/! \{0,1\}//p' benches/gpu/main.rs > "$folder/gpu.md"
 ls -s --block-size=K "$stripped"
 du -sh "$folder"/* | sort -h
 size=$(du -sm "$folder" | cut -f1)
-[ "$size" -le 60 ] || { echo "gpu-suite.sh: $size MB in $folder, more than 60" >&2; exit 1; }
+[ "$size" -le 60 ] || { echo "gpu-suite.sh: expected at most 60 MB in $folder, found $size" >&2; exit 1; }
 echo "packed $size MB: copy $folder and run there: OUT=results bash $(basename "$folder")/run.sh"

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Type-checks the crate with `--features metal` on Linux, where nothing of Apple's can be linked or run:
+# Type-checks the crate with `--features metal` on Linux, where Apple's libraries can be neither
+# linked nor run:
 #
-#   scripts/metal-check.sh [check|clippy]     clippy (the default): warnings are errors; all targets: library, tests, benches, examples
+#     scripts/metal-check.sh [check|clippy]
 #
-# Works on a shadow of the package in target/metal-check, whose files are links to the real ones, with two changes that no source
-# line of ours sees: objc2 and block2 get the feature `gnustep-2-1`, without which they refuse any system but Apple's, and a copy
-# of objc2-metal loses the attribute that names Apple's framework to the linker. Our Cargo.toml and Cargo.lock stay as they are.
+# clippy is the default, with warnings as errors. All targets are checked: library, tests, benches,
+# examples.
+#
+# The check uses a shadow of the package in target/metal-check, whose files are links to the real
+# ones. Two changes are invisible to the source: objc2 and block2 get the feature `gnustep-2-1`,
+# without which they support only Apple's systems, and a copy of objc2-metal loses the attribute
+# that makes the linker search for Apple's framework. Cargo.toml and Cargo.lock stay unchanged.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fail() { printf 'metal-check: %s\n' "$*" >&2; exit 1; }
@@ -21,7 +26,7 @@ shadow=${CARGO_TARGET_DIR:-$project/target}/metal-check
 crate=objc2-metal
 framework='#\[link(name = "Metal", kind = "framework")\]'
 
-# The version that Cargo.lock names, as cargo unpacked it.
+# The version in Cargo.lock, as cargo unpacked it.
 cargo fetch --locked --quiet
 version=$(awk -v want="name = \"$crate\"" '$0 == want { getline; gsub(/[^0-9.]/, ""); print; exit }' Cargo.lock)
 [ -n "$version" ] || fail "no $crate in Cargo.lock"
@@ -32,10 +37,10 @@ mkdir -p "$shadow"
 find "$shadow" -mindepth 1 -maxdepth 1 ! -name target -exec rm -rf {} +
 cp -r "$unpacked" "$shadow/$crate"
 chmod -R u+w "$shadow/$crate"
-grep -q "$framework" "$shadow/$crate/src/generated/mod.rs" || fail "$crate $version does not name the framework where it used to"
+grep -q "$framework" "$shadow/$crate/src/generated/mod.rs" || fail "$crate $version: src/generated/mod.rs does not link Metal"
 sed -i "/$framework/d" "$shadow/$crate/src/generated/mod.rs"
 for dependency in objc2 block2; do
-    # Adds the feature to the list of this dependency, or the list.
+    # Adds the feature to the dependency's list of features, which is created if it is missing.
     awk -v head="[dependencies.$dependency]" -v feature='"gnustep-2-1"' '
         function close_table() { if (inside && !listed) print "features = [" feature "]"; inside = 0 }
         /^\[/ { close_table() }

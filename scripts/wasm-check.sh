@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The library for WebAssembly: type-checked for wasm32-unknown-unknown as it is and with simd128, then its unit tests of the
-# kernels run by Node's WASI (wasm32-wasip1), with the kernels `simd128` and `scalar`.
+# Checks the library for WebAssembly. It is type-checked for wasm32-unknown-unknown without and with
+# simd128. Then Node's WASI (wasm32-wasip1) runs the unit tests of the kernels `simd128` and
+# `scalar`.
 #
-#   scripts/wasm-check.sh            all of it
-#   scripts/wasm-check.sh check      the type checks alone
+#     scripts/wasm-check.sh            all steps
+#     scripts/wasm-check.sh check      only the type checks
 #
-# Everything comes from Debian (scripts/debian.sh); needs root.
+# All tools come from Debian (scripts/debian.sh); root is required.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/debian.sh

@@ -1,5 +1,5 @@
-//! The kernels of this crate that a GPU has. `engine` looks once, when a layer is built, and uses
-//! candle's matmuls where there are none.
+//! Which kernels of this crate a GPU has. `engine` checks once, when a layer is built, and uses
+//! candle's matmuls if there are none.
 
 use candle_core::{DType, Device};
 
@@ -36,8 +36,8 @@ pub(crate) fn has_glu(device: &Device, dtype: DType) -> bool {
     }
 }
 
-/// Loads the kernels of a device that [`has_kernels`] and synchronises with it, so that the weights
-/// written so far are complete before the first `forward`.
+/// Loads the kernels of a device for which [`has_kernels`] is true. Synchronizes with the device,
+/// so that the weights are complete before the first `forward`.
 pub(crate) fn prepare(device: &Device) -> candle_core::Result<()> {
     match device {
         #[cfg(feature = "cuda")]
@@ -46,7 +46,7 @@ pub(crate) fn prepare(device: &Device) -> candle_core::Result<()> {
     }
 }
 
-/// The name of the kernels of a device that [`has_kernels`].
+/// The name of the kernels of a device for which [`has_kernels`] is true.
 pub(crate) fn kernel_name(device: &Device) -> &'static str {
     match device {
         #[cfg(feature = "cuda")]

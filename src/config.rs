@@ -1,4 +1,5 @@
-//! What a block computes, read from a Hugging Face `config.json`. What cannot be honoured is refused by name.
+//! Reads what a block computes from a Hugging Face `config.json`. A field that cannot be honoured
+//! is an error that names it.
 
 mod activations;
 mod huggingface;
@@ -23,40 +24,43 @@ use model::Part;
 ///
 /// ```
 /// use candle_swiglu::{FfnConfig, GluActivation};
-/// let json = serde_json::json!({"hidden_size": 64, "intermediate_size": 176, "hidden_act": "silu", "mlp_bias": true});
+/// let json = serde_json::json!({"hidden_size": 64, "intermediate_size": 176,
+///     "hidden_act": "silu", "mlp_bias": true});
 /// let cfg = FfnConfig::from_json(&json)?;
 /// assert_eq!(cfg, FfnConfig::new(64, 176).with_bias(true));
 /// assert_eq!(cfg.activation, GluActivation::Silu);
 /// # Ok::<(), candle_swiglu::Error>(())
 /// ```
 ///
-/// A struct with a field `#[serde(flatten)] ffn: FfnConfig` must not have fields of its own for what
-/// the block reads: serde gives a flattened field only what the struct has not taken, and
-/// `hidden_size` is then missing. Read the block beside it, from the same [`serde_json::Value`]:
-/// `FfnConfig::from_json(&value)` and `serde_json::from_value::<Model>(value)`.
+/// A struct with a field `#[serde(flatten)] ffn: FfnConfig` must not have fields of its own that
+/// the block reads too. serde passes to a flattened field only the entries that no other field has
+/// consumed, so `hidden_size` would be missing. Read the block separately, from the same
+/// [`serde_json::Value`]: `FfnConfig::from_json(&value)` and
+/// `serde_json::from_value::<Model>(value)`.
 #[derive(Clone, Debug, PartialEq, serde::Deserialize)]
 #[serde(try_from = "Value")]
 #[non_exhaustive]
 pub struct FfnConfig {
-    /// H
+    /// H, the size of x and y.
     pub hidden_size: usize,
-    /// I
+    /// I, the size of gate, up and h.
     pub intermediate_size: usize,
-    /// act
+    /// act, the activation of the gate.
     pub activation: GluActivation,
     /// Which projections have a bias.
     pub biases: Biases,
-    /// m, 1 by default (Falcon-H1's first `mlp_multipliers`)
+    /// m, the factor of gate; 1 by default (Falcon-H1's first `mlp_multipliers`).
     pub gate_multiplier: f32,
-    /// d, 1 by default (Falcon-H1's second `mlp_multipliers`)
+    /// d, the factor of the output; 1 by default (Falcon-H1's second `mlp_multipliers`).
     pub down_multiplier: f32,
-    /// Bound of the gate from above and of up on both sides (gpt-oss's `swiglu_limit`).
+    /// Upper bound of gate, and bound of up on both sides (gpt-oss's `swiglu_limit`).
     pub limit: Option<f32>,
-    /// c, 0 by default (1 in gpt-oss)
+    /// c, the offset of up; 0 by default (1 in gpt-oss).
     pub up_offset: f32,
-    /// Names and layout of the weights; detected when `None` and there are no `names`.
+    /// Names and layout of the weights. They are detected if this and `names` are `None`.
     pub family: Option<Family>,
-    /// Names and layout of the weights that belong to no [`Family`]; they take precedence over `family`.
+    /// Names and layout of weights that belong to no [`Family`]; they take precedence over
+    /// `family`.
     pub names: Option<Names>,
 }
 
@@ -82,7 +86,7 @@ impl FfnConfig {
         Self { activation, ..self }
     }
 
-    /// All three projections have a bias, or none has one.
+    /// Gives all three projections a bias, or none.
     pub fn with_bias(self, bias: bool) -> Self {
         self.with_biases(if bias { Biases::ALL } else { Biases::NONE })
     }
@@ -92,12 +96,12 @@ impl FfnConfig {
         Self { biases, ..self }
     }
 
-    /// Multiplies the gate's argument by m and the output by d.
+    /// Multiplies gate by m and the output by d.
     pub fn with_multipliers(self, gate_multiplier: f32, down_multiplier: f32) -> Self {
         Self { gate_multiplier, down_multiplier, ..self }
     }
 
-    /// Bounds the gate from above and up on both sides.
+    /// Bounds gate from above and up on both sides.
     pub fn with_limit(self, limit: f32) -> Self {
         Self { limit: Some(limit), ..self }
     }
@@ -107,12 +111,12 @@ impl FfnConfig {
         Self { up_offset, ..self }
     }
 
-    /// Names the family whose names and layout the weights have, instead of detecting it.
+    /// Sets the family whose names and layout the weights have, instead of detecting it.
     pub fn with_family(self, family: Family) -> Self {
         Self { family: Some(family), ..self }
     }
 
-    /// Names the three tensors, without `.weight`: for checkpoints of no [`Family`].
+    /// Sets the names of the three tensors, without `.weight`, for a checkpoint of no [`Family`].
     pub fn with_names(
         self,
         gate: impl Into<Cow<'static, str>>,
@@ -122,7 +126,8 @@ impl FfnConfig {
         Self { names: Some(Names::separate(gate, up, down)), ..self }
     }
 
-    /// Names the tensor that holds gate_proj and up_proj, the order of its rows, and down_proj's tensor.
+    /// Sets the name of the tensor that holds gate_proj and up_proj, the order of its rows, and the
+    /// name of down_proj's tensor.
     pub fn with_fused_names(
         self,
         gate_up: impl Into<Cow<'static, str>>,
@@ -150,22 +155,22 @@ impl FfnConfig {
     /// | model | `text_config`, `llm_config` or `language_config` with sizes, else the top level |
     /// | H | `hidden_size`, `d_model`, `dim`, `n_embd`, `model_dim` |
     /// | I | `intermediate_size`, `d_ff`, `ffn_hidden_size`, `hidden_dim`, `n_inner`, or by model type |
-    /// | activation | the field that transformers 5.23 reads, else `hidden_act` and the like |
+    /// | activation | the field that transformers 5.23 reads, else `hidden_act` or a similar field |
     /// | biases | `mlp_bias`, `no_bias`, `add_bias_linear`, `mlp_fc1_bias`, ERNIE's `use_bias` |
     /// | m, d | Falcon-H1's `mlp_multipliers` |
     /// | limit, c | `swiglu_limit` and `swiglu_alpha` of the model types that have them |
     /// | names | the model type, where the names alone do not tell the layout |
     ///
     /// Where a model type has several gated blocks, this is its dense one;
-    /// [`Self::from_json_expert`] reads an expert. Other fields do not concern the block and are
-    /// left alone.
+    /// [`Self::from_json_expert`] reads an expert. Fields that do not concern the block are
+    /// ignored.
     ///
     /// # Errors
     /// A missing size; a field of the wrong type; an unknown activation; two fields that name
     /// different activations; a list of one value per layer whose values differ
     /// ([`Self::from_json_layer`] reads it); a field or a model type that changes the formula in a
-    /// way this crate does not compute (quantized weights, activation sparsity, a limit behind the
-    /// activation, a norm between the projections, no gate at all).
+    /// way this crate does not compute (quantized weights, activation sparsity, a limit on the
+    /// result of the activation, a norm between the projections, no gate at all).
     pub fn from_json(json: &Value) -> Result<Self> {
         huggingface::read(json, None, Part::Dense)
     }
@@ -181,15 +186,15 @@ impl FfnConfig {
     /// ```
     ///
     /// # Errors
-    /// As [`Self::from_json`]; a list without an entry for the layer.
+    /// The errors of [`Self::from_json`]; a list without an entry for the layer.
     pub fn from_json_layer(json: &Value, layer: usize) -> Result<Self> {
         huggingface::read(json, Some(layer), Part::Dense)
     }
 
-    /// One expert of a mixture: [`Self::from_json`] with I from `moe_intermediate_size` or
-    /// `expert_ffn_hidden_size` where there is one, and the limit of model types that limit their
-    /// experts alone (HunYuan-V4). A shared expert may have another width: set `intermediate_size`
-    /// where the model does.
+    /// One expert of a mixture, read as in [`Self::from_json`] with two differences. I is read from
+    /// `moe_intermediate_size` or `expert_ffn_hidden_size` if the config has one. The limit of
+    /// model types that limit only their experts (HunYuan-V4) applies. A shared expert may have
+    /// another I: set `intermediate_size` to it.
     ///
     /// ```
     /// use candle_swiglu::FfnConfig;
@@ -201,7 +206,7 @@ impl FfnConfig {
     /// ```
     ///
     /// # Errors
-    /// As [`Self::from_json`].
+    /// The errors of [`Self::from_json`].
     pub fn from_json_expert(json: &Value) -> Result<Self> {
         huggingface::read(json, None, Part::Expert)
     }
@@ -209,8 +214,8 @@ impl FfnConfig {
     /// Checks the sizes and numbers, as every constructor of a block does.
     ///
     /// # Errors
-    /// A size of zero or one that memory cannot address, a limit that is not a positive number, a multiplier or an offset that is
-    /// not finite; the error names the field.
+    /// A size of zero or one that memory cannot address, a limit that is not a positive number, a
+    /// multiplier or an offset that is not finite. The error names the field.
     pub fn validate(&self) -> Result<()> {
         for (name, size) in [("hidden_size", self.hidden_size), ("intermediate_size", self.intermediate_size)] {
             if size == 0 {
@@ -232,7 +237,7 @@ impl FfnConfig {
         }
     }
 
-    /// The pair operation between the projections.
+    /// The gate of the block, between the projections.
     pub(crate) fn glu(&self) -> Glu {
         let glu = Glu::new(self.activation).with_gate_multiplier(self.gate_multiplier).with_up_offset(self.up_offset);
         self.limit.map_or(glu, |limit| glu.with_limit(limit))

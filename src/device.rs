@@ -1,7 +1,7 @@
 //! Weights in the layout of the GPU kernels: gate and up in one matrix, the only copy.
 //!
 //! A backend (`cuda`, `metal`) computes y from a [`DeviceBlock`] or a [`DeviceLinear`] and a
-//! contiguous x (M, k) at any offset. `backend.rs` says which devices have one.
+//! contiguous x (M, k) at any offset. `backend.rs` tells which devices have a backend.
 
 use candle_core::Tensor;
 
@@ -22,7 +22,7 @@ pub(crate) struct DeviceBlock {
     /// (H)
     pub(crate) down_bias: Option<Tensor>,
     pub(crate) glu: Glu,
-    /// Factor of the down projection's result, bias included.
+    /// Factor of the result of the down projection, bias included.
     pub(crate) down_multiplier: f32,
 }
 
@@ -36,7 +36,7 @@ pub(crate) struct DeviceLinear {
 }
 
 impl DeviceLinear {
-    /// Copies what is not contiguous.
+    /// Copies tensors that are not contiguous.
     pub(crate) fn new(weight: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Self> {
         Ok(Self { weight: weight.contiguous()?, bias: bias.map(Tensor::contiguous).transpose()? })
     }
@@ -55,7 +55,7 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
-    /// Takes gate and up, gate first, in one tensor. Contiguous tensors are used without a copy.
+    /// Stores gate and up from one tensor, gate first. A contiguous tensor is used without a copy.
     pub(crate) fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<()> {
         self.gate_up = Some(weight.contiguous()?);
         self.gate_up_bias = bias.map(Tensor::contiguous).transpose()?;
@@ -63,7 +63,7 @@ impl Parts {
         Ok(())
     }
 
-    /// Takes one matrix (rows, k) and its bias (rows).
+    /// Stores one matrix (rows, k) and its bias (rows).
     pub(crate) fn set(&mut self, which: Which, weight: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<()> {
         let half = match which {
             Which::Gate => 0,
@@ -79,7 +79,7 @@ impl Parts {
     }
 
     /// # Errors
-    /// A matrix was not set.
+    /// A matrix has not been stored.
     pub(crate) fn into_block(self, glu: Glu, down_multiplier: f32) -> Result<DeviceBlock> {
         for (which, written) in [Which::Gate, Which::Up].into_iter().zip(self.written) {
             if !written {
@@ -142,7 +142,7 @@ mod tests {
     use super::*;
     use crate::gate::activation::GluActivation;
 
-    /// (rows, 3), with the numbers from `from` on
+    /// A matrix (rows, 3) of consecutive numbers, which start with `from`.
     fn matrix(from: f32, rows: usize) -> Tensor {
         Tensor::arange(from, from + 3.0 * rows as f32, &Device::Cpu).unwrap().reshape((rows, 3)).unwrap()
     }

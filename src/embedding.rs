@@ -10,7 +10,7 @@ use crate::load::{self, check_linear};
 /// An embedding: ids (…) -> rows (…, H) of a weight (V, H).
 ///
 /// The matrix may also be the head of a model that ties the two: [`Embedding::as_linear`] shares
-/// it, so that there is one copy, which on the CPU is packed for the kernels of this crate.
+/// it. There is one copy, which on the CPU is packed for the kernels of this crate.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -30,7 +30,7 @@ pub struct Embedding {
 }
 
 impl Embedding {
-    /// From a weight (V, H), and with its gradient if it has one.
+    /// An embedding with a weight (V, H), which may be a variable.
     ///
     /// # Errors
     /// Wrong rank, a size of zero, a dtype that is not a float.
@@ -42,7 +42,7 @@ impl Embedding {
     /// The weight (V, H); unpacked into a new tensor if it is packed.
     ///
     /// # Errors
-    /// None but candle's.
+    /// Only errors of candle's operations.
     pub fn embeddings(&self) -> Result<Tensor> {
         self.weight.weight()
     }
@@ -69,7 +69,7 @@ impl Module for Embedding {
 /// The [`Embedding`] whose `weight` (vocab_size, hidden_size) is under `vb`'s prefix.
 ///
 /// # Errors
-/// No such tensor, or another shape; a tensor that would not be read (an adapter, a scale).
+/// No such tensor; another shape; a tensor that would be unread (an adapter, a scale).
 pub fn embedding(vocab_size: usize, hidden_size: usize, vb: VarBuilder) -> Result<Embedding> {
     let init = Init::Randn { mean: 0.0, stdev: 1.0 };
     let weight = load::get(&vb, &[vocab_size, hidden_size], "weight", init)?;

@@ -1,4 +1,5 @@
-//! Inputs of any rank and any float dtype for layers that take rows (M, in) of one dtype.
+//! Accepts inputs of any rank and any float dtype for layers that compute rows (M, in) of one
+//! dtype.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -7,8 +8,8 @@ use crate::gate::{check_float, check_like};
 
 /// Applies a layer to x (…,in) of any float dtype -> y (…,out) in x's dtype, computed in the wider
 /// dtype of x and the weights.
-///
-/// `forward` takes rows (M,in) in the dtype of the layer; `convert` makes the layer in a wider
+/// `forward` computes rows (M,in) in the dtype of the layer. `convert` makes the layer in a wider
+/// dtype.
 /// dtype.
 pub(crate) fn over_rows<L>(
     layer: &L,
@@ -42,7 +43,7 @@ pub(crate) fn wider(a: DType, b: DType) -> DType {
 /// Flattens x (…,in) to (M,in), applies `f` -> (M,out), and restores x's leading dimensions.
 ///
 /// # Errors
-/// x is a scalar, or its last dimension, dtype or device is not the layer's.
+/// x is a scalar, or its last dimension, dtype or device differs from the layer's.
 pub(crate) fn rows(
     x: &Tensor,
     (in_dim, out_dim): (usize, usize),

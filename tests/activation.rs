@@ -1,5 +1,5 @@
-//! What `GluActivation` and `Glu` take from a caller: candle_nn's activations, and numbers that make
-//! no formula.
+//! What `GluActivation` and `Glu` accept from a caller: the activations of candle_nn, and numbers
+//! that make a formula.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod common;
@@ -23,10 +23,11 @@ fn candle_nns_activations() -> anyhow::Result<()> {
         (Activation::GeluPytorchTanh, GluActivation::GeluTanh),
     ] {
         assert_eq!(GluActivation::try_from(theirs)?, ours, "{theirs:?}");
-        // The same function, in f64 to a few roundings; erf and tanh GELU differ by 4e-4.
+        // Both compute the same function in f64, up to a few roundings. The erf and tanh forms of
+        // GELU differ by 4e-4.
         let (ours, exact) = (values(&glu_mul(ours, &gate, &one)?)?, values(&theirs.forward(&gate)?)?);
         for (ours, exact) in ours.iter().zip(exact) {
-            assert!((ours - exact).abs() <= 1e-10, "{theirs:?}: {ours} is not {exact}");
+            assert!((ours - exact).abs() <= 1e-10, "{theirs:?}: expected {exact}, found {ours}");
         }
     }
     Ok(())

@@ -1,5 +1,6 @@
-//! Gradients through the public API: against finite differences, against candle's own operations, through views, under
-//! optimizers; and no gradient is cut in silence.
+//! Gradients through the public API: compared with finite differences and with candle's own
+//! operations, through views, and under optimizers. A second derivative is an error, not a wrong
+//! result.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -27,7 +28,7 @@ const ACTIVATIONS: [GluActivation; 7] = [
 
 type Vars = BTreeMap<String, Var>;
 
-/// Variables of the block's weights, and the block over them.
+/// Variables with the given weights, and a block of these variables.
 fn tracked(cfg: &FfnConfig, weights: &HashMap<String, Tensor>) -> Result<(Vars, SwiGluFfn)> {
     let dtype = weights["down_proj.weight"].dtype();
     let vars = weights.iter().map(|(name, t)| Ok((name.clone(), Var::from_tensor(t)?))).collect::<Result<Vars>>()?;
@@ -49,7 +50,7 @@ fn loss(ffn: &SwiGluFfn, x: &Tensor, dy: &Tensor) -> Result<f64> {
     Ok((ffn.forward(x)? * dy)?.sum_all()?.to_scalar()?)
 }
 
-/// The central five-point difference of the loss by every element of `var`.
+/// The central five-point difference of the loss for every element of `var`.
 fn differences(var: &Var, loss: impl Fn() -> Result<f64>) -> Result<Vec<f64>> {
     let (original, dims) = (values(var)?, var.dims().to_vec());
     let mut slopes = Vec::new();
@@ -67,7 +68,7 @@ fn differences(var: &Var, loss: impl Fn() -> Result<f64>) -> Result<Vec<f64>> {
     Ok(slopes)
 }
 
-/// The distance of the gates and ups to where the loss has a kink.
+/// The smallest distance of gate and up from a kink of the loss.
 fn kink_distance(cfg: &FfnConfig, vars: &Vars, x: &Tensor) -> Result<f64> {
     let project = |name: &str| -> Result<Vec<f64>> {
         let product = x.matmul(&vars[&format!("{name}.weight")].t()?)?;
@@ -86,10 +87,12 @@ fn kink_distance(cfg: &FfnConfig, vars: &Vars, x: &Tensor) -> Result<f64> {
     Ok(distances.into_iter().fold(f64::INFINITY, f64::min))
 }
 
-/// With step s = 2⁻¹⁰, whose error is s⁴/30·|L⁽⁵⁾| plus 1.5/s times the rounding error of L itself.
+/// The step is s = 2⁻¹⁰. The error of a difference is s⁴/30·|L⁽⁵⁾| plus 1.5/s times the rounding
+/// error of L.
 ///
-/// An element moves a gate and an up by at most 1 (|x|, |w| and the multipliers are), so
-/// |L⁽⁵⁾| <= Σ|dh|·(|act⁽⁵⁾||up| + 5|act⁗|) < 3000: 3·7 units, |dh| <= 5·√(3/7), |up| <= 5.4, |act⁽⁵⁾| <= 5.6, |act⁗| <= 2.5.
+/// An element changes gate and up by at most its own change, because |x|, |w| and the multipliers
+/// are at most 1. Hence |L⁽⁵⁾| <= Σ|dh|·(|act⁽⁵⁾||up| + 5|act⁗|) < 3000, with 3·7
+/// elements of h, |dh| <= 5·√(3/7), |up| <= 5.4, |act⁽⁵⁾| <= 5.6 and |act⁗| <= 2.5.
 #[test]
 fn finite_differences() -> Result<()> {
     for (activation, modified) in ACTIVATIONS.into_iter().flat_map(|activation| [(activation, false), (activation, true)]) {
@@ -103,7 +106,7 @@ fn finite_differences() -> Result<()> {
         let x = Var::from_tensor(&numbers.tensor(&[3, 5], 1.0, DType::F64)?)?;
         let dy = numbers.tensor(&[3, 5], 1.0, DType::F64)?;
         let distance = kink_distance(&cfg, &vars, &x)?;
-        assert!(distance > 4.0 * STEP, "{cfg:?}: a kink within {distance}");
+        assert!(distance > 4.0 * STEP, "{cfg:?}: a kink at a distance of {distance}");
 
         let u = unit_roundoff(DType::F64);
         let (block, near) = (Block::new(&cfg, &weights)?, values(&ffn.forward(&x)?)?);
@@ -124,15 +127,16 @@ fn finite_differences() -> Result<()> {
             let doubled: Vec<f64> = near.errors().iter().map(|error| 2.0 * error).collect();
             check_within(&what, gradient(&store, var)?, &near.values(), &doubled)?;
         }
-        eprintln!("{activation} {modified}: {worst:.3} of {bound:.1e}");
+        eprintln!("{activation} {modified}: {worst:.3} of the bound {bound:.1e}");
     }
     Ok(())
 }
 
 // ---------------------------------------------------------------- 2. candle's own operations
 
-/// What this crate and candle may differ by, per unit of |dy·up| (dgate) or |dy| (dup): our documented units, about eight
-/// operations on numbers up to 1 + 2|g| in candle, and the six decimal digits candle's GELU gradients give their constants.
+/// By how much this crate and candle may differ, per unit of |dy·up| (dgate) or of |dy| (dup): the
+/// documented units of this crate; about eight operations of candle on numbers up to 1 + 2|g|; and
+/// the constants of candle's GELU gradients, which have six decimal digits.
 fn pair_tolerance(activation: GluActivation, g: f64, u: f64) -> [f64; 2] {
     let units = (glu_units(activation, g) + 4.0) * u;
     let theirs = 8.0 * u * (1.0 + 2.0 * g.abs());
@@ -167,7 +171,8 @@ fn the_pair_against_composed_operations() -> Result<()> {
     Ok(())
 }
 
-/// Root mean square errors against f64 of every gradient of a block: ours and those of candle's operations in the same dtype.
+/// The root mean square error of every gradient of a block, relative to f64, is at most twice that
+/// of candle's operations in the same dtype.
 #[test]
 fn no_less_accurate_than_composed_operations() -> Result<()> {
     let dtypes = [DType::F32, DType::BF16, DType::F16];
@@ -213,8 +218,8 @@ fn views() -> Vec<(&'static str, Vec<usize>, Pair)> {
     ]
 }
 
-/// And with the gradient of the output arriving contiguous, transposed, or as one number broadcast. The leaf's gradient is a
-/// sum of at most 12 terms.
+/// Gradients through views. The gradient of the output is contiguous, transposed, or one number
+/// that is broadcast. The gradient of the leaf is a sum of at most 12 terms.
 #[test]
 fn gradients_through_views() -> Result<()> {
     let (u, mut numbers) = (unit_roundoff(DType::F64), Numbers::new(31));
@@ -254,7 +259,8 @@ fn one_side_may_be_untracked() -> Result<()> {
     Ok(())
 }
 
-/// Fused weights get the gradients of separate ones, in their own order: bit by bit over integers, whose sums are exact.
+/// Fused weights get the gradients of separate ones, in their own order. The comparison is bit by
+/// bit over integers, whose sums are exact.
 #[test]
 fn fused_weights_get_the_same_gradients() -> Result<()> {
     let cfg = FfnConfig::new(6, 9).with_activation(GluActivation::Relu).with_bias(true);
@@ -286,7 +292,8 @@ fn fused_weights_get_the_same_gradients() -> Result<()> {
 
 // ---------------------------------------------------------------- 4. training
 
-/// A few steps of `optimizer` towards another block's output: the loss falls, and every variable has a gradient and moves.
+/// Trains for a few steps of `optimizer` towards the output of another block. The loss must fall,
+/// and every variable must have a gradient and change.
 fn train(ffn: &SwiGluFfn, vars: &[Var], mut optimizer: impl Optimizer, what: &str) -> Result<()> {
     let (cfg, mut numbers) = (FfnConfig::new(6, 10), Numbers::new(41));
     let (_, teacher) = tracked(&cfg, &weights(&cfg, &mut numbers, DType::F32)?)?;
@@ -307,12 +314,12 @@ fn train(ffn: &SwiGluFfn, vars: &[Var], mut optimizer: impl Optimizer, what: &st
     }
     assert!(losses.windows(2).all(|pair| pair[1] < pair[0]), "{what}: {losses:?}");
     for (var, before) in vars.iter().zip(before) {
-        assert_ne!(bits(var)?, before, "{what}: a variable did not move");
+        assert_ne!(bits(var)?, before, "{what}: a variable did not change");
     }
     Ok(())
 }
 
-/// Fills the map with reproducible weights (its own initial values are random).
+/// Fills the map with reproducible weights, because its own initial values are random.
 fn seed(map: &VarMap, seed: u64) -> Result<Vec<String>> {
     let mut numbers = Numbers::new(seed);
     let data = map.data().lock().map_err(|_| anyhow::anyhow!("poisoned"))?;
@@ -357,14 +364,14 @@ fn variables_given_as_tensors_train() -> Result<()> {
     let vars = [var(&[10, 6])?, var(&[10, 6])?, var(&[6, 10])?];
     let [gate, up, down] = vars.each_ref().map(|var| var.as_tensor().clone());
     train(&SwiGluFfn::from_tensors(gate, up, down)?, &vars, SGD::new(vars.to_vec(), 0.1)?, "matrices")?;
-    // Views of variables, of layouts that a matmul takes and of one that it does not.
+    // Views of variables: two layouts that a matmul accepts, and one that it does not.
     let vars = [var(&[6, 10])?, var(&[10, 2, 6])?, var(&[6, 10, 2])?];
     let views = [vars[0].t()?, vars[1].i((.., 1))?, vars[2].i((.., .., 0))?];
     let [gate, up, down] = views;
     train(&SwiGluFfn::from_tensors(gate, up, down)?, &vars, SGD::new(vars.to_vec(), 0.1)?, "views")
 }
 
-// ---------------------------------------------------------------- 5. nothing is cut, nothing is kept
+// ---------------------------------------------------------------- 5. second derivatives, memory
 
 fn assert_refused(result: candle_core::Result<GradStore>) {
     let message = result.map_or_else(|error| error.to_string(), |_| "a second derivative".to_string());
@@ -383,7 +390,8 @@ fn a_second_derivative_is_an_error() -> Result<()> {
     Ok(())
 }
 
-/// candle keeps the graph of a backward pass only under this variable, which it reads once per thread: in a process of its own.
+/// candle keeps the graph of a backward pass only if this variable is set, and reads it once per
+/// thread. The test therefore runs in a process of its own.
 #[test]
 fn a_second_derivative_of_the_block_is_an_error() -> Result<()> {
     const KEEP_GRAPH: &str = "CANDLE_GRAD_DO_NOT_DETACH";
@@ -404,7 +412,7 @@ fn a_second_derivative_of_the_block_is_an_error() -> Result<()> {
     Ok(())
 }
 
-/// Where the storage of an f32 CPU tensor lies.
+/// The address of the storage of an f32 CPU tensor.
 fn address(tensor: &Tensor) -> Result<usize> {
     match &*tensor.storage_and_layout().0 {
         Storage::Cpu(CpuStorage::F32(data)) => Ok(data.as_ptr().addr()),
@@ -412,8 +420,8 @@ fn address(tensor: &Tensor) -> Result<usize> {
     }
 }
 
-/// What the graph of a training step holds besides inputs and weights: gate, up and h (M,I) and y (M,H), whose views share
-/// their storage; the activation's own value is not among them.
+/// Besides inputs and weights, the graph of a training step holds only gate, up and h (M,I) and y
+/// (M,H). Views share their storage. The value of the activation is not kept.
 #[test]
 fn only_the_operands_are_kept() -> Result<()> {
     let (m, h, i) = (5, 7, 11);

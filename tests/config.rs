@@ -1,4 +1,5 @@
-//! `FfnConfig` from the configs that models are published with, and every refusal by name.
+//! `FfnConfig` from the configs of published models. Every field that cannot be honoured is refused
+//! by name.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use candle_swiglu::{Biases, Error, Family, FfnConfig, GluActivation};
@@ -9,7 +10,8 @@ fn with_tanh(cfg: FfnConfig) -> FfnConfig {
     cfg.with_activation(GluActivation::GeluTanh)
 }
 
-/// The fields of published configs that concern the block, among some that do not, and the block they describe.
+/// The fields of published configs that concern the block, some other fields, and the block that
+/// they describe.
 fn published() -> Vec<(&'static str, Value, FfnConfig)> {
     let cfg = FfnConfig::new;
     vec![
@@ -31,7 +33,7 @@ fn published() -> Vec<(&'static str, Value, FfnConfig)> {
             cfg(64, 176).with_bias(true),
         ),
         (
-            "attention biases are none of the block's",
+            "attention biases do not concern the block",
             json!({"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "attention_bias": true}),
             cfg(64, 176),
         ),
@@ -46,12 +48,12 @@ fn published() -> Vec<(&'static str, Value, FfnConfig)> {
             cfg(896, 4864),
         ),
         (
-            "Gemma 1, which wrote gelu and meant its tanh form",
+            "Gemma 1, where gelu means the tanh form",
             json!({"model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "hidden_act": "gelu", "hidden_activation": null}),
             with_tanh(cfg(2048, 16384)),
         ),
         (
-            "Gemma 1 as rewritten",
+            "Gemma 1, corrected",
             json!({"model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "hidden_act": "gelu_pytorch_tanh"}),
             with_tanh(cfg(2048, 16384)),
         ),
@@ -118,7 +120,7 @@ fn published() -> Vec<(&'static str, Value, FfnConfig)> {
             cfg(768, 3072),
         ),
         (
-            "Qwen-1 7B, whose intermediate_size counts both halves",
+            "Qwen-1 7B, whose intermediate_size counts gate and up",
             json!({"model_type": "qwen", "hidden_size": 4096, "intermediate_size": 22016, "no_bias": true}),
             cfg(4096, 11008).with_family(Family::Qwen1),
         ),
@@ -148,7 +150,7 @@ fn published() -> Vec<(&'static str, Value, FfnConfig)> {
     ]
 }
 
-/// The rest of a `params.json`.
+/// Adds the other fields of a `params.json`.
 fn meta(mut fields: Value) -> Value {
     let rest = json!({"n_layers": 32, "n_heads": 32, "norm_eps": 1e-5, "vocab_size": -1});
     for (name, value) in rest.as_object().unwrap() {
@@ -173,7 +175,7 @@ fn deserialize_reads_what_from_json_reads() {
         assert_eq!(FfnConfig::deserialize(&json).expect(model), expected, "{model}");
         assert_eq!(serde_json::from_str::<FfnConfig>(&json.to_string()).expect(model), expected, "{model}");
     }
-    // as a field of a model's own config
+    // as a flattened field of a model's own config
     #[derive(Deserialize)]
     struct Model {
         vocab_size: usize,
@@ -184,7 +186,8 @@ fn deserialize_reads_what_from_json_reads() {
         serde_json::from_value(json!({"vocab_size": 256, "hidden_size": 8, "intermediate_size": 24, "hidden_act": "relu"}))
             .unwrap();
     assert_eq!((model.vocab_size, model.ffn), (256, FfnConfig::new(8, 24).with_activation(GluActivation::Relu)));
-    // What the struct takes for itself, serde does not hand on: read the block from the same value.
+    // serde does not pass on the fields that a struct consumes. The block must be read from the
+    // same value.
     #[derive(Debug, Deserialize)]
     struct Taken {
         hidden_size: usize,
@@ -216,7 +219,8 @@ fn gpt_oss() {
         (json(json!({})), block(1.702, 7.0)),
         (json(json!({"swiglu_limit": 3.5, "swiglu_alpha": 1.5})), block(1.5, 3.5)),
     ] {
-        // The rows of gate_up_proj alternate: detection by names would read them as two halves.
+        // The rows of gate and up alternate in gate_up_proj. Detection by names would treat them as
+        // two halves.
         assert_eq!(cfg.family, Some(Family::Interleaved));
         assert_eq!(cfg, expected.with_family(Family::Interleaved));
     }
@@ -243,7 +247,7 @@ fn hidden_act_names() {
             }
             assert_eq!(serde_json::from_value::<GluActivation>(json!(name)).unwrap(), activation, "{name}");
         }
-        // what it writes it reads
+        // Serialization and deserialization agree.
         let written = serde_json::to_value(activation).unwrap();
         assert_eq!(written, json!(activation.to_string()));
         assert_eq!(serde_json::from_value::<GluActivation>(written).unwrap(), activation);
@@ -259,7 +263,7 @@ fn hidden_act_names() {
     }
 }
 
-/// A valid config with some fields replaced; null removes one.
+/// A valid config with some fields replaced; null removes a field.
 fn patched(fields: Value) -> Value {
     let mut json = json!({"hidden_size": 8, "intermediate_size": 24, "hidden_act": "silu"});
     for (name, value) in fields.as_object().unwrap() {
@@ -274,7 +278,7 @@ fn a_missing_size_is_named() {
         (patched(json!({"hidden_size": null})), "hidden_size"),
         (patched(json!({"intermediate_size": null})), "intermediate_size"),
         (json!({"dim": 4096}), "intermediate_size"),
-        (json!({"hidden_size": 4096, "multiple_of": 256}), "intermediate_size"), // Meta's rule is for Meta's fields
+        (json!({"hidden_size": 4096, "multiple_of": 256}), "intermediate_size"), // Meta's rule applies only to Meta's fields
         (json!({"text_config": {"hidden_size": 8}}), "intermediate_size"),
         (json!({}), "hidden_size"),
         (json!([1, 2]), "hidden_size"),
@@ -360,12 +364,12 @@ fn what_would_change_the_formula_is_refused() {
         let named = message.starts_with(&format!("config: {name} = ")) && message.contains(" is not supported: ");
         assert!(named, "{message}");
     }
-    // beside a text_config too
+    // also beside a text_config
     let json =
         json!({"text_config": {"hidden_size": 8, "intermediate_size": 24}, "quantization_config": {"quant_method": "awq"}});
     let error = FfnConfig::from_json(&json).unwrap_err();
     assert!(matches!(&error, Error::Unsupported { field, .. } if field == "quantization_config"), "{error:?}");
-    // a gate that is not known
+    // an unknown activation of the gate
     let error = FfnConfig::from_json(&patched(json!({"feed_forward_proj": "gated-mish"}))).unwrap_err();
     assert!(matches!(&error, Error::UnknownActivation { name, .. } if name == "mish"), "{error:?}");
 }
@@ -387,7 +391,7 @@ fn bias_flags() {
         (json!({"model_type": "ernie4_5_moe"}), Biases::NONE),
         (json!({"model_type": "gte", "hidden_act": "gelu"}), Biases::new(false, false, true)),
         (json!({"model_type": "qwen2_5_vl_vision"}), Biases::ALL),
-        (json!({"use_bias": true}), Biases::NONE), // of other parts in most models
+        (json!({"use_bias": true}), Biases::NONE), // concerns other parts in most models
     ] {
         assert_eq!(FfnConfig::from_json(&patched(fields.clone())).unwrap().biases, biases, "{fields}");
     }

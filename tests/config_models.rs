@@ -1,11 +1,10 @@
-//! The rules of `FfnConfig::from_json` that depend on the model type, and what a layer or an expert
-//! has of its own.
+//! The rules of `FfnConfig::from_json` that depend on the model type, the layer or the expert.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use candle_swiglu::{Error, Family, FfnConfig, GluActivation};
 use serde_json::{Value, json};
 
-/// H = 32 and I = 48 with other fields; null removes one.
+/// H = 32 and I = 48 plus the given fields; null removes a field.
 fn config(fields: Value) -> Value {
     let mut json = json!({"hidden_size": 32, "intermediate_size": 48});
     json.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
@@ -54,7 +53,7 @@ fn the_activation_field_of_each_model_type() {
     ] {
         assert_eq!(read(json!({"model_type": model})).activation, default, "{model}");
         assert_eq!(read(json!({"model_type": model, field: "sigmoid"})).activation, Sigmoid, "{model}");
-        // Any other field must agree.
+        // Every other field must agree.
         for other in ["hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "act_fn"] {
             if other != field {
                 let fields = |value| config(json!({"model_type": model, field: "sigmoid", other: value}));
@@ -82,7 +81,7 @@ fn a_field_that_transformers_does_not_read_is_refused_where_it_disagrees() {
              model type reads"
         );
     }
-    // What the code fixes, no field changes.
+    // No field changes what the code of a model fixes.
     for model in ["lfm2_moe", "gpt_oss", "minimax_m3_vl"] {
         let fields = json!({"model_type": model, "hidden_act": "swigluoai", "dense_intermediate_size": 48});
         assert!(FfnConfig::from_json(&config(fields)).is_ok(), "{model}");
@@ -113,7 +112,7 @@ fn t5_and_its_relatives() {
         assert_eq!(refused(t5(model, json!({"feed_forward_proj": "relu"}))), "feed_forward_proj");
     }
     assert_eq!(t5("mt5", json!({})).unwrap(), tanh);
-    assert_eq!(refused(t5("t5", json!({}))), "feed_forward_proj"); // plain by default
+    assert_eq!(refused(t5("t5", json!({}))), "feed_forward_proj"); // no gate by default
 }
 
 #[test]
@@ -121,13 +120,13 @@ fn a_nested_text_model() {
     let inner = json!({"hidden_size": 32, "intermediate_size": 48});
     let tanh = plain().with_activation(GluActivation::GeluTanh);
     for (json, expected) in [
-        // the outer model type, where the inner config has none
+        // The outer model type counts if the inner config has none.
         (json!({"model_type": "gemma3", "text_config": inner}), tanh.clone()),
         (json!({"model_type": "paligemma", "text_config": inner}), tanh.clone()),
-        // the inner one, and its default
+        // Otherwise the inner model type counts.
         (json!({"model_type": "llava", "text_config": config(json!({"model_type": "gemma2"}))}), tanh.clone()),
         (json!({"model_type": "gemma3", "text_config": config(json!({"model_type": "qwen3"}))}), plain()),
-        // sizes beside it
+        // Sizes beside the inner config do not count.
         (
             json!({"model_type": "paligemma", "hidden_size": 64, "projection_dim": 64,
                    "text_config": config(json!({"model_type": "gemma"}))}),
@@ -139,7 +138,7 @@ fn a_nested_text_model() {
             plain(),
         ),
         (json!({"model_type": "internvl_chat", "llm_config": config(json!({"model_type": "qwen2"}))}), plain()),
-        // a complete model with a part that says nothing of the block
+        // A complete model with a part that does not describe the block.
         (config(json!({"model_type": "llama", "text_config": {"vocab_size": 99}})), plain()),
     ] {
         assert_eq!(FfnConfig::from_json(&json).unwrap(), expected, "{json}");
@@ -155,7 +154,7 @@ fn the_limited_units() {
         (json!({"model_type": "deepseek_v4"}), limited(10.0)),
         (json!({"model_type": "glm5_next_text", "swiglu_limit": 3.0}), limited(3.0)),
         (json!({"model_type": "glm5_next_text"}), limited(10.0)),
-        (json!({"model_type": "hy_v4", "swiglu_limit": 10.0}), plain()), // its dense block has none
+        (json!({"model_type": "hy_v4", "swiglu_limit": 10.0}), plain()), // its dense block has no limit
         (json!({"model_type": "minimax_m3_vl_text", "dense_intermediate_size": 48, "intermediate_size": 16}), oai(1.702, 7.0)),
         (
             json!({"model_type": "minimax_m3_vl_text", "dense_intermediate_size": 48, "swiglu_alpha": 1.5,
@@ -179,8 +178,8 @@ fn limits_of_each_layer() {
     let cfg = FfnConfig::new(4096, 11264);
     assert_eq!(refused(FfnConfig::from_json(&step)), "swiglu_limits");
     assert_eq!(FfnConfig::from_json_layer(&step, 0).unwrap(), cfg);
-    assert_eq!(refused(FfnConfig::from_json_layer(&step, 1)), "swiglu_limits"); // behind the activation
-    assert_eq!(refused(FfnConfig::from_json_layer(&step, 2)), "swiglu_limits"); // there is no such layer
+    assert_eq!(refused(FfnConfig::from_json_layer(&step, 1)), "swiglu_limits"); // a limit on the result of the activation
+    assert_eq!(refused(FfnConfig::from_json_layer(&step, 2)), "swiglu_limits"); // no such layer
     for (list, named) in [(json!([null, 16.0]), true), (json!([null, 0.0]), false), (json!([]), false)] {
         let fields = config(json!({"model_type": "step3p7", "swiglu_limits_shared": list}));
         match FfnConfig::from_json(&fields) {
@@ -203,7 +202,7 @@ fn sizes_of_each_layer() {
     assert_eq!(refused(FfnConfig::from_json(&default)), "activation_sparsity_pattern");
     assert_eq!(refused(FfnConfig::from_json_layer(&default, 9)), "activation_sparsity_pattern");
     assert_eq!(FfnConfig::from_json_layer(&default, 10).unwrap(), tanh);
-    // one value for all
+    // The same value for all layers.
     assert_eq!(read(json!({"intermediate_size": [48, 48, 48]})), plain());
     for list in [json!([48, 64]), json!([])] {
         assert_eq!(refused(FfnConfig::from_json(&config(json!({"intermediate_size": list})))), "intermediate_size");
@@ -227,7 +226,7 @@ fn sizes_that_a_model_type_computes() {
         (json!({"model_type": "recurrent_gemma"}), 24),
         (json!({"model_type": "dinov2", "mlp_ratio": 4, "use_swiglu_ffn": true}), 88), // int(128·2/3) = 85
         (json!({"model_type": "moshi", "ffn_dim": 96}), 48),
-        // dense layers among those with experts, and none
+        // With dense layers among those with experts, and without.
         (json!({"model_type": "llama4_text", "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}), 96),
         (json!({"model_type": "llama4_text", "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1}), 48),
     ] {

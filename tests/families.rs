@@ -1,5 +1,6 @@
-//! Every gated MLP class of transformers that `tests/golden/families.py` can build: its saved config and its parameters give the
-//! module's own output, or an error that names what is not supported. Nothing else is computed silently.
+//! Every gated MLP class of transformers that `tests/golden/families.py` can build. With the saved
+//! config and the parameters, the block must give the module's own output, or an error that names
+//! what is not supported.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod common;
@@ -30,10 +31,10 @@ enum Outcome {
     Wrong(f64),
 }
 
-/// The block as a user builds it, and its output.
+/// Builds the block as a user does, and returns its output.
 fn compute(pair: &Pair, tensors: &HashMap<String, Tensor>, x: &Tensor) -> candle_swiglu::Result<Tensor> {
     let cfg = if pair.kind == "expert" {
-        // A shared expert's width is one of several fields: the caller says which block this is.
+        // The width of a shared expert is one of several fields, so the caller chooses the block.
         let mut cfg = FfnConfig::from_json_expert(&pair.config)?;
         cfg.intermediate_size = pair.intermediate_size;
         cfg
@@ -59,8 +60,9 @@ fn outcome(pair: &Pair, tensors: &HashMap<String, Tensor>) -> Result<Outcome> {
     let module = values(tensor(&format!("{}.y", pair.pair))?)?;
     let largest = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
     let size = exact.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
-    // Both sum the same terms in f32, in different orders: as far from f64 as the module itself, four times, and where that
-    // happens to be near zero the rounding of some tens of terms of the result's size.
+    // Both sum the same terms in f32, in different orders. The error relative to f64 may be four
+    // times that of the module itself, which may happen to be near zero. Therefore the bound also
+    // has the rounding of some tens of terms of the result's size.
     let bound = 4.0 * largest(&module, &exact) + 64.0 * unit_roundoff(DType::F32) * size;
     let error = largest(&y, &exact);
     Ok(if error <= bound { Outcome::Equal } else { Outcome::Wrong(error / size) })

@@ -1,8 +1,9 @@
-//! The forward pass through the public API: layouts of x and of the weights, dtypes, the whole family, threads.
+//! The forward pass through the public API: layouts of x and of the weights, dtypes, all
+//! activations and modifiers, threads.
 //!
-//! Where only the arrangement differs, results are compared bit by bit, over small integers and ReLU if the products may be
-//! summed in another order: every sum is then exact. Where arithmetic differs, the bound is the one from norms that
-//! `common::Block` carries along.
+//! Where only the arrangement differs, results are compared bit by bit. If the products may be
+//! summed in another order, the values are small integers and the activation is ReLU, so that every
+//! sum is exact. Where the arithmetic differs, the bound is the one that `common::Block` derives.
 
 use std::collections::HashMap;
 
@@ -20,20 +21,20 @@ use common::{
 const H: usize = 33;
 const I: usize = 45;
 
-/// The block of `cfg` over named tensors.
+/// The block of `cfg` with the named tensors.
 fn build(cfg: &FfnConfig, weights: &HashMap<String, Tensor>) -> Result<SwiGluFfn> {
     let dtype = weights["down_proj.weight"].dtype();
     Ok(SwiGluFfn::new(cfg, VarBuilder::from_tensors(weights.clone(), dtype, &Device::Cpu))?)
 }
 
-/// The same elements in a storage of their own, contiguous.
+/// A contiguous copy with a storage of its own.
 fn copy(tensor: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(values(tensor)?, tensor.dims(), tensor.device())?.to_dtype(tensor.dtype())?)
 }
 
 // ---------------------------------------------------------------- 1. x
 
-/// (…,n) of every rank and of every layout that candle's views make.
+/// (…,n) in every rank and in every layout that candle's views produce.
 fn views(n: usize, dtype: DType) -> Result<Vec<(&'static str, Tensor)>> {
     let mut numbers = Numbers::new(1);
     let mut t = |dims: &[usize]| numbers.tensor(dims, 2.0, dtype);
@@ -92,7 +93,8 @@ fn no_rows_in_no_rows_out() -> Result<()> {
     Ok(())
 }
 
-/// Exactly so where sums are exact; candle's matmul may sum one row in another order than many, so else within the bound.
+/// The results are bit-identical where sums are exact. In other cases candle's matmul may sum a
+/// single row in another order, so the result is only within the bound.
 #[test]
 fn rows_do_not_depend_on_their_neighbours() -> Result<()> {
     for dtype in FLOATS {
@@ -131,14 +133,15 @@ fn integer_weights(numbers: &mut Numbers, dtype: DType) -> Result<Weights> {
     Ok(Weights::new(gate_up, t(&[H, I])?, None))
 }
 
-/// Views (rows, columns) of a larger or differently arranged storage, the storage a variable or not.
+/// Views (rows, columns) of a storage that is larger or arranged differently, and that is a
+/// variable if `tracked`.
 fn weight_views(numbers: &mut Numbers, [rows, columns]: [usize; 2], tracked: bool) -> Result<Vec<(&'static str, Tensor)>> {
     let mut t = |dims: &[usize]| {
         let tensor = integers(numbers, dims, DType::F32)?;
         anyhow::Ok(if tracked { Var::from_tensor(&tensor)?.into_inner() } else { tensor })
     };
     Ok(vec![
-        ("rows of a packed matrix", t(&[2 * rows, columns])?.narrow(0, rows, rows)?),
+        ("rows of a fused matrix", t(&[2 * rows, columns])?.narrow(0, rows, rows)?),
         ("columns of a wider matrix", t(&[rows, 3 * columns])?.narrow(1, columns, columns)?),
         ("transposed", t(&[columns, rows])?.t()?),
         ("columns of a transposed", t(&[2 * columns, 2 * rows])?.t()?.narrow(1, 3, columns)?.narrow(0, 1, rows)?),
@@ -208,7 +211,7 @@ fn fused_and_separate_projections_agree() -> Result<()> {
 
 // ---------------------------------------------------------------- 3. the formula
 
-/// Every activation, plain and with every modifier.
+/// Every activation, with different sets of modifiers.
 fn configs() -> Vec<FfnConfig> {
     let of = |activation| {
         let plain = FfnConfig::new(H, I).with_activation(activation);
@@ -221,7 +224,7 @@ fn configs() -> Vec<FfnConfig> {
     ACTIVATIONS.into_iter().flat_map(of).collect()
 }
 
-/// `reference::ffn` with biases: x and the projections get one more column, of ones and of the biases.
+/// `reference::ffn` with biases: x and the weights get one more column, of ones and of the biases.
 fn definition(cfg: &FfnConfig, weights: &HashMap<String, Tensor>, x: &Tensor) -> Result<Vec<f64>> {
     let column = |matrix: &Tensor, column: &[f64]| -> Result<Vec<f64>> {
         let rows = values(matrix)?;
@@ -244,7 +247,7 @@ fn the_family_follows_the_definition() -> Result<()> {
         let (mut numbers, u) = (Numbers::new(8), unit_roundoff(dtype));
         let weights = weights(&cfg, &mut numbers, dtype)?;
         let x = numbers.tensor(&[5, H], 3.0, dtype)?;
-        // The definition sums in f64, which in f64 errs as much as the block does.
+        // In f64 the definition has the same error as the block, because it sums in f64 too.
         let errors = Block::new(&cfg, &weights)?.forward(&x, u)?.errors();
         let bounds = if dtype == DType::F64 { twice(errors) } else { errors };
         let what = format!("{dtype:?} {cfg:?}");
@@ -254,7 +257,7 @@ fn the_family_follows_the_definition() -> Result<()> {
     Ok(())
 }
 
-/// The accuracy promised: at most twice the error that candle's own operations make in the same dtype.
+/// The documented accuracy: at most twice the error of candle's own operations in the same dtype.
 #[test]
 fn no_less_accurate_than_candle() -> Result<()> {
     for (activation, dtype) in ACTIVATIONS.into_iter().flat_map(|a| FLOATS[1..].iter().map(move |&dtype| (a, dtype))) {
@@ -273,7 +276,7 @@ fn no_less_accurate_than_candle() -> Result<()> {
     Ok(())
 }
 
-// ---------------------------------------------------------------- 4. the pair operation
+// ---------------------------------------------------------------- 4. the gate
 
 #[test]
 fn the_pair_takes_any_layout() -> Result<()> {
@@ -290,7 +293,7 @@ fn the_pair_takes_any_layout() -> Result<()> {
                 assert_eq!(bits(&op.mul(&gate, &up)?)?, expected, "{dtype:?} {layout}, {other}, tracked");
             }
         }
-        // Large enough for several threads, and a scalar.
+        // A tensor that is large enough for several threads, and a scalar.
         let large = Numbers::new(10).tensor(&[331, 2, 331], 4.0, dtype)?;
         let (gate, up) = (large.i((.., 0))?, large.i((.., 1))?.t()?);
         let expected = glu_mul(GluActivation::Gelu, &copy(&gate)?, &copy(&up)?)?;
@@ -303,7 +306,7 @@ fn the_pair_takes_any_layout() -> Result<()> {
 
 // ---------------------------------------------------------------- 5. clones, threads, names
 
-/// Variables are used where they lie, by a clone too.
+/// A block uses variables in place; so does its clone.
 #[test]
 fn clones_share_the_weights() -> Result<()> {
     let (cfg, mut numbers) = (FfnConfig::new(H, I), Numbers::new(11));
@@ -324,7 +327,7 @@ fn clones_share_the_weights() -> Result<()> {
     Ok(())
 }
 
-/// h has 8 · 16384 elements, enough for every thread of candle's pool to be asked by every caller at once.
+/// h has 8 · 16384 elements, enough for every caller to use all threads of candle's pool.
 #[test]
 fn concurrent_forwards_agree() -> Result<()> {
     let cfg = FfnConfig::new(16, 16384);
@@ -355,7 +358,7 @@ fn the_kernel_has_a_name() -> Result<()> {
         assert!(candle_swiglu::cpu_kernels().contains(&kernel), "{}", ffn.kernel());
         assert_eq!(plain, dtype == DType::F64);
         if let Ok(forced) = std::env::var("CANDLE_SWIGLU_KERNEL") {
-            // `avx512bf16` and `neonbf16` add products in bf16 to `avx512` and `neon`.
+            // `avx512bf16` and `neonbf16` are `avx512` and `neon` with products in bf16.
             let expected = if dtype == DType::BF16 { &forced } else { forced.trim_end_matches("bf16") };
             assert_eq!(kernel, expected);
         }

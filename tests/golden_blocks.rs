@@ -1,13 +1,15 @@
-//! Blocks and pair operations as PyTorch and transformers compute them (tests/golden/README.md), through the public API.
+//! Blocks and gates compared with PyTorch and transformers (tests/golden/README.md), through the
+//! public API. There are three measures, and none of them has a chosen tolerance:
 //!
-//! Three measures, none of them chosen:
-//!
-//! 1. f32 and f64, element by element: a bound from norms. A sum of n products, in whatever order, lies within n·u·Σ|a||b| of
-//!    the exact one; `common::Block` carries that through activation and second product. Twice the bound where the other side
-//!    was computed in the same precision too.
-//! 2. f32, bf16 and f16: the root mean square error against f64 is at most twice that of transformers in the same dtype; in
-//!    bf16 and f16, where the few roundings to the dtype are all there is, so is the largest.
-//! 3. Pair operations, element by element: one rounding of the exact value and the documented units before it.
+//! 1. f32 and f64, element by element: a bound of the rounding error. A sum of n products, in any
+//!    order, is within n·u·Σ|a||b| of the exact sum. `common::Block` propagates that bound through
+//!    the activation and the second product. It is doubled where the expected value was computed in
+//!    the same precision.
+//! 2. f32, bf16 and f16: the root mean square error relative to f64 is at most twice that of
+//!    transformers in the same dtype. The same holds for the largest error in bf16 and f16, where
+//!    the few roundings to the dtype dominate.
+//! 3. Gates, element by element: one rounding of the exact value and the documented units before
+//!    it.
 
 use std::collections::HashMap;
 
@@ -46,7 +48,8 @@ fn blocks_of_other_families() -> Result<()> {
     Ok(())
 }
 
-/// Both experts; their names (w1, w3, w2) are told apart from others by the `experts.N` in the prefix.
+/// Both experts. Other families have the names w1, w2 and w3 too; the `experts.N` in the prefix
+/// decides.
 #[test]
 fn mixtral_experts() -> Result<()> {
     for golden in Golden::folder("mixtral", 1)? {
@@ -67,8 +70,8 @@ fn mixtral_experts() -> Result<()> {
     Ok(())
 }
 
-/// The expert of gpt-oss from (2I,H) and (H,I) copies under names, from the same tensors, and from the file's own (1,H,2I)
-/// and (1,I,H) through transposed views.
+/// The expert of gpt-oss from three sources: copies (2I,H) and (H,I) under names, the same tensors
+/// directly, and transposed views of the file's own (1,H,2I) and (1,I,H).
 #[test]
 fn gpt_oss_expert() -> Result<()> {
     for golden in Golden::folder("gpt_oss", 1)? {
@@ -122,7 +125,7 @@ fn interleaved(gate_up_proj: Tensor, bias: Tensor, down_proj: Tensor, down_bias:
     Weights::new(gate_up, down_proj, Some(down_bias))
 }
 
-/// A builder over a file that has `weights` under `prefix`, already at the prefix.
+/// A builder over a file that has `weights` under `prefix`, positioned at the prefix.
 fn vb(weights: &Tensors, prefix: &str, dtype: DType) -> VarBuilder<'static> {
     let file = weights.iter().map(|(name, tensor)| (format!("{prefix}.{name}"), tensor.clone())).collect();
     VarBuilder::from_tensors(file, dtype, &Device::Cpu).pp(prefix)
@@ -133,7 +136,8 @@ fn projections(tensors: &Tensors) -> Tensors {
     kept.map(|(name, tensor)| (name.clone(), tensor.clone())).collect()
 }
 
-/// Splits `gate_up_proj.*` (2I,..), or the gradient of it, into `gate_proj.*` (I,..) and `up_proj.*` (I,..).
+/// Splits `gate_up_proj.*` (2I,..), or the gradient of it, into `gate_proj.*` (I,..) and
+/// `up_proj.*` (I,..).
 fn separate(tensors: &Tensors, order: FusedOrder) -> Result<Tensors> {
     let mut all = Tensors::new();
     for (name, tensor) in tensors {
@@ -158,8 +162,9 @@ fn separate(tensors: &Tensors, order: FusedOrder) -> Result<Tensors> {
     Ok(all)
 }
 
-/// Builds the block from its config and its names, forward and, where the file has gradients, backward: with weights that a
-/// gradient is tracked through, and with constants, through which x alone gets one.
+/// Builds the block from its config and its names. Checks the forward pass and, if the file has
+/// gradients, the backward pass: with tracked weights, and with constants, where only x has a
+/// gradient.
 fn check_named(golden: &Golden, prefix: &str) -> Result<SwiGluFfn> {
     let (cfg, dtype) = (FfnConfig::from_json(&golden.config()?)?, golden.dtype()?);
     let weights = projections(&golden.tensors);
@@ -191,7 +196,7 @@ fn check_named(golden: &Golden, prefix: &str) -> Result<SwiGluFfn> {
     Ok(constant)
 }
 
-/// What this crate computed; gradients under the golden files' names, of separate projections.
+/// Results of this crate. Gradients have the golden files' names of separate projections.
 struct Found {
     y: Tensor,
     gradients: Tensors,
@@ -202,7 +207,8 @@ fn check_block(what: &str, golden: &Golden, cfg: &FfnConfig, weights: &Tensors, 
     ensure!(found.y.dtype() == dtype && found.y.dims() == x.dims(), "{what}: {:?}", found.y);
     let u = unit_roundoff(dtype);
     let block = Block::new(cfg, weights)?;
-    // The oracle itself, against transformers in f64; gpt-oss's β = 1.702 is an f32 here.
+    // Checks the oracle itself against transformers in f64. gpt-oss's β = 1.702 is rounded to f32
+    // here.
     let oracle_dtype = if matches!(cfg.activation, GluActivation::Swish { .. }) { DType::F32 } else { DType::F64 };
     let oracle = block.forward(x, unit_roundoff(oracle_dtype))?;
     check_within(what, exact, &oracle.values(), &doubled(oracle.errors()))?;
@@ -242,7 +248,8 @@ fn doubled(bounds: Vec<f64>) -> Vec<f64> {
     bounds.into_iter().map(|bound| 2.0 * bound).collect()
 }
 
-/// The file's gradients; gpt-oss's (1,H,2I), (1,I,H), (1,2I), (1,H) as gradients of (2I,H), (H,I), (2I), (H).
+/// The file's gradients. Those of gpt-oss, (1,H,2I), (1,I,H), (1,2I) and (1,H), become gradients of
+/// (2I,H), (H,I), (2I) and (H).
 fn golden_gradients(golden: &Golden) -> Result<Tensors> {
     let mut all = Tensors::new();
     for (name, tensor) in &golden.tensors {
@@ -260,7 +267,7 @@ fn golden_gradients(golden: &Golden) -> Result<Tensors> {
     Ok(all)
 }
 
-/// At most twice the error of transformers' result in the same dtype.
+/// Checks that the error is at most twice that of transformers in the same dtype.
 fn check_ratio(what: &str, norm: fn(&[f64], &[f64]) -> f64, found: &Tensor, theirs: &Tensor, exact: &[f64]) -> Result<()> {
     let (ours, theirs) = (norm(&values(found)?, exact), norm(&values(theirs)?, exact));
     eprintln!("{what}: error {:.3} of transformers'", ours / theirs);
@@ -268,7 +275,7 @@ fn check_ratio(what: &str, norm: fn(&[f64], &[f64]) -> f64, found: &Tensor, thei
     Ok(())
 }
 
-// ---------------------------------------------------------------- 2. pair operations
+// ---------------------------------------------------------------- 2. gates
 
 #[test]
 fn pair_operations() -> Result<()> {
@@ -311,16 +318,18 @@ fn pair_op(golden: &Golden) -> Result<Glu> {
     })
 }
 
-/// `inputs`: gate, up, dy. NaN for NaN, ∞ for ∞ and for what the dtype cannot hold, else within [`pair_bound`].
+/// `inputs`: gate, up, dy. NaN and ∞ must be found where they are expected. ∞ is allowed where the
+/// dtype may overflow. Other values must be within [`pair_bound`].
 fn check_pair(what: &str, op: &Glu, name: &str, inputs: &[Vec<f64>; 3], found: &Tensor, exact: &Tensor) -> Result<()> {
     let (dtype, found, exact) = (found.dtype(), values(found)?, values(exact)?);
-    ensure!(!exact.is_empty() && found.len() == exact.len(), "{what}: {} for {}", found.len(), exact.len());
+    ensure!(!exact.is_empty() && found.len() == exact.len(), "{what}: {} elements, expected {}", found.len(), exact.len());
     let mut worst = 0f64;
     for (i, (&found, &exact)) in found.iter().zip(&exact).enumerate() {
         let at = inputs.each_ref().map(|values| values.get(i).copied().unwrap_or(f64::NAN));
         let bound = pair_bound(op, name, at, exact, dtype);
         let overflows = exact.abs() + bound >= largest(dtype) * (1.0 + 0.5 * unit_roundoff(dtype));
-        // PyTorch's own: its ReLU and clamp mask the gradient, NaN or not, and its act(-∞) is NaN where the limit is 0.
+        // Values that only PyTorch produces: its ReLU and clamp mask a gradient even if it is NaN,
+        // and its act(-∞) is NaN where the limit is 0.
         let theirs_alone = match name {
             "dgate" => exact == 0.0 && found.is_nan() && (at[0].is_nan() || at[1].is_nan()),
             "dup" => at[0] == f64::NEG_INFINITY || (op.limit.is_some() && at[1].is_nan()),
@@ -331,7 +340,7 @@ fn check_pair(what: &str, op: &Glu, name: &str, inputs: &[Vec<f64>; 3], found: &
         } else if found.is_infinite() || exact.is_infinite() {
             found.is_infinite() && found.signum() == exact.signum() && (exact.is_infinite() || overflows)
         } else {
-            ensure!(bound.is_finite(), "{what} at gate, up, dy = {at:?}: no bound");
+            ensure!(bound.is_finite(), "{what} at gate, up, dy = {at:?}: the bound is not finite");
             worst = worst.max((found - exact).abs() / bound);
             (found - exact).abs() <= bound
         };
@@ -341,13 +350,14 @@ fn check_pair(what: &str, op: &Glu, name: &str, inputs: &[Vec<f64>; 3], found: &
     Ok(())
 }
 
-/// One rounding to the dtype, plus the documented error of the f32 (f64) before it, plus what is lost where numbers or σ
-/// itself are denormal, plus PyTorch's own f64 error in the tails, where its 1 + erf, 1 + tanh and 1 - σ cancel.
+/// The sum of four errors: one rounding to the dtype; the documented error of the f32 (f64)
+/// computation before it; the loss where numbers or σ itself are denormal; and PyTorch's own f64
+/// error in the tails, where 1 + erf, 1 + tanh and 1 - σ cancel.
 fn pair_bound(op: &Glu, name: &str, [gate, up, dy]: [f64; 3], exact: f64, dtype: DType) -> f64 {
     let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let limit = op.limit.map_or(f64::INFINITY, f64::from);
     let (g, up) = (gate.min(limit), up.clamp(-limit, limit) + f64::from(op.up_offset));
-    // The other factors, and the size of the terms that act or act' is the sum of.
+    // The other factors, and the size of the terms whose sum is act or act'.
     let (others, size) = match name {
         "out" => (up, reference::activation(op.activation, g).0.abs()),
         "dgate" if gate >= limit => return 0.0,
@@ -358,10 +368,10 @@ fn pair_bound(op: &Glu, name: &str, [gate, up, dy]: [f64; 3], exact: f64, dtype:
     let units = glu_units(op.activation, g) + if plain { 0.0 } else { 2.0 } + if name == "dgate" { 4.0 } else { 0.0 };
     let rounding = if dtype == wide { 0.0 } else { unit_roundoff(dtype) * exact.abs() };
     let computing = units * unit_roundoff(wide) * others.abs() * size;
-    // candle adds gradients up, and its bf16 sum takes denormals for 0.
+    // candle adds gradients up, and its bf16 sum flushes denormals to 0.
     let flushed = if dtype == DType::BF16 && name != "out" { 2f64.powi(-126) } else { 0.0 };
     let denormal = flushed + smallest(dtype) + smallest(wide) * (2.0 + g.abs().min(750.0)) * (1.0 + others.abs());
-    let x = g.abs().min(40.0); // beyond, PyTorch's σ, erf and tanh are exactly 0 or ±1
+    let x = g.abs().min(40.0); // above, PyTorch's σ, erf and tanh are exactly 0 or ±1
     let theirs = 2f64.powi(-52)
         * others.abs()
         * match op.activation {
@@ -369,7 +379,7 @@ fn pair_bound(op: &Glu, name: &str, [gate, up, dy]: [f64; 3], exact: f64, dtype:
             GluActivation::Silu | GluActivation::Swish { .. } | GluActivation::Sigmoid if name == "dgate" => 1.0 + x,
             _ => 0.0,
         };
-    // β = 1.702 is not an f32: in f64 that rounding is seen.
+    // β = 1.702 is rounded to f32, which is visible in f64.
     let beta = if dtype == DType::F64 && !plain { 2f64.powi(-24) * (1.0 + g * g) * others.abs() } else { 0.0 };
     rounding + 1.01 * (computing + denormal) + theirs + beta
 }

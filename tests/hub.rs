@@ -1,5 +1,6 @@
-//! Downloads from a hub that this test runs itself on loopback: everything arrives, nothing twice, and what goes wrong is
-//! said. Each download runs in a process of its own, steered by the variables that users would set.
+//! Downloads from a hub that this test runs on loopback. Every file must arrive, none may be
+//! downloaded twice, and every failure must be reported. Each download runs in a process of its
+//! own, controlled by the environment variables that users set.
 #![cfg(feature = "hub")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -22,11 +23,11 @@ const SHARD: &str = "model-00002-of-00004.safetensors";
 
 #[derive(Clone, Default)]
 struct Behaviour {
-    /// The only token that may see the model.
+    /// The only token that gives access to the model.
     token: Option<&'static str>,
-    /// This file's connection ends after half of it.
+    /// The connection closes after half of this file.
     cut: Option<&'static str>,
-    /// Every answer is 503.
+    /// Every response is 503.
     in_trouble: bool,
 }
 
@@ -52,7 +53,7 @@ impl Hub {
         Self { endpoint, requests }
     }
 
-    /// How many times the content of a file was asked for.
+    /// The number of requests for the content of a file.
     fn downloads(&self) -> usize {
         let requests = self.requests.lock().unwrap();
         requests.iter().filter(|request| request.starts_with("GET") && request.contains("/resolve/")).count()
@@ -115,7 +116,7 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models/gqa_tied_llama3_bf16")
 }
 
-/// The files of the golden model with four shards, and some that no one should download.
+/// The files of the golden model with four shards, and some that must not be downloaded.
 fn files() -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(golden()).unwrap().map(|entry| entry.unwrap().path());
     let read = |path: PathBuf| (path.file_name().unwrap().to_str().unwrap().to_string(), std::fs::read(path).unwrap());
@@ -126,9 +127,9 @@ fn files() -> BTreeMap<String, Vec<u8>> {
     files
 }
 
-// ---------------------------------------------------------------- a user of it
+// ---------------------------------------------------------------- a user of the hub
 
-/// Not a test of its own: what the processes of the tests run.
+/// The entry point of the processes that the tests start; it tests nothing by itself.
 #[test]
 fn process() {
     let Ok(model_id) = std::env::var("DOWNLOAD") else { return };
@@ -182,7 +183,7 @@ impl User {
     }
 }
 
-/// An address where nobody listens.
+/// An address at which no server listens.
 fn nowhere() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     format!("http://{}", listener.local_addr().unwrap())
@@ -194,7 +195,7 @@ fn nowhere() -> String {
 fn a_model_arrives_once_and_serves_offline() {
     let (hub, user) = (Hub::start(files(), Behaviour::default()), User::new());
     let dir = user.download(&hub.endpoint, MODEL, &[]).unwrap();
-    // config, generation_config, the index and four shards; neither pickles nor anything else
+    // config, generation_config, the index and four shards; no pickles, no other files
     assert_eq!(hub.downloads(), 7, "{:?}", hub.requests.lock().unwrap());
     let found = Checkpoint::open(&dir).unwrap();
     let expected = Checkpoint::open(golden()).unwrap();

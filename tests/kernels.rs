@@ -1,5 +1,6 @@
-//! What belongs to a process: the choice of the kernel, the number of threads, panics elsewhere. Each case runs in a child, which
-//! is this program again, asked for one of the functions of [`ROLES`].
+//! Properties of a process: the choice of the kernel, the number of threads, panics in other code.
+//! Each case runs in a child process: this program again, which calls one of the functions of
+//! [`ROLES`].
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod common;
@@ -29,7 +30,7 @@ const ROLES: [(&str, Role); 6] = [
     ("after a panic", after_a_panic),
 ];
 
-/// The child's side.
+/// The entry point of the child process.
 #[test]
 #[ignore = "the other tests start it in processes of their own"]
 fn child() -> Result<()> {
@@ -38,7 +39,8 @@ fn child() -> Result<()> {
     f()
 }
 
-/// What the child says after `> `, line by line; an error if it fails or hangs.
+/// Runs a child and returns the lines that it prints after `> `. It is an error if the child fails
+/// or hangs.
 fn run(role: &str, environment: &[(&str, &str)]) -> Result<Vec<String>> {
     let mut command = common::this_program()?;
     command.args(["child", "--exact", "--ignored", "--nocapture"]).env(ROLE, role);
@@ -54,7 +56,7 @@ fn run(role: &str, environment: &[(&str, &str)]) -> Result<Vec<String>> {
     while child.try_wait()?.is_none() {
         if start.elapsed() > Duration::from_secs(300) {
             child.kill()?;
-            bail!("{role} {environment:?}: hangs");
+            bail!("{role} {environment:?}: the child hangs");
         }
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -70,14 +72,14 @@ fn say(line: impl std::fmt::Display) {
 
 // ---------------------------------------------------------------- which kernel
 
-/// The kernel's name, or what the error lists.
+/// Prints the kernel's name, or the names that the error lists.
 fn names() -> Result<()> {
     let one = Tensor::ones((1, 1), DType::BF16, &Device::Cpu)?;
     match SwiGluFfn::from_tensors(one.clone(), one.clone(), one.clone()) {
         Ok(ffn) => {
             let linear = Linear::new(one, None)?;
             ensure!(linear.kernel() == ffn.kernel());
-            // All but products in bf16 runs on the instruction set that this kernel extends.
+            // Everything except products in bf16 uses the instruction set that this kernel extends.
             for dtype in [DType::F32, DType::F16] {
                 let kernel = ffn.to_dtype(dtype)?.kernel().to_string();
                 ensure!(kernel == ffn.kernel().trim_end_matches("bf16"), "{kernel}");
@@ -116,7 +118,7 @@ fn every_kernel_of_this_machine_can_be_forced_by_name() -> Result<()> {
     let promised: Vec<&str> = promised.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect();
     assert_eq!(available, promised);
     let listed: Vec<&str> = available.iter().copied().chain(["plain"]).collect();
-    assert_eq!(run("names", &[(FORCED, "sse9")])?, listed, "an unknown name's error lists them");
+    assert_eq!(run("names", &[(FORCED, "sse9")])?, listed, "the error for an unknown name lists the kernels");
     for name in &available {
         assert_eq!(run("names", &[(FORCED, name)])?, [*name]);
     }
@@ -181,7 +183,7 @@ fn digest(y: &Tensor) -> Result<u64> {
     Ok(hasher.finish())
 }
 
-/// One hash for each dtype and number of rows.
+/// Prints one hash for each dtype and number of rows.
 fn digests() -> Result<()> {
     say(candle_core::utils::get_num_threads());
     for dtype in [DType::F32, DType::BF16, DType::F16] {
@@ -225,11 +227,11 @@ fn cases() -> Result<Vec<(SwiGluFfn, Tensor, u64)>> {
 }
 
 fn check((ffn, x, y): &(SwiGluFfn, Tensor, u64)) -> Result<()> {
-    ensure!(digest(&ffn.forward(x)?)? == *y, "another result among other callers");
+    ensure!(digest(&ffn.forward(x)?)? == *y, "the result differs between concurrent callers");
     Ok(())
 }
 
-/// Clones in threads, and in rayon's tasks, beside candle's own products.
+/// Clones in threads and in rayon's tasks, concurrent with candle's own products.
 fn concurrent() -> Result<()> {
     let cases = Arc::new(cases()?);
     let threads: Vec<_> = (0..6)
@@ -248,7 +250,7 @@ fn concurrent() -> Result<()> {
     threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
 }
 
-/// From within a task of rayon's that others wait for.
+/// Calls within a task of rayon on which other tasks wait.
 fn nested() -> Result<()> {
     let cases = cases()?;
     let (a, (b, c)) = rayon::join(
@@ -258,13 +260,14 @@ fn nested() -> Result<()> {
     a.and(b).and(c)
 }
 
-/// Somebody's task on candle's threads panicked, which leaves candle's pool locked for good.
+/// Calls after another task on candle's threads has panicked. Such a panic leaves candle's pool
+/// locked permanently.
 fn after_a_panic() -> Result<()> {
     let cases = cases()?;
     let panicked = std::panic::catch_unwind(|| barrier_pool().execute_chunked(64, |_| panic!("somebody else's panic")));
     ensure!(panicked.is_err());
-    // Enough elements for more than one thread; the same in parts that one thread computes. (candle's own backward pass adds
-    // gradients of this size on its threads, and so panics by itself.)
+    // Enough elements for several threads, compared with parts that one thread computes. (candle's
+    // own backward pass adds gradients of this size on its threads and would panic.)
     let (gate, up) = (numbers((512, 512), DType::F32, 1.0)?, numbers((512, 512), DType::F32, 1.0)?);
     let whole = silu_mul(&gate, &up)?;
     for part in 0..16 {

@@ -1,4 +1,5 @@
-//! Names, biases and dtypes of the caller's; the weights of a built block; freezing; the embedding.
+//! Names, biases and dtypes that the caller chooses; the weights of a built block; freezing; the
+//! embedding.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod common;
@@ -114,7 +115,7 @@ fn the_weights_of_a_block_make_the_block_again() -> Result<()> {
             let weights = ffn.weights()?;
             let (expected, expected_biases) = parts(biases, dtype)?;
             let GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias, .. } = &weights.gate_up else {
-                panic!("gate and up were two tensors");
+                panic!("expected gate and up as two tensors");
             };
             for (found, expected) in [gate_proj, up_proj, &weights.down_proj].into_iter().zip(&expected) {
                 assert_eq!(bits(found)?, bits(expected)?, "{dtype:?} {biases:?}");
@@ -143,7 +144,7 @@ fn freezing_a_trained_block_packs_it() -> Result<()> {
 
     let x = x(DType::F32)?;
     let (y, expected) = (frozen.forward(&x)?, trained.forward(&x)?);
-    // Both are within the same bound of the exact value: sums of H and I products, each of size about 1.
+    // Both have the same bound: that of sums of H and I products, each of size about 1.
     let size = values(&expected)?.iter().fold(1.0, |a: f64, b| a.max(b.abs()));
     let bounds = vec![4.0 * (H + I) as f64 * unit_roundoff(DType::F32) * size; 5 * H];
     check_within("frozen", &y, &values(&expected)?, &bounds)?;
@@ -153,7 +154,7 @@ fn freezing_a_trained_block_packs_it() -> Result<()> {
     let gradients = head.forward(&expected)?.sum_all()?.backward()?;
     assert!(vars.all_vars().iter().all(|var| gradients.get(var).is_some()));
 
-    // A later step of an optimizer reaches the trained block alone.
+    // A later step of an optimizer changes only the trained block.
     let before = bits(&frozen.forward(&x)?)?;
     for var in vars.all_vars() {
         var.set(&var.as_tensor().affine(2.0, 0.0)?)?;
@@ -209,7 +210,7 @@ fn the_dtype_is_that_of_the_tensors() -> Result<()> {
     Ok(())
 }
 
-/// A backend that gives what it has, whatever is asked for.
+/// A backend that returns the tensor of a name without checking the request.
 struct Careless(HashMap<&'static str, Tensor>);
 
 impl SimpleBackend for Careless {
@@ -320,8 +321,8 @@ fn an_embedding_is_its_tied_head() -> Result<()> {
     Ok(())
 }
 
-/// A block of which one weight is a variable, the first, second or third that is read, and the
-/// others, of which some have a bias, are constants.
+/// A block of constants and one variable, which is the first, second or third weight that is read.
+/// All combinations of biases are tried.
 #[test]
 fn a_block_of_constants_and_a_variable() -> Result<()> {
     const NAMES: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
@@ -346,7 +347,7 @@ fn a_block_of_constants_and_a_variable() -> Result<()> {
         let difference = (&y - frozen.forward(&x)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
         assert!(difference < 1e-5, "{biases:?}, {}: {difference}", NAMES[variable]);
         block.to_dtype(DType::F64)?;
-        // An optimizer's steps are seen by the block, not by its frozen copy.
+        // A step of an optimizer changes the block, but not its frozen copy.
         let before = bits(&frozen.forward(&x)?)?;
         var.set(&var.zeros_like()?)?;
         assert_ne!(bits(&block.forward(&x)?)?, bits(&y)?, "{biases:?}, {}", NAMES[variable]);

@@ -9,7 +9,7 @@ use candle_nn::Module;
 use candle_swiglu::{Error, Linear};
 use common::{Numbers, bits, check_within, unit_roundoff, values};
 
-/// (rows, in, out): tile edges of every kernel, more rows than a chunk has, an odd k.
+/// (rows, in, out): edges of tiles for every kernel, more rows than a chunk, an odd k.
 const CASES: [(usize, usize, usize); 7] =
     [(1, 64, 32), (2, 33, 31), (5, 129, 65), (12, 257, 40), (13, 96, 1), (25, 7, 130), (515, 48, 17)];
 
@@ -26,8 +26,9 @@ fn rounding_the_f32_output_gives_the_output() -> Result<()> {
                 assert_eq!((y.dtype(), y.dims()), (DType::F32, &[rows, columns][..]), "{what}");
                 assert_eq!(bits(&y.to_dtype(dtype)?)?, bits(&layer.forward(&x)?)?, "{what}");
 
-                // k products and a bias are added in f32: each sum is off by at most its position's roundings,
-                // times the sum of the magnitudes. Denormals flushed by bf16 instructions are far below it.
+                // k products and a bias are added in f32. Each sum is off by at most k + 1
+                // roundings of the sum of the magnitudes. Denormals that bf16 instructions flush
+                // are far smaller.
                 let wide = |t: &Tensor| t.to_dtype(DType::F64);
                 let exact = wide(&x)?.matmul(&wide(&w)?.t()?)?;
                 let size = wide(&x)?.abs()?.matmul(&wide(&w)?.abs()?.t()?)?;

@@ -1,5 +1,5 @@
-//! The heap while a checkpoint is loaded: the weights themselves and the largest tensor more, whatever the dtypes; and while a
-//! block runs.
+//! Heap use. Loading a checkpoint needs the weights themselves and the largest tensor, in any
+//! dtypes. Running a block needs its output and bounded scratch.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -11,20 +11,21 @@ use candle_swiglu::{Checkpoint, FfnConfig, SwiGluFfn};
 
 static NOW: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
-/// Bytes ever asked for.
+/// Bytes allocated since the start.
 static TOTAL: AtomicUsize = AtomicUsize::new(0);
 
-/// The system's allocator, with a count of the bytes in use. The trait's own `realloc` goes through these two.
+/// The system's allocator with a count of the bytes in use. The trait's own `realloc` calls these
+/// two functions.
 struct Counting;
 
 #[allow(unsafe_code)]
-// SAFETY: every call is handed to the system's allocator as it came.
+// SAFETY: every call is forwarded to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let now = NOW.fetch_add(layout.size(), SeqCst) + layout.size();
         PEAK.fetch_max(now, SeqCst);
         TOTAL.fetch_add(layout.size(), SeqCst);
-        // SAFETY: the caller's promise is the one that `System` asks for.
+        // SAFETY: the caller guarantees what `System` requires.
         unsafe { System.alloc(layout) }
     }
 
@@ -42,7 +43,7 @@ const H: usize = 512;
 const I: usize = 1536;
 const LAYERS: usize = 3;
 const MIB: usize = 1 << 20;
-/// Names, shapes, the config, the header: no tensor's data.
+/// Bound of the size of names, shapes, the config and the header, without tensor data.
 const SMALL: usize = 64 << 10;
 
 fn write(dir: &std::path::Path, dtype: DType, fused: bool) {
@@ -71,16 +72,16 @@ fn load(checkpoint: &Checkpoint, dtype: DType) -> Vec<SwiGluFfn> {
     (0..LAYERS).map(|layer| SwiGluFfn::new(&cfg, vb.pp(layer).pp("mlp")).unwrap()).collect()
 }
 
-/// One test: the counters are the process's.
+/// A single test, because the counters belong to the process.
 #[test]
 fn the_heap() {
     forward();
     loading();
 }
 
-/// Scratch stays within the documented bound and is kept; one row allocates its output and nothing else.
+/// Scratch stays within the documented bound and is kept. Later calls allocate only their output.
 fn forward() {
-    const TENSOR: usize = 2 << 10; // a tensor's own record, its shape and strides
+    const TENSOR: usize = 2 << 10; // the record of a tensor, its shape and strides
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let weight = |dims: [usize; 2]| Tensor::full(0.01f32, &dims, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
         let ffn = SwiGluFfn::from_tensors(weight([I, H]), weight([I, H]), weight([H, I])).unwrap();
@@ -106,7 +107,7 @@ fn forward() {
             assert!(allocated <= rows * row_bytes + TENSOR, "{dtype:?} {rows} rows: {allocated} B allocated");
             drop(y);
         }
-        assert!(NOW.load(SeqCst) <= before, "{dtype:?}: repeated calls keep nothing more");
+        assert!(NOW.load(SeqCst) <= before, "{dtype:?}: repeated calls must not keep more memory");
     }
 }
 
@@ -121,22 +122,22 @@ fn loading() {
         let case = format!("{in_file:?} as {in_memory:?}, fused: {fused}");
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), in_file, fused);
-        drop(load(&Checkpoint::open(dir.path()).unwrap(), in_memory)); // what is set up once is set up
+        drop(load(&Checkpoint::open(dir.path()).unwrap(), in_memory)); // allocates what a process allocates once
 
         let before = NOW.load(SeqCst);
         PEAK.store(before, SeqCst);
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
-        assert!(PEAK.load(SeqCst) - before < SMALL, "{case}: opening reads no tensor data");
+        assert!(PEAK.load(SeqCst) - before < SMALL, "{case}: opening must not read tensor data");
         let blocks = load(&checkpoint, in_memory);
         let (peak, after) = (PEAK.load(SeqCst) - before, NOW.load(SeqCst) - before);
 
         let element = in_memory.size_in_bytes();
         let weights = LAYERS * 3 * H * I * element;
         let largest = if fused { 2 } else { 1 } * H * I * element;
-        assert!(largest > MIB, "{case}: one chunk must not be a whole tensor");
-        assert!((weights..weights + SMALL).contains(&after), "{case}: {after} B stay for {weights} B of weights");
-        assert!(peak <= weights + largest + MIB + SMALL, "{case}: {peak} B for {weights} B of weights");
+        assert!(largest > MIB, "{case}: a chunk must be smaller than a tensor");
+        assert!((weights..weights + SMALL).contains(&after), "{case}: {after} B remain for {weights} B of weights");
+        assert!(peak <= weights + largest + MIB + SMALL, "{case}: {peak} B at the peak for {weights} B of weights");
         drop((blocks, checkpoint));
-        assert!(NOW.load(SeqCst) < before + SMALL, "{case}: everything is given back");
+        assert!(NOW.load(SeqCst) < before + SMALL, "{case}: all memory must be freed");
     }
 }

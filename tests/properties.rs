@@ -1,4 +1,5 @@
-//! Random sizes, layouts, dtypes and formulas against the f64 oracle and its bounds. A failure prints the smallest case found.
+//! Random sizes, layouts, dtypes and formulas, checked against the f64 oracle and its bounds. A
+//! failure prints the smallest failing case.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod common;
@@ -11,14 +12,14 @@ use common::{Block, FLOATS, Numbers, check_within, pack, unit_roundoff, values, 
 use proptest::prelude::*;
 use proptest::test_runner::{RngSeed, TestCaseResult};
 
-/// How a matrix lies in its storage.
+/// The layout of a matrix in its storage.
 #[derive(Clone, Copy, Debug)]
 enum Lie {
     Contiguous,
     Transposed,
-    /// Columns out of wider rows, not from the first.
+    /// Columns of wider rows, beginning after the first.
     Narrowed,
-    /// Every other row.
+    /// Every second row.
     Skipping,
     /// Not contiguous in its leading dimensions: two batches swapped.
     Swapped,
@@ -29,7 +30,7 @@ fn lie() -> impl Strategy<Value = Lie> {
     prop_oneof![Just(Contiguous), Just(Transposed), Just(Narrowed), Just(Skipping), Just(Swapped)]
 }
 
-/// The same values, lying otherwise.
+/// The same values in another layout.
 fn laid(matrix: &Tensor, lie: Lie) -> Result<Tensor> {
     let (rows, columns) = matrix.dims2()?;
     let zeros = |dims: (usize, usize)| Tensor::zeros(dims, matrix.dtype(), &Device::Cpu);
@@ -82,7 +83,7 @@ prop_compose! {
 #[derive(Clone, Debug)]
 struct Input {
     dtype: DType,
-    /// Two leading dimensions.
+    /// The two leading dimensions of x.
     rows: (usize, usize),
     x: Lie,
     weights: Lie,
@@ -109,7 +110,7 @@ fn passes(result: Result<()>) -> TestCaseResult {
     result.map_err(|error| TestCaseError::fail(format!("{error:#}")))
 }
 
-/// A block from the weights as `input` lays them out.
+/// Builds a block from the weights in the layout and order of `input`.
 fn build(cfg: &FfnConfig, all: &std::collections::HashMap<String, Tensor>, input: &Input) -> Result<SwiGluFfn> {
     let weight = |name: &str| laid(&all[&format!("{name}.weight")], input.weights);
     let bias = |name: &str| all.get(&format!("{name}.bias")).cloned();
@@ -125,7 +126,7 @@ fn build(cfg: &FfnConfig, all: &std::collections::HashMap<String, Tensor>, input
 }
 
 proptest! {
-    // The same cases every time, or those of PROPTEST_RNG_SEED.
+    // The cases are the same in every run, unless PROPTEST_RNG_SEED is set.
     #![proptest_config(ProptestConfig {
         cases: std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(300),
         failure_persistence: None,
@@ -149,14 +150,15 @@ proptest! {
             anyhow::ensure!(y.dims() == [a, b, h] && y.dtype() == input.dtype);
             check_within("y", &y, &near.values(), &near.errors())?;
             let flat = ffn.forward(&x)?;
-            // candle's matmul sums in another order where x lies otherwise.
-            anyhow::ensure!(ffn.kernel().starts_with("plain") || values(&flat)? == values(&y)?, "as it lies, and copied: the same");
+            // candle's matmul may sum in another order if x has another layout.
+            anyhow::ensure!(ffn.kernel().starts_with("plain") || values(&flat)? == values(&y)?, "the layout changes y");
 
             let (var, dy) = (Var::from_tensor(&x)?, numbers.tensor(&[a * b, h], 1.0, input.dtype)?);
             let gradients = (ffn.forward(var.as_tensor())? * &dy)?.sum_all()?.backward()?;
             let near = &oracle.gradients(&x.contiguous()?, &dy, u)?["dx"];
             let dx = gradients.get(&var).ok_or_else(|| anyhow::anyhow!("no gradient of x"))?;
-            // candle adds the gradient's two parts in the dtype, and takes denormal bf16 for 0.
+            // candle adds the two parts of the gradient in the dtype, and flushes denormals of bf16
+            // to 0.
             let bounds: Vec<f64> = near.errors().iter().map(|e| 2.0 * e + 1e-30).collect();
             check_within("dx", dx, &near.values(), &bounds)?;
             Ok(())
@@ -172,7 +174,7 @@ proptest! {
             let bias = bias.then(|| numbers.tensor(&[n], 1.0, input.dtype)).transpose()?;
             let x = laid(&numbers.tensor(&[m, k], 1.0, input.dtype)?, input.x)?;
             let linear = Linear::new(laid(&weight, input.weights)?, bias.clone())?;
-            anyhow::ensure!(values(&linear.weight()?)? == values(&weight)?, "the weight comes back");
+            anyhow::ensure!(values(&linear.weight()?)? == values(&weight)?, "unpacking changes the weight");
             let wide = |t: &Tensor| t.to_dtype(DType::F64);
             let product = |x: &Tensor, w: &Tensor, b: Option<&Tensor>| -> Result<Vec<f64>> {
                 let y = wide(x)?.matmul(&wide(w)?.t()?)?;

@@ -1,33 +1,49 @@
-//! The block on one CUDA device beside candle's own, bare cuBLAS products and the device's limits, in turn in one process.
+//! Compares the block on one CUDA device with candle's own, with bare cuBLAS products and with the
+//! limits of the device. The samples alternate within one process.
 //!
 //! ```text
 //! cargo bench --features cuda --bench gpu [-- OPTIONS]
 //!   --shapes  1b,8b,70b    of (H, I) = (2048, 8192), (4096, 14336), (8192, 28672)
 //!   --rows    1,4,8,16,32,64,128,512,2048,4096
-//!   --dtypes  bf16         and f16, f32
-//!   --systems ours,candle  of those below; all, if it is left out
-//!   --budget  150          seconds; what is left then is reported as skipped
+//!   --dtypes  bf16         also f16 and f32
+//!   --systems ours,candle  some of the systems below (default: all)
+//!   --budget  150          seconds, after which the remaining cases are reported as skipped
 //!   --csv     FILE
 //! ```
 //!
-//! | column | |
+//! | column | meaning |
 //! |---|---|
-//! | `system` | `ours`; `ours-cublas` and `ours-fused`, one way of prefill forced; `down` and `down-cublas`, the product with down_proj alone by our `Linear` and by candle; `candle`, three `candle_nn::Linear` with `silu` and `*`; `candle-merged`, one product for gate and up; `gemms`, the two products alone, no activation; a name with `+graph` is the replay of a CUDA graph of the same calls, without it each call is launched by the host |
+//! | `system` | see below |
 //! | `dtype`, `shape`, `hidden`, `intermediate`, `rows` | the case |
-//! | `us`, `min_us`, `max_us` | median and range over the samples, of one call |
-//! | `gb_per_s` | bytes of weights, x and y over `us` |
-//! | `tflops` | 6·M·H·I over `us` |
-//! | `floor_us` | the larger of those bytes at the ceiling `read` and those operations at the ceiling `cublas` of the same run |
+//! | `us`, `min_us`, `max_us` | median, minimum and maximum over the samples, for one call |
+//! | `gb_per_s` | bytes of weights, x and y divided by `us` |
+//! | `tflops` | 6·M·H·I divided by `us` |
+//! | `floor_us` | the larger of these bytes at the ceiling `read` and 6·M·H·I at the ceiling `cublas` |
 //! | `floor_share` | `floor_us / us` |
-//! | `rel_error` | rms of y's error over rms of y, y in f64 from the same numbers |
-//! | `over_ours` | `us` over that of `ours` (with `+graph` over `ours+graph`), samples taken in turn |
+//! | `rel_error` | rms of y's error divided by rms of y, relative to y in f64 from the same numbers |
+//! | `over_ours` | `us` divided by that of `ours`, or of `ours+graph` for a name with `+graph` |
 //!
-//! Systems `read` (GB/s of a read of one layer's bytes, and of 4 GiB as shape `4gib`) and `cublas` (TFLOP/s of a product of 8192³)
-//! are the ceilings; their `us` is one read or product.
+//! | system | what runs |
+//! |---|---|
+//! | `ours` | the block |
+//! | `ours-cublas`, `ours-fused` | the block with one way of prefill forced |
+//! | `down`, `down-cublas` | the product with down_proj alone, by our `Linear` and by candle |
+//! | `candle` | three `candle_nn::Linear` with `silu` and `*` |
+//! | `candle-merged` | one product for gate and up |
+//! | `gemms` | the two products alone, without an activation |
+//! | `read` | a ceiling: a read of the bytes of one layer, and of 4 GiB as shape `4gib` |
+//! | `cublas` | a ceiling: a product of 8192³ |
 //!
-//! 1. Every system's y is checked against f64 before it is timed; more than four times candle's error is an error of the run.
-//! 2. A sample is a row of calls of about 2 ms, four at least, between two events on the stream. The systems' samples alternate, 15 of each.
-//! 3. Weights rotate over at least 600 MB, so that none lies in the L2 cache from the call before.
+//! A name with `+graph` is the replay of a CUDA graph of the same calls. Without it the host
+//! launches each call. The ceilings are measured in the same run; their `us` is the time of one
+//! read or product.
+//!
+//! 1. The y of every system is checked against f64 before it is timed. An error of more than four
+//!    times candle's ends the run with an error.
+//! 2. A sample is a sequence of calls, at least four, between two events on the stream, and takes
+//!    about 2 ms. The samples of the systems alternate, 15 of each.
+//! 3. The weights rotate over at least 600 MB, so that the L2 cache holds none of them from the
+//!    previous call.
 
 mod systems;
 mod timing;
@@ -118,7 +134,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Times the systems of a case in turn, prints them and appends their lines.
+/// Times the systems of a case alternately, prints the results and appends them to `csv`.
 fn write_case(case: &Case<'_>, wanted: &[String], ceilings: &Ceilings, csv: &mut String) -> Result<()> {
     let systems: Vec<System<'_>> = case.systems(wanted)?;
     let times = timing::in_turn(&case.device()?, &systems)?;

@@ -1,10 +1,17 @@
-"""PyTorch's SwiGLU block on one GPU, in the columns of benches/gpu/main.rs; appended to a csv that the Rust bench has begun.
+"""Measures PyTorch's SwiGLU block on one GPU, with the columns of benches/gpu/main.rs.
 
     python3 peers.py CSV BUDGET_SECONDS
 
-Systems: torch (eager: three F.linear, silu, *), torch-merged (one product for gate and up), torch-gemms (two products, no activation),
-liger (its fused silu*up, if it can be imported) and torch-compile (max-autotune, one shape at a time, while the budget lasts). The
-floors come from the ceilings in CSV. Samples of the systems alternate; weights rotate over 600 MB; y is checked against f64.
+The results are appended to the csv that the Rust benchmark has written. The systems are
+
+- torch: eager, three F.linear, silu and *;
+- torch-merged: one product for gate and up;
+- torch-gemms: two products without an activation;
+- liger: its fused silu * up, if it can be imported;
+- torch-compile: max-autotune, one shape at a time, while the budget lasts.
+
+The floors follow from the ceilings in CSV. The samples of the systems alternate, the weights rotate
+over 600 MB, and y is checked against f64.
 """
 
 import csv, math, statistics, sys, time
@@ -60,7 +67,7 @@ class Case:
 
 
 def batch(call, sets, calls, graph):
-    """`calls` calls in a row, as a function."""
+    """Returns a function that makes `calls` calls, one after the other."""
 
     def body():
         for n in range(calls):
@@ -103,7 +110,7 @@ def measure(case, systems, ceilings, write):
         for graph in (False, True):
             try:
                 batches.append((name + ("+graph" if graph else ""), batch(call, case.sets, calls, graph), calls, error, []))
-            except Exception as failure:  # one that cannot be captured must not end the others
+            except Exception as failure:  # a system that cannot be captured must not stop the others
                 print(f"failed {name} {case.shape} M = {case.rows}: {type(failure).__name__} {str(failure)[:200]}", flush=True)
     for _ in range(SAMPLES):
         for _, work, calls, _, samples in batches:
@@ -147,7 +154,7 @@ def main():
         systems.append(("liger", liger()))
     except Exception as failure:
         print(f"no liger: {type(failure).__name__}", flush=True)
-    # Half of the budget for the compiled ones, whose tuning takes long.
+    # Half of the budget is reserved for the compiled systems, because their tuning takes long.
     for shape in ("8b", "70b", "1b"):
         sets = weights(shape)
         for m in ROWS:

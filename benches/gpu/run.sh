@@ -1,19 +1,25 @@
 #!/usr/bin/env bash
-# Runs the folder that scripts/gpu-suite.sh has packed, on a machine with an NVIDIA GPU, its driver, and PyTorch's or CUDA's cuBLAS:
+# Runs the folder that scripts/gpu-suite.sh has packed. The machine needs an NVIDIA GPU, its driver,
+# and the cuBLAS of PyTorch or of the CUDA toolkit.
 #
-#   OUT=results bash run.sh
+#     OUT=results bash run.sh
 #
-#   1. facts.txt     the machine, versions, libraries found (ldd), clocks every 5 s while timing
-#   2. the tests of tests/cuda, with a device required; beside them compute-sanitizer, memcheck and racecheck, over small cases (if it is
-#      there), and the writing of an 8B-shaped checkpoint of random weights
-#   3. results.csv   the Rust bench in bf16 (columns: gpu.md), then, after 4 and 5, PyTorch (peers.py) with what time is left
-#      results-f16-f32.csv   8B's shape in f16 and f32 (floors of many rows are bf16's)
-#   4. ncu.txt       Nsight Compute's view of the kernels (if it is there, and only with PROFILE=1)
-#   5. llama.txt     tokens per second of the small checkpoint and of the 8B-shaped one
+# 1. facts.txt: the machine, versions, libraries found (ldd), and the clocks every 5 s while timing.
+# 2. The tests of tests/cuda, with a device required. At the same time small cases run under
+#    memcheck and racecheck of compute-sanitizer (if it is installed), and a checkpoint of random
+#    weights with the shape of an 8B model is written.
+# 3. results.csv: the Rust benchmark in bf16 (gpu.md explains the columns), and after steps 4 and 5
+#    PyTorch (peers.py) in the remaining time. results-f16-f32.csv: the 8B shape in f16 and f32; the
+#    floors of many rows are those of bf16.
+# 4. ncu.txt: profiles of the kernels by Nsight Compute, if it is installed and PROFILE=1 is set.
+# 5. llama.txt: tokens per second of the small checkpoint and of the 8B-shaped one.
 #
-# log.txt has everything. The last lines say what passed, failed or was skipped; the exit status is 1 if anything failed. BUDGET=s is the
-# time for all of it (460), after which nothing new begins and what runs is ended. TESTS=0, SANITIZE=0, BENCH=0, LLAMA=0, PEERS=0 leave a
-# part out. LAYERS=n is the depth of the 8B-shaped model (8).
+# log.txt holds all output. The last lines say which steps passed, failed or were skipped; the exit
+# status is 1 if a step failed.
+#
+# BUDGET=s limits the whole run (default 460). After that time no step begins, and the running one
+# is ended. TESTS=0, SANITIZE=0, BENCH=0, LLAMA=0 and PEERS=0 omit a part. LAYERS=n is the depth of
+# the 8B-shaped model (default 8).
 set -u
 out=${OUT:-$PWD/out}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
@@ -25,7 +31,8 @@ bin=$scratch/bin log=$out/log.txt facts=$out/facts.txt csv=$out/results.csv summ
 : > "$log" > "$facts" > "$summary"
 say() { echo "$*" | tee -a "$log"; }
 
-# step SECONDS NAME COMMAND...: with a limit of its own within the budget; its output goes to the log and to $scratch/NAME
+# step SECONDS NAME COMMAND...: runs a command with a limit of its own within the budget. Its output
+# is written to the log and to $scratch/NAME.
 step() {
     local limit=$1 name=$2 left=$((budget - SECONDS)) status output=$scratch/${2//\//-}
     shift 2
@@ -48,7 +55,8 @@ step() {
 
 # ---- 1. facts, libraries
 nvidia-smi > "$facts" 2>&1 || { say "no working nvidia-smi"; cat "$facts"; exit 2; }
-# cuBLAS and cuRAND: PyTorch's, else the toolkit's; the driver's library is found by itself or in one of the usual folders.
+# cuBLAS and cuRAND are taken from PyTorch, otherwise from the toolkit. The loader finds the
+# driver's library by itself or in one of the usual folders.
 libraries=$(python3 - 2>/dev/null <<'PY'
 import glob, importlib.util, os
 spec = importlib.util.find_spec("nvidia")
@@ -73,7 +81,7 @@ for name in ("torch", "triton", "nvidia-cublas", "nvidia-cublas-cu12", "liger-ke
 if grep -q 'not found' "$facts"; then say "failed: libraries are missing"; grep 'not found' "$facts" | sort -u; exit 1; fi
 say "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
 
-# ---- 2. correctness, all at once: nothing is timed here
+# ---- 2. correctness; the steps run concurrently, because none is timed
 export CANDLE_SWIGLU_REQUIRE_CUDA=1 RUST_BACKTRACE=0
 if [ "${TESTS:-1}" = 1 ]; then
     step 120 "tests" "$bin/cuda" --test-threads=1 &
@@ -104,7 +112,7 @@ if [ "${BENCH:-1}" = 1 ]; then
         --budget 20 --csv "$out/results-f16-f32.csv"
 fi
 
-# ---- 4. what the kernels wait for
+# ---- 4. profiles of the kernels
 if [ "${PROFILE:-0}" = 1 ] && command -v ncu > /dev/null; then
     sections=(--section SpeedOfLight --section MemoryWorkloadAnalysis --section LaunchStats --section Occupancy --section WarpStateStats --section SchedulerStats --section InstructionStats)
     # profile ROWS KERNELS COUNT

@@ -1,4 +1,4 @@
-//! What is compared, on the same numbers.
+//! The systems that are compared, all with the same numbers.
 
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
@@ -7,7 +7,7 @@ use candle_swiglu::{
     CudaPrefill, FfnConfig, FusedOrder, GateUp, Linear, SwiGluFfn, Weights as BlockWeights, force_cuda_prefill,
 };
 
-/// The n-th call of a system, which takes the n-th set of weights.
+/// The n-th call of a system, with the n-th set of weights.
 pub(crate) type Call<'a> = dyn Fn(usize) -> Result<()> + 'a;
 
 pub(crate) struct System<'a> {
@@ -25,7 +25,7 @@ struct Set {
     linear: Linear,
 }
 
-/// Sets of random weights, together 600 MB or more.
+/// Sets of random weights, at least 600 MB together.
 pub(crate) struct Weights {
     sets: Vec<Set>,
     device: Device,
@@ -58,7 +58,7 @@ pub(crate) struct Case<'a> {
     pub(crate) shape: &'static str,
     pub(crate) rows: usize,
     x: Tensor,
-    /// In place of h for the product with down_proj alone.
+    /// The input of the product with down_proj alone, in place of h.
     h: Tensor,
 }
 
@@ -94,8 +94,8 @@ impl<'a> Case<'a> {
         6.0 * self.rows as f64 * self.weights.h as f64 * self.weights.i as f64
     }
 
-    /// The systems of this case, their results checked.
-    /// `wanted`: names, without `+graph`; none: all.
+    /// The systems of this case, after a check of their results. `wanted` holds names without
+    /// `+graph`; if it is empty, all systems are returned.
     pub(crate) fn systems(&'a self, wanted: &[String]) -> Result<Vec<System<'a>>> {
         let exact = self.exact()?;
         let mut systems = vec![];
@@ -131,7 +131,7 @@ impl<'a> Case<'a> {
         Ok(systems)
     }
 
-    /// y of the first set in f64, of at most 256 rows.
+    /// y with the first set of weights in f64, for at most 256 rows.
     fn exact(&self) -> Result<Tensor> {
         let Set { gate_up, down, .. } = &self.weights.sets[0];
         let wide = |t: &Tensor| t.to_dtype(DType::F64);
@@ -142,7 +142,8 @@ impl<'a> Case<'a> {
     }
 }
 
-/// rms of the difference over rms of the exact value; NaN in y stays NaN and fails the run.
+/// The rms of the difference divided by the rms of the exact value. A y that is not finite is an
+/// error.
 fn rel_error(y: &Tensor, exact: &Tensor) -> Result<f64> {
     let y = y.narrow(0, 0, exact.dim(0)?)?.to_dtype(DType::F64)?;
     let rms = |t: &Tensor| -> Result<f64> { Ok(t.sqr()?.mean_all()?.to_scalar::<f64>()?.sqrt()) };
@@ -179,7 +180,7 @@ fn down_cublas(case: &Case<'_>, set: &Set) -> Result<Tensor> {
     Ok(case.h.matmul(&set.down.t()?)?)
 }
 
-/// As candle's LLaMA has it.
+/// As in the LLaMA of candle-transformers.
 fn candle(case: &Case<'_>, set: &Set) -> Result<Tensor> {
     let i = case.weights.i;
     let project = |half: usize| case.x.matmul(&set.gate_up.narrow(0, half * i, i)?.t()?);

@@ -1,4 +1,4 @@
-//! Times by events on the stream, and the ceilings.
+//! Times that events on the stream measure, and the ceilings.
 #![allow(unsafe_code, reason = "one launch of a kernel of its own")]
 
 use std::fmt::Write as _;
@@ -25,14 +25,14 @@ impl Time {
     }
 }
 
-/// A row of calls, ready to be timed.
+/// A sequence of calls, ready to be timed.
 enum Batch<'a> {
-    /// The host launches each.
+    /// The host launches each call.
     Calls(&'a Call<'a>),
     Graph(CudaGraph),
 }
 
-/// Microseconds on the device of what `work` enqueues.
+/// Device time in microseconds of the work that `work` enqueues.
 fn elapsed(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let stream = device.as_cuda_device()?.cuda_stream();
     let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
@@ -42,9 +42,10 @@ fn elapsed(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<f64> {
     Ok(f64::from(start.elapsed_ms(&end)?) * 1e3)
 }
 
-/// Microseconds per call of each system, the samples of one after those of another.
+/// Microseconds per call of each system; the samples of the systems alternate.
 pub(crate) fn in_turn(device: &Device, systems: &[System<'_>]) -> Result<Vec<Time>> {
-    // candle uploads the strides of a view for each call: the cache keeps them where a graph finds them again.
+    // candle uploads the strides of a view on each call. The cache keeps them at the address that a
+    // replayed graph reads.
     let _cache = device.as_cuda_device()?.enable_cuda_graph_htod_cache();
     let mut batches = vec![];
     for system in systems {
@@ -84,14 +85,14 @@ fn capture(device: &Device, call: &Call<'_>, calls: usize) -> Result<CudaGraph> 
     Ok(graph)
 }
 
-/// What the device can do at best, measured in this run.
+/// The peak rates of the device, measured in this run.
 pub(crate) struct Ceilings {
     pub(crate) gb_per_s: f64,
     pub(crate) tflops: f64,
 }
 
 impl Ceilings {
-    /// Appends a line for each to `csv`.
+    /// Measures both and appends a line for each to `csv`.
     pub(crate) fn measure(device: &Device, shapes: &[(&'static str, usize, usize)], csv: &mut String) -> Result<Self> {
         let data = Tensor::zeros(4usize << 30, DType::U8, device)?;
         let mut line = |system: &str, shape: &str, time: &Time, gb_per_s: f64, tflops: f64| {
@@ -117,7 +118,7 @@ impl Ceilings {
     }
 }
 
-/// Reads of `bytes`, one after the other through `data`.
+/// Times reads of `bytes` bytes each, which advance through `data`.
 fn reads(device: &Device, data: &Tensor, bytes: usize) -> Result<Time> {
     let device = device.as_cuda_device()?;
     let stream = device.cuda_stream();
@@ -134,11 +135,12 @@ fn reads(device: &Device, data: &Tensor, bytes: usize) -> Result<Time> {
         let piece = slice.slice(n % pieces * bytes..(n % pieces + 1) * bytes);
         let mut builder = read.builder();
         builder.arg(&piece).arg(&vectors).arg(&sink);
-        // SAFETY: read_all takes the address of 16-byte vectors, their number and the address of a u32.
+        // SAFETY: read_all takes the address of 16-byte vectors, their number and the address of a
+        // u32.
         unsafe { builder.launch(config)? };
         Ok(())
     };
-    let calls = (64 << 30 >> 3) / bytes + 1; // about 8 GB a sample
+    let calls = (64 << 30 >> 3) / bytes + 1; // about 8 GB per sample
     once(0)?;
     let cuda = Device::Cuda(device.clone());
     let samples = (0..SAMPLES).map(|_| Ok(elapsed(&cuda, || (0..calls).try_for_each(once))? / calls as f64));

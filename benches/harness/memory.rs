@@ -1,4 +1,4 @@
-//! The read bandwidth of this machine: every byte of some buffers, once, with all threads.
+//! The read bandwidth of this machine: all threads read every byte of the given buffers once.
 #![allow(unsafe_code, unreachable_pub, reason = "intrinsics; a benchmark and a test use it")]
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -8,7 +8,7 @@ const PIECE: usize = 512 << 10;
 
 /// Reads the buffers once with every thread of candle's pool, which the block runs on too, and
 /// returns the sum of their 32-bit words mod 2³². A thread reads its piece in order, or as four
-/// streams side by side; processors differ in which of the two is faster. `kernel` names the
+/// parallel streams; processors differ in which of the two is faster. `kernel` names the
 /// instruction set of the loads, as [`candle_swiglu::SwiGluFfn::kernel`] does.
 pub fn read_all(kernel: &str, buffers: &[&[u8]], streams: usize) -> u32 {
     let sum_words = sum_words_of(kernel);
@@ -36,17 +36,18 @@ fn sum_words_of(kernel: &str) -> SumWords {
     }
 }
 
-/// The compiler's own vectors: 128 bits on 64-bit ARM, enough for its caches.
+/// Uses the vectors that the compiler chooses. On 64-bit ARM these have 128 bits, which is enough
+/// for the bandwidth of its caches.
 fn sum_portable(bytes: &[u8], streams: usize) -> u32 {
     sum_streams::<[u32; 4]>(bytes, streams, |sum, at| {
-        // SAFETY: `sum_streams` gives addresses of 16 bytes.
+        // SAFETY: `sum_streams` passes the address of 16 bytes of the slice.
         let words = unsafe { at.cast::<[u32; 4]>().read_unaligned() };
         std::array::from_fn(|i| sum[i].wrapping_add(words[i]))
     })
 }
 
-/// Adds up vectors of `V` with `add`, in four accumulators each of which reads its own vector of a
-/// step; `streams` steps from different quarters of the bytes follow each other.
+/// Adds up vectors of `V` with `add`. Each of the four accumulators reads its own vector of a step.
+/// With several streams, the steps alternate between equal sections of the bytes.
 #[inline(always)]
 fn sum_streams<V: Copy>(bytes: &[u8], streams: usize, add: impl Fn(V, *const u8) -> V) -> u32 {
     const ACCUMULATORS: usize = 4;
@@ -78,13 +79,13 @@ mod x86 {
 
     #[target_feature(enable = "avx512f")]
     pub fn sum_512(bytes: &[u8], streams: usize) -> u32 {
-        // SAFETY: `sum_streams` gives addresses of 64 bytes.
+        // SAFETY: `sum_streams` passes the address of 64 bytes of the slice.
         sum_streams(bytes, streams, |sum: __m512i, at| unsafe { _mm512_add_epi32(sum, _mm512_loadu_si512(at.cast())) })
     }
 
     #[target_feature(enable = "avx2")]
     pub fn sum_256(bytes: &[u8], streams: usize) -> u32 {
-        // SAFETY: `sum_streams` gives addresses of 32 bytes.
+        // SAFETY: `sum_streams` passes the address of 32 bytes of the slice.
         sum_streams(bytes, streams, |sum: __m256i, at| unsafe { _mm256_add_epi32(sum, _mm256_loadu_si256(at.cast())) })
     }
 }

@@ -1,6 +1,7 @@
-//! Timing of competitors in turn, A B A B ..., in one process, so that the machine's drift cancels in their ratio.
+//! Times competitors alternately (A B A B ...) in one process, so that drift of the machine cancels
+//! in their ratio.
 
-#![allow(unreachable_pub, dead_code, reason = "each benchmark uses a part")]
+#![allow(unreachable_pub, dead_code, reason = "each benchmark uses some of it")]
 
 mod memory;
 mod peak;
@@ -10,14 +11,15 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-#[allow(unused_imports, reason = "each benchmark uses a part")]
+#[allow(unused_imports, reason = "each benchmark uses some of it")]
 pub use memory::read_all;
-#[allow(unused_imports, reason = "each benchmark uses a part")]
+#[allow(unused_imports, reason = "each benchmark uses some of it")]
 pub use peak::peak_of;
 
-/// The median seconds per call of each competitor, measured in turn until `budget` is spent (at least 5 rounds).
+/// The median seconds per call of each competitor. Samples alternate until `budget` is spent, for
+/// at least 5 rounds.
 pub fn interleaved(budget: Duration, competitors: &mut [&mut dyn FnMut()]) -> Vec<f64> {
-    // A sample lasts about a millisecond at least, so that the clock's resolution does not show.
+    // A sample takes at least about a millisecond, so that the clock's resolution does not matter.
     let repeats = competitors.iter_mut().map(|f| (1e-3 / seconds(f, 3)).ceil().max(1.0) as usize).max().unwrap_or(1);
     let mut samples = vec![vec![]; competitors.len()];
     let start = Instant::now();
@@ -35,20 +37,21 @@ fn seconds(f: &mut dyn FnMut(), repeats: usize) -> f64 {
     start.elapsed().as_secs_f64() / repeats as f64
 }
 
-/// The middle one.
+/// The median of the samples.
 pub fn median(mut samples: Vec<f64>) -> f64 {
     samples.sort_by(f64::total_cmp);
     samples[samples.len() / 2]
 }
 
-/// CPU, features, cores and kernel version, as far as Linux tells; the crate's and candle's versions.
+/// CPU, features, threads and kernel version, as far as Linux reports them, and the versions of
+/// this crate and of candle.
 pub fn machine_facts() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpu = read("/proc/cpuinfo");
     let line = |key: &str| {
         cpu.lines().find(|l| l.starts_with(key)).and_then(|l| l.split(": ").nth(1)).unwrap_or("unknown").to_string()
     };
-    let flags = format!("{} {}", line("flags"), line("Features")); // x86's name for them, and ARM's
+    let flags = format!("{} {}", line("flags"), line("Features")); // the field's name on x86 and on ARM
     let wanted = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_bf16"];
     let wanted = wanted.into_iter().chain(["asimd", "asimdhp", "bf16", "i8mm", "sve", "sve2"]);
     let flags: Vec<&str> = wanted.filter(|f| flags.split(' ').any(|g| g == *f)).collect();
@@ -62,10 +65,11 @@ pub fn machine_facts() -> String {
     facts
 }
 
-/// `--record NAME` among the arguments: where to write `NAME.csv` and `NAME.txt`, under `benches/record`.
+/// `--record NAME` among the arguments: the path `benches/record/NAME`, to which extensions are
+/// added.
 ///
 /// # Errors
-/// No name follows; what cargo adds, `--bench`, is none.
+/// No name follows. `--bench`, which cargo appends, is not a name.
 pub fn record_path() -> anyhow::Result<Option<PathBuf>> {
     let mut args = std::env::args().skip_while(|arg| arg != "--record");
     if args.next().is_none() {
@@ -76,7 +80,7 @@ pub fn record_path() -> anyhow::Result<Option<PathBuf>> {
     Ok(name.map(|name| Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/record").join(name)))
 }
 
-/// Writes the csv and the machine's facts.
+/// Writes the csv and the facts of the machine.
 pub fn record(path: &Path, csv: &str) -> std::io::Result<()> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;

@@ -1,4 +1,5 @@
-//! The multiply-add peaks of this machine, measured: chains of independent sums in registers, on every thread at once.
+//! The multiply-add peaks of this machine, measured with chains of independent sums in registers,
+//! on all threads at once.
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
@@ -6,12 +7,13 @@ use std::time::Instant;
 
 use candle_core::DType;
 
-/// A burst of some 20 ms of the instruction that bounds a kernel for a dtype: flop/s of all threads together. None where the
-/// kernel has no such instruction.
+/// Returns a function that executes, for about 20 ms, the instruction that bounds a kernel for a
+/// dtype. Its result is the flop/s of all threads together. `None` where the kernel has no such
+/// instruction.
 pub fn peak_of(kernel: &str, dtype: DType) -> Option<fn() -> f64> {
     #[cfg(target_arch = "x86_64")]
     match (kernel.trim_start_matches("plain-"), dtype) {
-        // SAFETY: the kernel's name says that the CPU has the instructions.
+        // SAFETY: a kernel that runs implies that the CPU has its instructions.
         ("avx512bf16", DType::BF16) => return Some(|| burst(64.0, |n| unsafe { x86::bf16(n) })),
         // SAFETY: as above.
         ("avx512bf16" | "avx512", _) => return Some(|| burst(32.0, |n| unsafe { x86::f32_512(n) })),
@@ -19,11 +21,12 @@ pub fn peak_of(kernel: &str, dtype: DType) -> Option<fn() -> f64> {
         ("avx2", _) => return Some(|| burst(16.0, |n| unsafe { x86::f32_256(n) })),
         _ => (),
     }
-    let _ = (kernel, dtype); // elsewhere
+    let _ = (kernel, dtype); // unused on other architectures
     None
 }
 
-/// `f(n)` on every thread of candle's, which the block runs on too, where each of n rounds does [`x86::SUMS`] instructions of so many flop.
+/// Runs `f(n)` on every thread of candle's pool, which the block uses too. Each of the n rounds
+/// executes [`x86::SUMS`] instructions of `flop` operations.
 #[cfg(target_arch = "x86_64")]
 fn burst(flop: f64, f: impl Fn(usize) + Sync) -> f64 {
     const ROUNDS: usize = 3_000_000;
@@ -39,12 +42,12 @@ mod x86 {
     use std::arch::x86_64::*;
     use std::hint::black_box;
 
-    /// Independent sums: two pipes times a latency of up to five cycles, and some.
+    /// Independent sums: slightly more than two pipes times a latency of up to five cycles.
     pub const SUMS: usize = 12;
 
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub fn bf16(rounds: usize) {
-        // SAFETY: 64 bytes each, and any pattern is a number.
+        // SAFETY: both types have 64 bytes, and every bit pattern is valid.
         let a: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi16(black_box(0x3f80))) };
         let mut sums = [_mm512_setzero_ps(); SUMS];
         for _ in 0..rounds {

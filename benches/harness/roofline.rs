@@ -1,4 +1,5 @@
-//! The roofline: speed over arithmetic intensity, the machine's two limits and where the block lies under them.
+//! The roofline plot: speed over arithmetic intensity, the two limits of the machine, and the cases
+//! below them.
 
 use std::path::Path;
 
@@ -22,7 +23,7 @@ struct Point<'a> {
 const DTYPES: [(&str, RGBColor); 3] =
     [("bf16", RGBColor(0, 114, 178)), ("f16", RGBColor(213, 94, 0)), ("f32", RGBColor(0, 130, 90))];
 
-/// Draws the first kernel of the csv, one panel per dtype.
+/// Draws the first kernel of the csv, one chart per dtype.
 pub fn draw(path: &Path, csv: &str) -> Result<()> {
     let points = points(csv)?;
     let root = SVGBackend::new(path, (1320, 460)).into_drawing_area();
@@ -44,7 +45,7 @@ fn draw_panel<'a>(
     points: &[&Point],
 ) -> Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>> {
     let most = |f: fn(&Point) -> f64| points.iter().map(|point| f(point)).fold(0.0, f64::max);
-    // The small shape lies in cache; memory's roof is that of the large ones.
+    // The small shape fits in cache. The memory roof is that of the large shapes.
     let memory = points.iter().filter(|p| p.shape != "small").map(|p| p.bandwidth).fold(0.0, f64::max);
     let peak = most(|p| p.peak);
     let mut chart = ChartBuilder::on(panel)
@@ -81,7 +82,7 @@ fn draw_panel<'a>(
         .draw()
 }
 
-/// The lines of the csv that are of its first kernel.
+/// The lines of the csv that belong to its first kernel.
 fn points(csv: &str) -> Result<Vec<Point<'_>>> {
     let mut lines = csv.lines();
     let columns: Vec<&str> = lines.next().context("a csv has a header")?.split(',').collect();

@@ -1,5 +1,9 @@
-"""Serves model.py: `generate.py MODEL THREADS` loads a checkpoint into transformers in bf16, says the versions, and for each line
-[prompt, its number of tokens, tokens to generate] on standard input writes [tokens per second of prompt, of generation]."""
+"""Runs a checkpoint in transformers for model.py, in bf16: `generate.py MODEL THREADS`.
+
+The first line on standard output states the versions. Each line [prompt, its number of tokens,
+tokens to generate] on standard input is answered by [tokens per second of the prompt, of the
+generation].
+"""
 
 import json
 import os
@@ -32,7 +36,7 @@ def main():
 
 @torch.inference_mode()
 def generate(model, ids, tokens):
-    """Seconds of a greedy generation of exactly so many tokens."""
+    """Returns the seconds of a greedy generation of exactly `tokens` tokens."""
     x = torch.tensor([ids])
     start = time.perf_counter()
     y = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Measures examples/llama beside transformers on PyTorch, on a whole model of random bf16 weights: see README.md in this folder, or --help."""
+"""Measures examples/llama beside transformers on PyTorch, with a model of random bf16 weights.
+
+README.md in this folder and --help explain it.
+"""
 
 import argparse
 import csv
@@ -19,19 +22,20 @@ COLUMNS = ["round", "read_gb_s", "ours_prompt", "ours_generation", "theirs_promp
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--preset", default="1b", help="shape of the model, of examples/make_checkpoint")
-    parser.add_argument("--tokens", type=int, default=64, help="generated in a turn")
-    parser.add_argument("--stories", type=int, default=16, help="how often the prompt says the same")
+    parser.add_argument("--preset", default="1b", help="shape of the model, a preset of examples/make_checkpoint")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens generated per sample")
+    parser.add_argument("--stories", type=int, default=16, help="number of times the prompt repeats its text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--max-busy", type=float, default=0.05, help="share of the cores that others may use before a turn")
+    parser.add_argument("--max-busy", type=float, default=0.05,
+                        help="share of the cores that other processes may use before a sample")
     parser.add_argument("--patience", type=float, default=10, help="minutes to wait for an idle machine")
     parser.add_argument("--record", metavar="MACHINE/NAME", help="write benches/record/MACHINE/NAME-model.csv and .txt")
     return parser.parse_args()
 
 
 def checkpoint(preset):
-    """The directory of a model of random weights, with the tokenizer of weights/."""
+    """Returns the directory of a model of random weights with the tokenizer of weights/."""
     directory = run.TARGET / f"model-{preset}"
     if not (directory / "tokenizer.json").exists():
         maker = run.build("--example", "make_checkpoint")
@@ -42,14 +46,17 @@ def checkpoint(preset):
 
 
 def decode_bytes(directory):
-    """What a decode step reads of the weights: all, or all but the embedding where the output projection is another matrix."""
+    """Returns the bytes of weights that a decode step reads.
+
+    An embedding that is not tied to the output projection is not read as a whole.
+    """
     config = json.loads((directory / "config.json").read_text())
     total = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return total if config.get("tie_word_embeddings") else total - 2 * config["vocab_size"] * config["hidden_size"]
 
 
 def ours(llama, directory, prompt, args):
-    """A process of examples/llama -> prompt tokens, tokens per second of prompt and of generation."""
+    """Runs examples/llama -> prompt tokens, tokens per second of the prompt and of the generation"""
     command = [llama, "--cpu", "--model-id", directory, "--prompt", prompt, "--temperature", "0", "-n", str(args.tokens)]
     log = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", env=run.environment("ours", args.threads)).stderr
     words = re.search(r"(\d+) prompt tokens \(([\d.]+) token/s\)", log), re.search(r"(\d+) tokens generated \(([\d.]+) token/s\)", log)
@@ -59,7 +66,10 @@ def ours(llama, directory, prompt, args):
 
 
 def read_speed(bench, args):
-    """GB/s with which the block's packed weights are read (4096, 14336 in bf16), as `cargo bench --bench ffn` measures it."""
+    """Returns the GB/s of a read of the block's packed weights (4096, 14336 in bf16).
+
+    `cargo bench --bench ffn` measures it.
+    """
     command = [bench, "--bench", "--kernels", "best", "--dtypes", "bf16", "--shapes", "8b", "--rows", "1", "--no-candle", "--seconds", "1"]
     case = subprocess.run(command, check=True, capture_output=True, text=True, env=run.environment("ours", args.threads)).stderr
     milliseconds = float(case.split()[5])  # kernel, dtype, shape, rows, ms, read ms, ..
@@ -67,7 +77,7 @@ def read_speed(bench, args):
 
 
 class Transformers:
-    """A process of generate.py, which sleeps until it gets a line."""
+    """A process of generate.py, which sleeps until it receives a line."""
 
     def __init__(self, directory, args):
         command = [run.venv_python("torch"), run.HERE / "generate.py", directory, str(args.threads)]
@@ -76,7 +86,7 @@ class Transformers:
         self.versions = self.process.stdout.readline().strip()
 
     def generate(self, prompt, prompt_tokens, args):
-        """-> tokens per second of prompt and of generation"""
+        """-> tokens per second of the prompt and of the generation"""
         self.process.stdin.write(json.dumps([prompt, prompt_tokens, args.tokens]) + "\n")
         answer = self.process.stdout.readline()
         if not answer:

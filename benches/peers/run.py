@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures the block beside PyTorch, zentorch and OpenVINO: see README.md in this folder, or --help."""
+"""Measures the block beside PyTorch, zentorch and OpenVINO, as README.md in this folder explains."""
 
 import argparse
 import array
@@ -18,12 +18,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).resolve() / "peers"
-RUN = TARGET / "run"  # a case's tensors and results, logs, compilers' caches; made anew each time
+RUN = TARGET / "run"  # tensors and results of a case, logs, caches of compilers; created anew by each run
 
 SHAPES = {"small": (512, 1376), "1b": (2048, 8192), "8b": (4096, 14336)}  # hidden_size H, intermediate_size I
 ROWS = [1, 2, 4, 8, 16, 128, 512]
 DTYPES = ["bf16", "f32", "f16"]
-VENVS = {  # of each system
+VENVS = {  # the virtual environment of each system
     "reference": "openvino",
     "torch-eager": "torch",
     "torch-compile": "torch",
@@ -32,7 +32,7 @@ VENVS = {  # of each system
     "openvino": "openvino",
 }
 PEERS = [system for system in VENVS if system != "reference"]
-LIMITS = {"f32": 1e-4, "f16": 2e-3, "bf16": 2e-2}  # a result further off than that is no result
+LIMITS = {"f32": 1e-4, "f16": 2e-3, "bf16": 2e-2}  # a system with a larger relative error is skipped
 COLUMNS = ["dtype", "shape", "rows", "system", "ms", "min_ms", "ours_ms", "ratio", "rel_error"]
 
 
@@ -41,7 +41,7 @@ def options():
         def parse(text):
             names = text.split(",")
             if unknown := [name for name in names if name not in known]:
-                raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
+                raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found {', '.join(unknown)}")
             return names
 
         return parse
@@ -58,17 +58,19 @@ def options():
     parser.add_argument("--shapes", type=among(SHAPES), default="small,1b,8b")
     parser.add_argument("--rows", type=numbers, default=",".join(map(str, ROWS)))
     parser.add_argument("--dtypes", type=among(DTYPES), default="bf16,f32")
-    parser.add_argument("--seconds", type=float, default=0.5, help="per sample")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of a sample")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--processes", type=int, default=1, help="sets of new processes per case, the rounds for each")
+    parser.add_argument("--processes", type=int, default=1,
+                        help="number of times a case is restarted in new processes, with all rounds each time")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--max-busy", type=float, default=0.05, help="share of the cores that others may use before a turn")
+    parser.add_argument("--max-busy", type=float, default=0.05,
+                        help="share of the cores that other processes may use before a sample")
     parser.add_argument("--patience", type=float, default=10, help="minutes to wait for an idle machine")
     parser.add_argument("--record", metavar="MACHINE/NAME", help="write benches/record/MACHINE/NAME-peers.csv and .txt")
     return parser.parse_args()
 
 
-# What is needed: virtual environments and our worker.
+# Prerequisites: virtual environments and the worker of this crate.
 
 
 def venv_python(name):
@@ -76,7 +78,7 @@ def venv_python(name):
 
 
 def install(name):
-    """The virtual environment with exactly what its requirements file lists."""
+    """Creates the virtual environment with exactly the packages of its requirements file."""
     requirements, installed = HERE / f"requirements-{name}.txt", TARGET / name / "installed.txt"
     if installed.exists() and installed.read_text() == requirements.read_text():
         return
@@ -88,24 +90,24 @@ def install(name):
 
 
 def build(kind="--bench", name="peers"):
-    """The path of one of our executables, built; of worker.rs, if none is named."""
+    """Builds an executable of this crate, by default worker.rs, and returns its path."""
     command = ["cargo", "build", "--release", kind, name, "--message-format=json"]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     for message in map(json.loads, output.splitlines()):
         if message.get("executable") and message["target"]["name"] == name:
             return message["executable"]
-    sys.exit(f"cargo named no executable of {kind} {name}")
+    sys.exit(f"expected cargo to report an executable of {kind} {name}, found none")
 
 
 # Workers.
 
 
 class Failure(Exception):
-    """A worker's `error REASON`, or its end."""
+    """A worker has answered `error REASON` or has ended."""
 
 
 class Worker:
-    """A system in a process of its own, which sleeps until it gets a line."""
+    """A system in a process of its own, which sleeps until it receives a line."""
 
     def __init__(self, system, binary, threads):
         self.system = system
@@ -117,7 +119,7 @@ class Worker:
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
 
     def ask(self, *words):
-        """Sends a line, returns the answer's words after `ok`."""
+        """Sends a line and returns the words of the answer after `ok`."""
         try:
             self.process.stdin.write(" ".join(map(str, words)) + "\n")
             answer = self.process.stdout.readline().strip()
@@ -125,11 +127,11 @@ class Worker:
             answer = ""
         status, _, rest = answer.partition(" ")
         if status != "ok":
-            raise Failure(rest or f"ended with {self.process.wait()}, see {self.log}")
+            raise Failure(rest or f"the process ended with {self.process.wait()}, see {self.log}")
         return rest
 
     def time(self, seconds):
-        """-> median and least seconds per call"""
+        """-> median and minimum of the seconds per call"""
         median, least, _ = self.ask("time", seconds).split()
         return float(median), float(least)
 
@@ -139,7 +141,10 @@ class Worker:
 
 
 def environment(system, threads):
-    """All threads for every system, and what compilers keep in RUN. How threads wait is left as each system has it."""
+    """All threads for every system, and compiler caches in RUN.
+
+    How idle threads wait (OMP_WAIT_POLICY, KMP_BLOCKTIME) keeps each system's default.
+    """
     kernel = {"CANDLE_SWIGLU_KERNEL": system.removeprefix("ours-")} if system.startswith("ours-") else {}
     names = ["OMP_NUM_THREADS", "RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"]
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(RUN / system), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -155,7 +160,7 @@ def machine_facts(worker):
 
 
 def busy_share(seconds):
-    """The share of all cores' time that was not idle."""
+    """Returns the share of the time of all cores that was not idle."""
 
     def times():
         words = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
@@ -169,12 +174,15 @@ def busy_share(seconds):
 
 
 def wait_idle(args):
-    """Also the pause in which threads that spin after their work fall asleep."""
+    """Waits until the machine is idle.
+
+    In this pause the spinning threads of the previous system fall asleep.
+    """
     end = time.monotonic() + 60 * args.patience
     told = False
     while (busy := busy_share(0.3)) > args.max_busy:
         if time.monotonic() > end:
-            sys.exit(f"others kept the machine busy for {args.patience:g} minutes ({busy:.0%} now): nothing can be measured")
+            sys.exit(f"other processes kept the machine busy for {args.patience:g} minutes ({busy:.0%} now)")
         if not told and time.monotonic() > end - 60 * args.patience + 5:
             print(f"waiting for an idle machine ({busy:.0%} busy)", file=sys.stderr)
             told = True
@@ -184,15 +192,15 @@ def wait_idle(args):
 
 
 def relative_error(system, count):
-    """rms(y - reference) / rms(reference) over the first numbers of both."""
+    """Returns rms(y - reference) / rms(reference) over the first `count` numbers of both."""
     expected, found = (array.array("d", (RUN / f"y-{name}.f64").read_bytes())[:count] for name in ("reference", system))
     if len(found) != count:
-        raise Failure(f"{len(found)} numbers, expected {count}")
+        raise Failure(f"expected {count} numbers, found {len(found)}")
     return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(expected, found)) / math.fsum(a * a for a in expected))
 
 
 def make(dtype, shape, rows, binary, args):
-    """Writes the tensors of the cases of a dtype and shape, and the f64 result of all rows."""
+    """Writes the tensors of all cases of a dtype and shape, and the f64 result of all rows."""
     ours, reference = Worker("ours", binary, args.threads), Worker("reference", binary, args.threads)
     try:
         ours.ask("make", dtype, *SHAPES[shape], rows)
@@ -203,7 +211,7 @@ def make(dtype, shape, rows, binary, args):
 
 
 def start(system, case, binary, args, notes):
-    """-> a loaded worker and its error, or None and a note where the system cannot do it."""
+    """-> a loaded worker and its error, or None and a note if the system cannot run the case"""
     dtype, shape, rows = case
     worker = Worker(system, binary, args.threads)
     try:
@@ -222,7 +230,7 @@ def start(system, case, binary, args, notes):
 
 
 def measure(case, binary, args, notes):
-    """-> rows of the table: ours, then each peer with its time over the time of ours measured just before."""
+    """-> rows of the table: ours, then each peer and its time divided by our time just before"""
     turns, errors = {system: [] for system in ["ours", *args.systems]}, {}
     for _ in range(args.processes):
         with contextlib.ExitStack() as stack:
@@ -244,7 +252,10 @@ def measure(case, binary, args, notes):
 
 
 def row(case, system, pairs, error):
-    """pairs: (median, least) seconds per call of ours, and of the system beside it."""
+    """A row of the table.
+
+    `pairs` holds (median, minimum) seconds per call of ours and of the system beside it.
+    """
     median = statistics.median
     return dict(zip(COLUMNS, [
         *case,
@@ -258,7 +269,7 @@ def row(case, system, pairs, error):
 
 
 def show(rows):
-    """One line each, the best peer marked."""
+    """Prints one line per row and marks the best peer."""
     peers = [row for row in rows if not row["system"].startswith("ours")]
     best = min(peers, key=lambda row: float(row["ratio"]), default=None)
     for row in rows:

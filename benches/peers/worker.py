@@ -1,7 +1,8 @@
-"""The peers' side of run.py: another system's SwiGLU block, built and timed on request, one line in and one line out.
+"""The peers' side of run.py: builds and times another system's SwiGLU block on request.
 
-`worker.py SYSTEM THREADS`, with the lines and answers of worker.rs: `load M`, `time SECONDS`, `quit`.
-The system `reference` computes in f64 what all results are compared with.
+`worker.py SYSTEM THREADS` reads the lines of worker.rs and gives the same answers: `load M`,
+`time SECONDS`, `quit`. The system `reference` computes in f64 the result that all others are
+compared with.
 """
 
 import contextlib
@@ -14,12 +15,15 @@ import time
 import numpy as np
 
 CASE = "case.safetensors"
-PROCESS = contextlib.ExitStack()  # what is entered for good
+PROCESS = contextlib.ExitStack()  # contexts that last until the process ends
 NUMPY_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}
 
 
 def read_case(rows):
-    """The case's dtype and gate_proj, up_proj (I,H), down_proj (H,I), x (M,H) of M rows as arrays; bf16 as its bits in int16."""
+    """Returns the case's dtype and gate_proj, up_proj (I,H), down_proj (H,I), x (M,H) as arrays.
+
+    bf16 values are returned as their bits in int16.
+    """
     with open(CASE, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_bytes))
@@ -35,7 +39,7 @@ def read_case(rows):
 
 
 def widen(array):
-    """The same numbers in f64; an int16 is the bits of a bf16."""
+    """Returns the same numbers in f64. An int16 holds the bits of a bf16."""
     if array.dtype == np.int16:
         array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float64)
@@ -71,7 +75,7 @@ def torch_block(compiled, freezing=False, max_autotune=False, backend="inductor"
                 return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
         def tensor(array):
-            # the copy has PyTorch's own alignment
+            # The copy has PyTorch's own alignment.
             shared = torch.from_numpy(array)
             return (shared.view(torch.bfloat16) if array.dtype == np.int16 else shared).clone()
 
@@ -100,7 +104,8 @@ def torch_block(compiled, freezing=False, max_autotune=False, backend="inductor"
 def openvino(rows, threads):
     """A system: the block as an OpenVINO model, with weights, input and output in the case's dtype.
 
-    The plugin computes in that dtype too, but for f16 in f32: a hint of f16 means bf16 to it where the CPU has no f16 products.
+    The plugin computes in that dtype too, except for f16, which it computes in f32: it interprets
+    a hint of f16 as bf16 on CPUs without f16 products.
     """
     import openvino as ov
     from openvino import opset15 as ops
@@ -149,7 +154,7 @@ SYSTEMS = {
 
 
 def timed(call, seconds):
-    """Median and least seconds per call, and how many calls; the same procedure as `time` in worker.rs."""
+    """Returns the median and minimum seconds per call, and the number of calls, like worker.rs."""
 
     def sample(calls):
         start = time.perf_counter()
@@ -166,7 +171,7 @@ def timed(call, seconds):
 
 
 def serve(system, threads):
-    # What libraries print goes to the log: the channel is ours alone.
+    # Output of libraries is sent to the log, because standard output carries the answers.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     call = None

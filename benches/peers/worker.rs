@@ -1,14 +1,15 @@
-//! Our side of `benches/peers/run.py`: the block, built and timed on request, one line in and one line out.
+//! This crate's side of `benches/peers/run.py`: builds and times the block on request. Each line on
+//! standard input is answered by one line.
 //!
-//! | line | what it does | answer |
+//! | line | action | answer |
 //! |---|---|---|
-//! | `facts` | nothing | the machine, several lines, then an empty one |
-//! | `make DTYPE H I M` | writes gate_proj, up_proj (I,H), down_proj (H,I) and x (M,H) to `case.safetensors` | `ok` |
-//! | `load M` | builds the block, writes y (M,H) of x's first M rows to `y-ours.f64` | `ok KERNEL` |
-//! | `time SECONDS` | calls it for so long | `ok MEDIAN MIN CALLS`, seconds per call |
-//! | `quit` | ends | nothing |
+//! | `facts` | none | the facts of the machine, several lines, then an empty one |
+//! | `make DTYPE H I M` | writes gate_proj, up_proj, down_proj and x (M,H) to `case.safetensors` | `ok` |
+//! | `load M` | builds the block, writes y of the first M rows of x to `y-ours.f64` | `ok KERNEL` |
+//! | `time SECONDS` | calls the block for that time | `ok MEDIAN MIN CALLS`, in seconds per call |
+//! | `quit` | ends the process | none |
 //!
-//! Files are those of the working directory. What fails is answered with `error REASON`.
+//! Files are in the working directory. A failure is answered by `error REASON`.
 
 #[path = "../harness/mod.rs"]
 mod harness;
@@ -83,7 +84,7 @@ fn make(dtype: DType, h: usize, i: usize, m: usize) -> Result<()> {
     Ok(safetensors::save(&tensors, CASE)?)
 }
 
-/// Numbers of mean 0 and this deviation; the same every time.
+/// Random numbers with mean 0 and the standard deviation `deviation`, reproducible from the seed.
 fn random(dims: [usize; 2], deviation: f32, seed: u64) -> candle_core::Result<Tensor> {
     let scale = deviation * 3f32.sqrt() / (1u32 << 23) as f32;
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -106,8 +107,9 @@ fn write(y: &Tensor) -> Result<()> {
     Ok(std::fs::write(RESULT, numbers.into_iter().flat_map(f64::to_le_bytes).collect::<Vec<u8>>())?)
 }
 
-/// Median and least seconds per call, and how many calls, after two calls that do not count. Short ones are timed in groups of
-/// 0.2 ms, so that the clock's resolution does not show.
+/// Returns the median and minimum seconds per call and the number of calls, after two calls that do
+/// not count. Short calls are timed in groups of 0.2 ms, so that the clock's resolution does not
+/// matter.
 fn time(call: &dyn Fn(), seconds: f64) -> (f64, f64, usize) {
     let sample = |calls: usize| {
         let start = Instant::now();

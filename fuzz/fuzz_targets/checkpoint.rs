@@ -1,11 +1,14 @@
-//! Hostile checkpoints: a directory of arbitrary files goes through `Checkpoint`, `FfnConfig`, `SwiGluFfn` and `Linear`.
+//! Hostile checkpoints: `Checkpoint`, `FfnConfig`, `SwiGluFfn` and `Linear` load a directory of
+//! arbitrary files.
 //!
-//! 1. The input describes a directory: whole families of tensors with right names and shapes, single tensors with any name,
-//!    dtype, shape and offsets, headers and files of plain bytes; a config and an index, likewise right, odd or plain bytes.
-//! 2. Everything is loaded that the directory claims to have. Errors are fine; each has a message, and keeps it on the way through candle.
-//! 3. A block that loads takes one row, and gives one of the same shape and dtype.
+//! 1. The input describes a directory: families of tensors with correct names and shapes; single
+//!    tensors with any name, dtype, shape and offsets; headers and files of arbitrary bytes; a
+//!    config and an index that are correct, odd or arbitrary bytes.
+//! 2. Everything that the directory claims to contain is loaded. Errors are allowed; each has a
+//!    message, which candle's error keeps.
+//! 3. A block that loads maps one row to a row of the same shape and dtype.
 //!
-//! Memory is bounded by libFuzzer's `-malloc_limit_mb`, time by its `-timeout` (README.md).
+//! libFuzzer's `-malloc_limit_mb` bounds the memory, its `-timeout` the time (README.md).
 #![no_main]
 
 use std::fs;
@@ -56,7 +59,7 @@ enum Json {
 #[derive(Arbitrary, Debug)]
 enum Index {
     None,
-    /// Every tensor is where the files have it.
+    /// Every tensor is mapped to the file that contains it.
     Honest,
     Places(Vec<(Name, Shard)>),
     Bytes(Vec<u8>),
@@ -76,7 +79,7 @@ enum Contents {
     Bytes(Vec<u8>),
 }
 
-/// A family's tensors, as they should be.
+/// The tensors of a family, all correct.
 #[derive(Arbitrary, Debug)]
 struct Block {
     prefix: u8,
@@ -90,7 +93,7 @@ struct Other {
     name: Name,
     dtype: u8,
     shape: Vec<Dim>,
-    /// Added to the start and to the end of where it should lie.
+    /// Added to the start and the end of the correct offsets.
     shift: Option<(i8, i8)>,
 }
 
@@ -194,7 +197,8 @@ const WORDS: [&str; 14] = [
     "llama",
     "glu",
 ];
-/// Of each family the gate, up or fused, and down names; then the family to ask for.
+/// For each family its names (gate, up and down, or the fused tensor and down), and the family to
+/// request.
 const FAMILIES: [(&[&str], Family); 13] = [
     (&["gate_proj", "up_proj", "down_proj"], Family::Llama),
     (&["w1", "w3", "w2"], Family::Meta),
@@ -281,11 +285,11 @@ fn object(fields: &[(u8, Json)]) -> impl Iterator<Item = (String, Value)> {
 
 // ---------------------------------------------------------------- 2. the files
 
-/// A safetensors file while its tensors are listed.
+/// A safetensors file to which tensors are added.
 #[derive(Default)]
 struct Listing {
     entries: Map<String, Value>,
-    /// Where the next tensor lies: claims may exceed it, the file does not.
+    /// Offset of the next tensor. An entry of the header may claim more bytes than the file has.
     end: u64,
 }
 
@@ -321,14 +325,14 @@ impl Listing {
     }
 
     fn file(self, fill: u8) -> Vec<u8> {
-        let data = (0..self.end).map(|at| fill.wrapping_mul(at as u8 | 1) & 0xbf); // no NaN, mostly
+        let data = (0..self.end).map(|at| fill.wrapping_mul(at as u8 | 1) & 0xbf); // rarely a NaN
         let header = Value::Object(self.entries).to_string();
         (header.len() as u64).to_le_bytes().into_iter().chain(header.bytes()).chain(data).collect()
     }
 }
 
 impl Contents {
-    /// The file's bytes, and the names it has.
+    /// The bytes of the file, and the names of its tensors.
     fn file(&self, sizes: Sizes) -> (Vec<u8>, Vec<String>) {
         match self {
             Contents::Bytes(bytes) => (bytes.clone(), vec![]),
@@ -359,7 +363,7 @@ impl Contents {
 }
 
 impl Input {
-    /// Writes the directory.
+    /// Writes all files to the directory.
     fn write(&self, dir: &Path) -> std::io::Result<()> {
         let mut places = Map::new();
         for (name, contents) in self.files.iter().take(4) {
@@ -405,7 +409,7 @@ impl Shard {
 
 // ---------------------------------------------------------------- 3. everything is loaded
 
-/// The error has a message, which survives the way through candle.
+/// Checks that an error has a message, and that candle's error keeps it.
 fn checked<T>(result: Result<T, Error>) -> Option<T> {
     result
         .map_err(|error| {
@@ -418,7 +422,7 @@ fn checked<T>(result: Result<T, Error>) -> Option<T> {
 
 fn one_row(layer: &dyn Module, input: usize, output: usize, dtype: DType) {
     let x = Tensor::ones((1, input), DType::F32, &Device::Cpu).and_then(|x| x.to_dtype(dtype)).expect("a row");
-    let y = layer.forward(&x).expect("what was loaded takes a row");
+    let y = layer.forward(&x).expect("a loaded layer accepts a row");
     assert_eq!((y.dims(), y.dtype()), (&[1, output][..], dtype));
 }
 
@@ -451,7 +455,7 @@ fn load_all(input: &Input, dir: &Path) {
 }
 
 fuzz_target!(|input: Input| {
-    let memory = Path::new("/dev/shm"); // where there is one
+    let memory = Path::new("/dev/shm"); // in memory, if it exists
     let parent = if memory.is_dir() { memory.to_path_buf() } else { std::env::temp_dir() };
     let dir = tempfile::Builder::new().prefix("candle-swiglu-fuzz").tempdir_in(parent).expect("a directory");
     input.write(dir.path()).expect("written files");

@@ -1,20 +1,23 @@
-//! The block and a projection of any shape, layout, dtype and formula, against loops in f64.
+//! Compares the block and a projection of any shape, layout, dtype and formula with loops in f64.
 //!
-//! 1. The input chooses sizes up to H = I = 70 and M = 40, the layouts of x and of every weight, which of them are variables,
-//!    the formula, and the scale of the numbers; the numbers themselves follow from a seed.
-//! 2. The definition is computed in f64. Beside every number stands how far rounding may lead from it ([`Near`]):
-//!    - a sum of n products in any order in unit roundoff u: (n + 3)·u·Σ|a||b|, and what a and b bring along;
-//!    - act is nowhere steeper than 1.13, and is itself off by its documented units of u;
-//!    - the result of a step is rounded to the dtype where the form writes it: h and y in the packed form, every step in the
-//!      plain one.
-//! 3. Elements whose terms leave the dtype's or f32's range may be anything; every other one must lie within its bound.
+//! 1. The input chooses H and I up to 70, M up to 40, the layouts of x and of every weight, which
+//!    weights are variables, the formula, and the scale of the numbers. The numbers follow from a
+//!    seed.
+//! 2. The definition is computed in f64. Each number has a bound of its rounding error ([`Near`]):
+//!    - a sum of n products, in any order with unit roundoff u, is off by at most (n + 3)·u·Σ|a||b|
+//!      plus the propagated errors of a and b;
+//!    - act has a slope of at most 1.13, and its own error of the documented units of u;
+//!    - the result of a step is rounded to the dtype if the implementation writes it: h and y for
+//!      packed weights, every step in the plain form.
+//! 3. Elements whose terms leave the range of the dtype or of f32 may have any value; all others
+//!    must be within their bounds.
 //!
-//! CANDLE_SWIGLU_KERNEL chooses the kernel; without it the best one of the machine runs.
+//! `CANDLE_SWIGLU_KERNEL` selects the kernel; by default the best one of the machine runs.
 #![no_main]
 
 use arbitrary::Arbitrary;
 use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
-use candle_swiglu::{Biases, FfnConfig, GateUp, GluActivation, Linear, FusedOrder, SwiGluFfn, Weights};
+use candle_swiglu::{Biases, FfnConfig, FusedOrder, GateUp, GluActivation, Linear, SwiGluFfn, Weights};
 use libfuzzer_sys::fuzz_target;
 
 // ---------------------------------------------------------------- 1. what an input describes
@@ -32,9 +35,9 @@ struct Case {
     gate: Operand,
     up: Operand,
     down: Operand,
-    /// gate and up in one tensor, of gate's layout
+    /// gate and up in one tensor, which has the layout of gate
     fused: Option<Order>,
-    /// Values of x that are not finite: row, column, which.
+    /// A value of x that is not finite: row, column, which value.
     odd: Option<(u8, u8, u8)>,
 }
 
@@ -50,7 +53,7 @@ enum Float {
 struct Formula {
     activation: Activation,
     bias: bool,
-    /// in 1/256
+    /// In units of 1/256, like the next three.
     gate_multiplier: Option<i16>,
     down_multiplier: Option<i16>,
     limit: Option<u16>,
@@ -72,7 +75,8 @@ enum Activation {
 struct Operand {
     layout: View,
     tracked: bool,
-    /// Up to 100 in 1/32 of a power of two, beyond in whole ones.
+    /// Scale of the numbers, as an exponent of 2: up to ±100 in units of 1/32, beyond in whole
+    /// units.
     exponent: i8,
 }
 
@@ -123,7 +127,7 @@ impl Numbers {
         if operand.tracked { Ok(Var::from_tensor(&tensor)?.into_inner()) } else { Ok(tensor) }
     }
 
-    /// (rows, columns) in the operand's layout
+    /// A matrix (rows, columns) in the operand's layout.
     fn matrix(&mut self, (r, c): (usize, usize), operand: Operand, dtype: DType) -> Result<Tensor> {
         let mut t = |dims: &[usize]| self.tensor(dims, operand, dtype);
         match operand.layout {
@@ -175,7 +179,7 @@ impl Case {
         formula.limit.map_or(cfg.clone(), |limit| cfg.with_limit((f32::from(limit) + 1.0) / 256.0))
     }
 
-    /// x (M,H), the same tensor in the rank asked for where it can have it
+    /// x (M,H), and the same tensor in the requested rank if its shape allows it
     fn x(&self, numbers: &mut Numbers, h: usize) -> Result<(Tensor, Tensor)> {
         let (m, dtype) = (usize::from(self.m % 41), self.dtype());
         if m == 0 {
@@ -193,7 +197,7 @@ impl Case {
             Rank::Vector if m == 1 => x.squeeze(0)?,
             Rank::Batch if m % 2 == 0 => x.reshape((2, m / 2, h))?,
             Rank::BatchTransposed if m % 3 == 0 => {
-                let batch = x.reshape((m / 3, 3, h))?.transpose(0, 1)?; // rows in another order
+                let batch = x.reshape((m / 3, 3, h))?.transpose(0, 1)?; // changes the order of the rows
                 x = batch.contiguous()?.reshape((m, h))?;
                 batch
             }
@@ -203,13 +207,15 @@ impl Case {
     }
 }
 
-// ---------------------------------------------------------------- 2. the definition, and how far from it one may be
+// ---------------------------------------------------------------- 2. the definition, with bounds
 
-/// A computed number's exact value, and how far from it rounding may lead; infinite where it may leave the range.
+/// The exact value of a computed number, and the bound of its rounding error, which is infinite if
+/// the number may leave the range.
 #[derive(Clone, Copy)]
 struct Near(f64, f64);
 
-/// Unit roundoff, half the smallest denormal (or what is taken for 0), and the largest number, of a dtype.
+/// Unit roundoff, half of the smallest denormal (or the bound below which values are flushed to 0),
+/// and the largest number of a dtype.
 #[derive(Clone, Copy)]
 struct Precision {
     u: f64,
@@ -217,7 +223,7 @@ struct Precision {
     largest: f64,
 }
 
-/// `vdpbf16ps` takes denormals for 0.
+/// `vdpbf16ps` flushes denormals to 0.
 const FLUSHED: f64 = 1.2e-38;
 
 impl Precision {
@@ -226,12 +232,13 @@ impl Precision {
             DType::BF16 => (8, FLUSHED, 3.38e38),
             DType::F16 => (11, 2f64.powi(-25), 65504.0),
             DType::F32 => (24, 2f64.powi(-150), 3.4e38),
-            _ => (52, 1e-300, 1e300), // f64: the definition is off as much again
+            _ => (52, 1e-300, 1e300), // f64: doubled, because the definition has the same error
         };
         Self { u: 2f64.powi(-bits), smallest, largest }
     }
 
-    /// Of sums of products in `dtype`: f32, but candle's products in f16, of which some are summed in f16.
+    /// The precision of sums of products in `dtype`: f32, except for candle's f16 products, of
+    /// which some are summed in f16.
     fn of_sums(dtype: DType, plain: bool) -> Self {
         match dtype {
             DType::F64 => Self::of(dtype),
@@ -255,7 +262,7 @@ fn dot<'a>(terms: impl Iterator<Item = (Near, &'a f64)>, bias: f64, p: Precision
         size += (a.abs() + error) * b.abs();
         carried += error * b.abs();
         roundings += 1.0;
-        factors += a.abs() + b.abs(); // a denormal taken for 0 is multiplied
+        factors += a.abs() + b.abs(); // the other factor multiplies the error of a flushed denormal
     }
     let error = carried + roundings * p.u * size + (roundings + factors) * p.smallest;
     Near(sum, if size < 0.99 * p.largest { error } else { f64::INFINITY })
@@ -296,19 +303,19 @@ fn glu(cfg: &FfnConfig, gate: Near, up: Near, p: Precision) -> Near {
     Near(value * u.0, if size < 0.99 * p.largest { error + p.smallest } else { f64::INFINITY })
 }
 
-/// How the steps are rounded.
+/// The precision to which each kind of step is rounded.
 #[derive(Clone, Copy)]
 struct Rounding {
     sums: Precision,
     /// The arithmetic between the products.
     wide: Precision,
     dtype: Precision,
-    /// Every step is written in the dtype.
+    /// Whether every step is written in the dtype.
     plain: bool,
 }
 
 impl Rounding {
-    /// A step that only the plain form writes.
+    /// Rounds the result of a step that only the plain form writes.
     fn step(self, value: Near) -> Near {
         if self.plain { self.dtype.round(value) } else { value }
     }
@@ -327,7 +334,7 @@ impl Rounding {
     }
 }
 
-/// A weight and its bias as they are.
+/// A weight and its bias, exactly.
 struct Matrix {
     rows: Vec<Vec<f64>>,
     bias: Option<Vec<f64>>,
@@ -368,7 +375,7 @@ fn check(what: &str, y: &Tensor, expected: &[Near]) -> Result<()> {
     Ok(())
 }
 
-/// Widened, so that the bits of every dtype compare.
+/// The bits after widening to f64, with one pattern for all NaNs.
 fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
     let values = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
     Ok(values.into_iter().map(|value| if value.is_nan() { f64::NAN.to_bits() } else { value.to_bits() }).collect())
@@ -420,11 +427,11 @@ fn run(case: &Case) -> Result<()> {
     let plain = ffn.kernel().starts_with("plain");
     let expected = block(&cfg, &x_rows, matrices.each_ref(), rounding(plain));
     check(&format!("block, {}", ffn.kernel()), &y, &expected)?;
-    // Nothing remains of the call before.
-    assert_eq!(bits(&ffn.forward(&shaped)?)?, bits(&y)?, "{} again", ffn.kernel());
+    // A second call does not depend on the first.
+    assert_eq!(bits(&ffn.forward(&shaped)?)?, bits(&y)?, "second call, {}", ffn.kernel());
 
     let linear = Linear::new(gate.clone(), gate_bias.clone())?;
-    assert_eq!(bits(&linear.weight()?)?, bits(&gate)?, "unpacked");
+    assert_eq!(bits(&linear.weight()?)?, bits(&gate)?, "unpacked weight");
     let rounding = rounding(linear.kernel() == "plain");
     let row = |x: &Vec<f64>| {
         let x: Vec<Near> = x.iter().map(|&x| Near(x, 0.0)).collect();
@@ -445,8 +452,8 @@ fn halves(fused: &Tensor, order: FusedOrder) -> Result<(Tensor, Tensor)> {
         FusedOrder::GateFirst => Ok((rows(0, 1)?, rows(i, 1)?)),
         FusedOrder::UpFirst => Ok((rows(i, 1)?, rows(0, 1)?)),
         FusedOrder::Interleaved => Ok((rows(0, 2)?, rows(1, 2)?)),
-        other => candle_core::bail!("no rows of {other:?}"),
+        other => candle_core::bail!("the fuzz target does not support the order {other:?}"),
     }
 }
 
-fuzz_target!(|case: Case| run(&case).expect("every step of a case is allowed"));
+fuzz_target!(|case: Case| run(&case).expect("every step of a case is valid"));

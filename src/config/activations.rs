@@ -1,4 +1,5 @@
-//! Which field of a `config.json` holds the gate's activation, by model type, as in transformers 5.23.
+//! Which field of a `config.json` holds the gate's activation, by model type as in transformers
+//! 5.23.
 
 use serde_json::Value;
 
@@ -6,15 +7,15 @@ use super::json::{field, text, unsupported};
 use crate::error::{Error, Result};
 use crate::gate::activation::GluActivation::{self, Gelu, GeluTanh, Relu, Silu};
 
-/// Where a model type has its activation.
+/// How a model type determines its activation.
 enum Rule {
-    /// The code fixes it, whatever the config says.
+    /// The model's code fixes it; no field of the config changes it.
     Fixed(GluActivation),
-    /// One field, or the default where it is absent.
+    /// One field, or the default if it is absent.
     Field(&'static str, GluActivation),
-    /// T5's `feed_forward_proj`, or the default where it is absent.
+    /// T5's `feed_forward_proj`, or the default if it is absent.
     T5(&'static str),
-    /// Code outside transformers: the first of the usual fields.
+    /// A model type outside transformers: the first of the usual fields that exists.
     Usual,
 }
 
@@ -48,7 +49,7 @@ const HIDDEN_ACT_SILU: &[&str] = &[
     "voxtral_realtime", "voxtral_realtime_encoder", "youtu",
 ];
 
-/// Fields that hold the activation of the feed-forward block in some model.
+/// Fields that hold the activation of the feed-forward block in some model type.
 const FIELDS: [&str; 15] = [
     "hidden_activation",
     "hidden_act",
@@ -69,7 +70,8 @@ const FIELDS: [&str; 15] = [
 
 const FEED_FORWARD: &str = "feed_forward_proj";
 
-/// A field that is not in [`FIELDS`] but whose name says that it is the feed-forward block's activation (`mlp_act`).
+/// Whether the name of a field that is not in [`FIELDS`] says that it holds the activation of the
+/// feed-forward block (`mlp_act`).
 fn looks_like_one(name: &str) -> bool {
     const OF_THE_BLOCK: [&str; 9] = ["hidden", "mlp", "ffn", "ff", "feed", "forward", "glu", "gate", "dense"];
     const KIND: [&str; 5] = ["fn", "func", "function", "name", "type"];
@@ -80,7 +82,7 @@ fn looks_like_one(name: &str) -> bool {
 
 fn rule(model: &str) -> Rule {
     match model {
-        "gpt_oss" | "openai_privacy_filter" | "minimax_m3_vl" => Rule::Fixed(Silu), // with a slope, see huggingface.rs
+        "gpt_oss" | "openai_privacy_filter" | "minimax_m3_vl" => Rule::Fixed(Silu), // huggingface.rs sets its slope
         "lfm2" | "lfm2_moe" | "lfm3" | "lfm3_vl_vision" | "deimv2" | "esmfold2" => Rule::Fixed(Silu),
         _ if super::model::DINOV2.contains(&model) => Rule::Fixed(Silu),
         "gemma2" | "gemma3" | "gemma3n" | "gemma4" | "gemma4_vision" | "gemma4_unified" | "diffusion_gemma"
@@ -102,7 +104,7 @@ fn rule(model: &str) -> Rule {
     }
 }
 
-/// The gate's activation of a model type given without `_text`.
+/// The gate's activation of a model type, which is given without `_text`.
 pub(super) fn read(json: &Value, model: &str) -> Result<GluActivation> {
     let rule = rule(model);
     if let Rule::Fixed(activation) = rule {
@@ -125,10 +127,10 @@ pub(super) fn read(json: &Value, model: &str) -> Result<GluActivation> {
     Ok(activation)
 }
 
-/// Every other field that holds an activation names the same one.
+/// Checks that every other field that holds an activation names the same one.
 fn agree(json: &Value, model: &str, read: &str, activation: GluActivation) -> Result<()> {
     let reason = "it names another activation than the field that this model type reads";
-    // The convolutions in front of Voxtral's audio layers have an activation of their own.
+    // The convolutions before Voxtral's audio layers have an activation of their own.
     let elsewhere = |name| model == "voxtral_realtime_encoder" && name == "activation_function";
     for name in FIELDS.into_iter().filter(|&name| name != read && !elsewhere(name)) {
         if let Some(value) = text(json, name)?.map(Value::from)
@@ -143,7 +145,7 @@ fn agree(json: &Value, model: &str, read: &str, activation: GluActivation) -> Re
             return Err(unsupported(name, value, reason));
         }
     }
-    // Pop2Piano's dense_act_fn does not follow from it.
+    // In Pop2Piano `dense_act_fn` and `feed_forward_proj` are independent.
     let other = text(json, FEED_FORWARD)?.filter(|_| read != FEED_FORWARD && model != "pop2piano");
     match other {
         Some(name) if gated(name).ok() != Some(activation) => Err(unsupported(FEED_FORWARD, &name.into(), reason)),
@@ -151,7 +153,7 @@ fn agree(json: &Value, model: &str, read: &str, activation: GluActivation) -> Re
     }
 }
 
-/// The activation that a field names. Gemma's first release wrote `gelu` for the tanh form.
+/// The activation that a field names. The first release of Gemma wrote `gelu` for the tanh form.
 fn named(json: &Value, name: &str, model: &str) -> Result<Option<GluActivation>> {
     let activation = text(json, name)?.map(str::parse).transpose()?;
     Ok(activation.map(|activation| if model == "gemma" && activation == Gelu { GeluTanh } else { activation }))

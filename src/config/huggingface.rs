@@ -1,5 +1,5 @@
-//! The block of a model from its `config.json`: biases and formula by model type, as transformers
-//! 5.23 has them.
+//! The block of a model, read from its `config.json`. Biases and formula depend on the model type
+//! as in transformers 5.23.
 
 use serde_json::Value;
 
@@ -26,7 +26,7 @@ pub(super) fn read(whole: &Value, layer: Option<usize>, part: Part) -> Result<Ff
     Ok(cfg)
 }
 
-/// The text model's config inside a multimodal one. The sizes beside it, if any, are not the block's.
+/// The text model's config inside a multimodal one. Sizes beside it do not belong to the block.
 fn nested(whole: &Value) -> Option<&Value> {
     let parts = ["text_config", "llm_config", "language_config"];
     let thinker = || field(field(whole, "thinker_config")?, "text_config"); // Qwen's Omni models
@@ -36,13 +36,13 @@ fn nested(whole: &Value) -> Option<&Value> {
     (has(part, &["hidden_size", "d_model"]) || !complete).then_some(part)
 }
 
-/// `gemma3_text` and `gemma3` name the same language model.
+/// The model type without the suffix: `gemma3_text` and `gemma3` name the same language model.
 fn stem(model_type: &str) -> &str {
     let stem = model_type.strip_suffix("_text_model").or(model_type.strip_suffix("_text")).unwrap_or(model_type);
     match stem {
-        "paligemma" => "gemma", // whose text model is one unless it says otherwise
+        "paligemma" => "gemma", // the default of its text model
         "step3p7" => "step3p5",
-        "new" => "gte", // Alibaba's own code of the same model
+        "new" => "gte", // the same model in Alibaba's own code
         other => other,
     }
 }
@@ -60,7 +60,7 @@ fn refuse_quantized(whole: &Value) -> Result<()> {
 }
 
 impl Config<'_> {
-    /// Fields and model types that change what the block computes, in ways that are not implemented.
+    /// Refuses fields and model types that change the formula in ways that are not implemented.
     fn refuse(&self) -> Result<()> {
         self.refuse_model()?;
         self.refuse_without_gate()?;
@@ -70,11 +70,11 @@ impl Config<'_> {
         );
         for name in ["swiglu_limit", "swiglu_alpha"] {
             if let Some(value) = field(self.json, name).filter(|_| !limited) {
-                return Err(unsupported(name, value, "the form of the limited unit is not known for this model type"));
+                return Err(unsupported(name, value, "the formula of this model type with a limit is not known"));
             }
         }
         for name in ["swiglu_limits", "swiglu_limits_shared"] {
-            let after = "the limit acts behind the activation, for one layer and not for another";
+            let after = "the limit applies to the result of the activation, and only in some layers";
             self.refuse_layers(name, "a list of numbers", after)?;
         }
         self.refuse_sparsity()?;
@@ -82,13 +82,14 @@ impl Config<'_> {
             let off = value.is_null() || *value == Value::Bool(false) || value.as_f64() == Some(0.0);
             let factor_of_one = value.as_f64() == Some(1.0) && (name.ends_with("multiplier") || name.ends_with("scale"));
             if is_modifier(name) && !off && !factor_of_one {
-                return Err(unsupported(name, value, "it seems to change the formula, and this crate does not know how"));
+                return Err(unsupported(name, value, "a field of this name probably changes the formula"));
             }
         }
         Ok(())
     }
 
-    /// Blocks with a part between or beside the projections that the formula has not.
+    /// Refuses blocks that compute something between or beside the projections which the formula
+    /// lacks.
     fn refuse_model(&self) -> Result<()> {
         let reason = match self.model {
             "inkling2" => "the gate and up are softly capped",
@@ -101,7 +102,7 @@ impl Config<'_> {
         Err(unsupported("model_type", &Value::from(self.model), reason))
     }
 
-    /// A switch says that the feed-forward network is a plain one.
+    /// Refuses a config in which a switch selects a feed-forward network without a gate.
     fn refuse_without_gate(&self) -> Result<()> {
         let off_by_default = match self.model {
             "dinov3_vit" | "eomt_dinov3" => "use_gated_mlp",
@@ -118,11 +119,11 @@ impl Config<'_> {
 
     fn refuse_sparsity(&self) -> Result<()> {
         const NAME: &str = "activation_sparsity_pattern";
-        let reason = "the gate would be made sparse";
+        let reason = "activation sparsity is not implemented";
         if self.model != "gemma3n" || field(self.json, NAME).is_some() {
             return self.refuse_layers(NAME, "a number or a list of numbers", reason);
         }
-        // Absent: the first ten layers of a deeper model are sparse.
+        // If the field is absent, the first ten layers of a deeper model are sparse.
         let deep = size(self.json, &["num_hidden_layers"])?.unwrap_or(35) > 10;
         match self.layer {
             Some(layer) if layer >= 10 => Ok(()),
@@ -131,7 +132,8 @@ impl Config<'_> {
         }
     }
 
-    /// A field, or the layer's entry of a list, must be 0 or null; without a layer, every entry.
+    /// Refuses a field unless it is 0 or null. In a list the layer's entry counts; without a layer
+    /// all entries count.
     fn refuse_layers(&self, name: &str, expected: &'static str, reason: &'static str) -> Result<()> {
         let Some(value) = field(self.json, name) else { return Ok(()) };
         let off = |value: &Value| value.is_null() || value.as_f64() == Some(0.0);
@@ -170,7 +172,7 @@ impl Config<'_> {
             }
         }
         if fc1.or(fc2).is_some() {
-            // Nomic's own code: both are true unless said otherwise.
+            // In Nomic's own code both are true by default.
             let (fc1, fc2) = (fc1.unwrap_or(true), fc2.unwrap_or(true));
             return Ok(Biases::new(fc1, fc1, fc2));
         }
@@ -196,7 +198,7 @@ impl Config<'_> {
         with_bias.contains(&self.model) || DINOV2.contains(&self.model)
     }
 
-    /// The limited unit and Falcon-H1's multipliers.
+    /// Sets the limit, slope and offset of limited units, and Falcon-H1's multipliers.
     fn with_formula(&self, cfg: FfnConfig) -> Result<FfnConfig> {
         let mut cfg = match self.model {
             "gpt_oss" | "openai_privacy_filter" | "minimax_m3_vl" => {
@@ -219,7 +221,7 @@ impl Config<'_> {
         Ok(cfg)
     }
 
-    /// The layouts that only a model type tells.
+    /// Sets the names and layouts that only the model type determines.
     fn with_names(&self, cfg: FfnConfig) -> FfnConfig {
         match self.model {
             "gpt_oss" => cfg.with_family(Family::Interleaved),
@@ -233,8 +235,8 @@ impl Config<'_> {
     }
 }
 
-/// Names of fields that bound, scale or normalise something inside a feed-forward block, but for
-/// those read above.
+/// Whether a field's name says that it bounds, scales or normalises something inside a feed-forward
+/// block. The fields that are read above are excluded.
 fn is_modifier(name: &str) -> bool {
     const READ: [&str; 8] = [
         "activation_sparsity_pattern",

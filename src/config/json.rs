@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// The field's value, unless it is absent or null.
+/// The value of the field, or `None` if it is absent or null.
 pub(super) fn field<'a>(json: &'a Value, name: &str) -> Option<&'a Value> {
     json.get(name).filter(|value| !value.is_null())
 }
@@ -17,7 +17,7 @@ pub(super) fn unsupported(name: &str, value: &Value, reason: &'static str) -> Er
     Error::Unsupported { field: name.to_string(), value: value.to_string(), reason }
 }
 
-/// The layer's entry of a list; without a layer, the entry that all have in common.
+/// The layer's entry of a list. Without a layer, the entry that all layers share.
 pub(super) fn entry<'a>(name: &str, value: &'a Value, layer: Option<usize>) -> Result<&'a Value> {
     let Value::Array(list) = value else { return Ok(value) };
     match (layer, list.split_first()) {
@@ -34,13 +34,13 @@ fn positive(name: &str, value: &Value) -> Result<usize> {
     }
 }
 
-/// The first of the fields that is there, as a positive integer; of a list, the layer's.
+/// The first field that exists, as a positive integer. In a list the layer's entry counts.
 pub(super) fn size_at(json: &Value, names: &[&str], layer: Option<usize>) -> Result<Option<usize>> {
     let found = names.iter().find_map(|name| Some((*name, field(json, name)?)));
     found.map(|(name, value)| positive(name, entry(name, value, layer)?)).transpose()
 }
 
-/// The first of the fields that is there, as a positive integer.
+/// The first field that exists, as a positive integer.
 pub(super) fn size(json: &Value, names: &[&str]) -> Result<Option<usize>> {
     let found = names.iter().find_map(|name| Some((*name, field(json, name)?)));
     found.map(|(name, value)| positive(name, value)).transpose()

@@ -1,8 +1,8 @@
-//! What the readers of a `config.json` share: the model type, and which block is read.
+//! What the readers of a `config.json` have in common: the model type, and which block is read.
 
 use serde_json::Value;
 
-/// DINOv2 and what is built on it: I follows from `mlp_ratio`, and `use_swiglu_ffn` decides whether
+/// DINOv2 and models based on it: I follows from `mlp_ratio`, and `use_swiglu_ffn` decides whether
 /// there is a gate.
 pub(super) const DINOV2: [&str; 8] =
     ["dinov2", "dinov2_with_registers", "eomt", "radio", "rf_detr_dinov2", "tipsv2", "tipsv2_vision_model", "videomt"];
@@ -14,7 +14,7 @@ pub(super) enum Part {
     Expert,
 }
 
-/// The model's own part of a config.
+/// The part of a config that describes the model.
 pub(super) struct Config<'a> {
     pub(super) json: &'a Value,
     /// The model type without `_text`.

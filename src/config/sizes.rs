@@ -1,4 +1,4 @@
-//! I by model type, as the model's code computes it from its `config.json`.
+//! I by model type, computed from the `config.json` as in the model's own code.
 
 use serde_json::Value;
 
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 pub(super) const INTERMEDIATE: [&str; 5] = ["intermediate_size", "d_ff", "ffn_hidden_size", "hidden_dim", "n_inner"];
 
 impl Config<'_> {
-    /// I, before it is known whether a block of this size can be.
+    /// I. Whether a block of this size is possible is checked later.
     pub(super) fn intermediate_size(&self, hidden_size: usize) -> Result<usize> {
         let json = self.json;
         let one = |name: &'static str| size_at(json, &[name], self.layer)?.ok_or(Error::MissingField { field: name });
@@ -41,7 +41,7 @@ impl Config<'_> {
     fn usual_intermediate_size(&self) -> Result<usize> {
         const FIELD: &str = "intermediate_size";
         if let Some(size) = size_at(self.json, &INTERMEDIATE, self.layer)? {
-            // Qwen-1's intermediate_size counts both halves.
+            // Qwen-1's intermediate_size counts gate and up together.
             return if self.model == "qwen" { half(FIELD, self.json, size) } else { Ok(size) };
         }
         match (size(self.json, &["dim"])?, size(self.json, &["multiple_of"])?) {
@@ -50,7 +50,8 @@ impl Config<'_> {
         }
     }
 
-    /// Llama 4 has dense layers of `intermediate_size_mlp` among its layers of experts.
+    /// Whether the block is dense. Llama 4 mixes layers of experts with dense layers, whose I is
+    /// `intermediate_size_mlp`.
     fn is_dense_llama4(&self) -> Result<bool> {
         let step = size(self.json, &["interleave_moe_layer_step"])?.unwrap_or(1);
         let listed = field(self.json, "moe_layers").and_then(Value::as_array);
@@ -62,7 +63,7 @@ impl Config<'_> {
         })
     }
 
-    /// The layers of Gemma 4 that reuse keys and values may be twice as wide.
+    /// The factor of I: Gemma 4 may double it in the layers that reuse keys and values.
     fn gemma4_width(&self) -> Result<usize> {
         const NAME: &str = "use_double_wide_mlp";
         if !flag(self.json, NAME)?.unwrap_or(false) {
@@ -77,7 +78,8 @@ impl Config<'_> {
         }
     }
 
-    /// OpenELM: H times the layer's `ffn_multipliers`, to the nearest multiple of `ffn_dim_divisor`.
+    /// OpenELM: H times the layer's `ffn_multipliers`, rounded to the nearest multiple of
+    /// `ffn_dim_divisor`.
     fn openelm(&self, hidden_size: usize) -> Result<usize> {
         const NAME: &str = "ffn_multipliers";
         let value = field(self.json, NAME).ok_or(Error::MissingField { field: NAME })?;
@@ -88,7 +90,7 @@ impl Config<'_> {
         };
         let divisor = size(self.json, &["ffn_dim_divisor"])?.unwrap_or(256);
         let nearest = ((exact + (divisor / 2) as f64) as usize / divisor).max(1).saturating_mul(divisor);
-        // Not more than a tenth below.
+        // The result is not more than a tenth below the exact value.
         Ok(if (nearest as f64) < 0.9 * exact { nearest.saturating_add(divisor) } else { nearest })
     }
 
@@ -131,7 +133,8 @@ fn round_up(size: usize, multiple_of: usize, name: &str) -> Result<usize> {
     size.div_ceil(multiple_of).checked_mul(multiple_of).ok_or_else(overflow)
 }
 
-/// Meta's rule: two thirds of 4·dim, times `ffn_dim_multiplier`, each cut to an integer, rounded up to `multiple_of`.
+/// Meta's rule: two thirds of 4·dim, truncated; times `ffn_dim_multiplier`, truncated; rounded up
+/// to a multiple of `multiple_of`.
 fn meta(json: &Value, dim: usize, multiple_of: usize) -> Result<usize> {
     let overflow = || invalid("dim", "a size whose block fits memory", &Value::from(dim));
     let two_thirds = dim.checked_mul(8).ok_or_else(overflow)? / 3;
@@ -139,8 +142,8 @@ fn meta(json: &Value, dim: usize, multiple_of: usize) -> Result<usize> {
     scaled.div_ceil(multiple_of).checked_mul(multiple_of).ok_or_else(overflow)
 }
 
-/// LFM2: `block_ff_dim` (or `intermediate_size`), by Meta's rule unless `block_auto_adjust_ff_dim`
-/// is false.
+/// LFM2: `block_ff_dim` (or `intermediate_size`). Meta's rule applies to it unless
+/// `block_auto_adjust_ff_dim` is false.
 fn lfm2(json: &Value) -> Result<usize> {
     let full = required(json, &["block_ff_dim", "intermediate_size"], "intermediate_size")?;
     if !flag(json, "block_auto_adjust_ff_dim")?.unwrap_or(true) {

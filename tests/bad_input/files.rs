@@ -1,4 +1,4 @@
-//! Directories and files that are broken.
+//! Broken directories and files.
 
 use std::fs;
 use std::io::Write;
@@ -55,7 +55,7 @@ fn directories_instead_of_files() {
     }
 }
 
-/// Opening a pipe would wait for a writer that never comes.
+/// Opening a pipe would block, because no process writes to it.
 #[cfg(unix)]
 #[test]
 fn a_pipe_instead_of_a_file() {
@@ -74,7 +74,7 @@ fn files_that_may_not_be_read() {
         let path = dir.path().join(name);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
         if fs::read(&path).is_ok() {
-            return eprintln!("not tested: this user may read everything");
+            return eprintln!("skipped: this user may read every file");
         }
         assert_error!(Checkpoint::open(dir.path()), Error::Io { .. }, [path.to_str().unwrap(), "denied"]);
     }
@@ -87,7 +87,7 @@ fn configs_that_are_not_json() {
         fs::write(dir.path().join("config.json"), bytes).unwrap();
         assert_error!(Checkpoint::open(dir.path()), Error::Json { .. }, ["config.json: not valid JSON"]);
     }
-    // JSON, but no config: the field is named when the block asks for it
+    // Valid JSON that is not a config: the error names the missing field.
     for json in ["[]", "null", "{}", "7", "\"llama\""] {
         let dir = directory(&[("model.safetensors", &block())]);
         fs::write(dir.path().join("config.json"), json).unwrap();
@@ -136,7 +136,7 @@ fn headers_that_lie() {
     };
     let max = u64::MAX;
     for (header, reason) in [
-        // not what a header is
+        // not a valid header
         (String::new(), ""),
         ("{".into(), ""),
         ("[]".into(), ""),
@@ -147,7 +147,7 @@ fn headers_that_lie() {
         (r#"{"w":{"dtype":"F31","shape":[4],"data_offsets":[0,16]}}"#.into(), "F31"),
         (r#"{"__metadata__":{"format":7}}"#.into(), ""),
         (r#"{"w":{"dtype":"F4","shape":[3],"data_offsets":[0,1]}}"#.into(), ""),
-        // shapes and offsets that do not fit each other
+        // shapes and offsets that contradict each other
         (one("[4]", "[0,12]"), ""),
         (one("[4]", "[0,20]"), ""),
         (one("[]", "[0,16]"), ""),
@@ -174,7 +174,7 @@ fn headers_that_lie() {
             ["model.safetensors: broken safetensors header", reason]
         );
     }
-    // no element, so any shape has the right size; its strides do not fit
+    // Without elements any shape has the right size, but its strides overflow.
     for shape in ["[0,4294967296,4294967296]", "[4294967296,0,4294967296]"] {
         let opened = open_file(&file(&one(shape, "[0,0]"), 0));
         assert_error!(opened, Error::Header { .. }, ["model.safetensors", "w: shape [", "strides that overflow"]);
@@ -183,7 +183,7 @@ fn headers_that_lie() {
     let mut bytes = file(&one("[4]", "[0,16]"), 16);
     bytes[10] = 0xff;
     assert_error!(open_file(&bytes), Error::Header { .. }, ["model.safetensors: broken safetensors header"]);
-    // right in itself, but of another file
+    // a valid header with data of another length
     for (header, data) in
         [(one("[4]", "[0,16]"), 12), (one("[4]", "[0,16]"), 20), (one("[144115188075855872]", "[0,576460752303423488]"), 16)]
     {
@@ -205,7 +205,8 @@ fn headers_of_a_false_length() {
     }
 }
 
-/// A directory with an index that maps `mlp.up_proj.weight` to `shard`, and one shard `a.safetensors`.
+/// A directory with an index that maps `mlp.up_proj.weight` to `shard`, and the shard
+/// `a.safetensors`.
 fn indexed(shard: &str) -> TempDir {
     let json = serde_json::json!({"weight_map": {"mlp.up_proj.weight": shard}}).to_string();
     directory(&[("model.safetensors.index.json", json.as_bytes()), ("a.safetensors", &block())])
@@ -221,7 +222,7 @@ fn indexes() {
     let json = br#"{"weight_map": {"mlp.up_proj.weight": "a.safetensors", "norm.weight": "a.safetensors"}}"#;
     let lacking = directory(&[(INDEX, json), ("a.safetensors", &block())]);
     assert_error!(Checkpoint::open(lacking.path()), Error::NotInShard { .. }, [INDEX, "norm.weight", "a.safetensors"]);
-    // nothing outside the directory
+    // no paths outside the directory
     let outside = directory(&[("a.safetensors", &block())]);
     let absolute = outside.path().join("a.safetensors");
     for path in [
@@ -254,7 +255,7 @@ fn indexes() {
     }
     let dir = directory(&[(INDEX, b"{\"weight_map\": {")]);
     assert_error!(Checkpoint::open(dir.path()), Error::Json { .. }, [INDEX, "not valid JSON"]);
-    // a shard is checked as a single file is
+    // A shard is checked like a single file.
     let json = br#"{"weight_map": {"w": "a.safetensors"}}"#;
     let dir = directory(&[(INDEX, json), ("a.safetensors", &block()[..100])]);
     assert_error!(Checkpoint::open(dir.path()), Error::Header { .. }, ["a.safetensors"]);
@@ -262,12 +263,12 @@ fn indexes() {
 
 #[test]
 fn a_tensor_in_two_files() {
-    // model-parallel halves of one tensor are not put together
+    // Model-parallel halves of one tensor are not joined.
     let half = tensors(&[("layers.0.feed_forward.w1.weight", "F32", &[I / 2, H])]);
     let dir = directory(&[("consolidated.00.safetensors", &half), ("consolidated.01.safetensors", &half)]);
     let parts = ["layers.0.feed_forward.w1.weight", "consolidated.00.safetensors", "consolidated.01.safetensors"];
     assert_error!(Checkpoint::open(dir.path()), Error::DuplicateTensor { .. }, parts);
-    // so for a tensor that the index leaves open
+    // The same holds for a tensor that the index does not name.
     let one = tensors(&[("w", "F32", &[2]), ("a", "F32", &[1])]);
     let two = tensors(&[("w", "F32", &[2]), ("b", "F32", &[1])]);
     let json = br#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#;
@@ -279,9 +280,11 @@ fn a_tensor_in_two_files() {
     );
 }
 
-/// Opens the file and loads all that it claims to have; errors are fine, panics are not.
+/// Opens the file and loads all tensors that it claims to contain. Errors are allowed, panics are
+/// not. Returns whether the file opened.
 fn try_everything(dir: &TempDir, bytes: &[u8]) -> bool {
-    // Written over, as all are of one length: some file systems flush a file that was cut and refilled, which takes 3 ms.
+    // All contents have the same length, so the file is overwritten in place. Some file systems
+    // flush a file that was truncated and refilled, which takes 3 ms.
     let path = dir.path().join("model.safetensors");
     let mut file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(path).unwrap();
     file.write_all(bytes).unwrap();
@@ -314,7 +317,7 @@ fn every_byte_of_a_header_changed() {
             attempt(&bytes);
         }
     }
-    // up to four bytes at once, and pieces moved about
+    // Up to four bytes changed at once, and sections moved.
     let mut state = 7u64;
     let mut random = |n: usize| {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -331,6 +334,6 @@ fn every_byte_of_a_header_changed() {
         }
         attempt(&bytes);
     }
-    // Most are refused, but names and dtypes of the same size can change.
+    // Most changes are refused, but names and dtypes of the same size can change.
     assert!(opened > 100 && opened < tried / 2, "{opened} of {tried} opened");
 }

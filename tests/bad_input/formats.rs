@@ -1,4 +1,4 @@
-//! Checkpoints in formats that are not read, and JSON as Python writes it.
+//! Checkpoints in unsupported formats, and JSON as Python writes it.
 
 use std::fs;
 
@@ -81,11 +81,11 @@ fn numbers_that_only_python_writes() {
     assert_eq!(checkpoint.config()["c"], "NaN, \" Infinity");
     let cfg = FfnConfig::from_json(checkpoint.config()).unwrap();
     assert!(load(&dir, &cfg, "mlp").is_ok());
-    // Where such a number is read, the error shows it.
+    // An error about such a number shows it.
     fs::write(dir.path().join("config.json"), r#"{"hidden_size": NaN, "intermediate_size": 6}"#).unwrap();
     let cfg = FfnConfig::from_json(Checkpoint::open(dir.path()).unwrap().config());
     assert_error!(cfg, Error::InvalidField { .. }, ["hidden_size", "NaN"]);
-    // Words that merely look like them are still not JSON.
+    // Words that are similar to them are still invalid JSON.
     for broken in ["{\"a\": NaNs}", "{\"a\": Infinity", "{\"a\": nan}"] {
         fs::write(dir.path().join("config.json"), broken).unwrap();
         assert_error!(Checkpoint::open(dir.path()), Error::Json { .. }, ["config.json", "not valid JSON"]);

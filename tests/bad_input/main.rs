@@ -1,12 +1,14 @@
-//! One broken rule, one typed error, one message that names what is wrong: files, names, shapes, dtypes.
-//! (Configs: `config.rs`. Mixed devices need a second device, so they are not tested here.)
+//! Each test breaks one rule and expects one typed error whose message names the fault: files,
+//! names, shapes, dtypes. (Configs: `config.rs`. Mixed devices need a second device, so they are
+//! not tested here.)
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use candle_core::{DType, Device, Tensor};
 use candle_swiglu::{Checkpoint, Error, FfnConfig, SwiGluFfn};
 use tempfile::TempDir;
 
-/// The result is an error of this variant, its message has all these parts, and both survive the way through candle.
+/// Asserts that the result is an error of this variant, that its message has all these parts, and
+/// that candle's error keeps both.
 macro_rules! assert_error {
     ($result:expr, $pattern:pat, $parts:expr) => {{
         let error = Error::from($result.map(|_| "success").unwrap_err());
@@ -50,7 +52,7 @@ fn directory(files: &[(&str, &[u8])]) -> TempDir {
     dir
 }
 
-/// A safetensors file with this header and so many bytes of data.
+/// A safetensors file with this header and `data` bytes of data.
 fn file(header: &str, data: usize) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.as_bytes());
@@ -58,7 +60,7 @@ fn file(header: &str, data: usize) -> Vec<u8> {
     bytes
 }
 
-/// A file of zeros; dtypes by the format's names.
+/// A safetensors file of zeros. The dtypes have the names of the format.
 fn tensors(list: &[(&str, &str, &[usize])]) -> Vec<u8> {
     let mut end = 0;
     let entries = list.iter().map(|(name, dtype, shape)| {

@@ -1,4 +1,4 @@
-//! Tensors, names and inputs that do not fit.
+//! Tensors, names and inputs that do not match.
 
 use candle_core::{DType, Device};
 use candle_nn::{Module, VarBuilder};
@@ -14,12 +14,12 @@ fn missing_tensor() {
     let cfg = FfnConfig::new(H, I);
     let parts = ["no tensor up_proj.weight under \"a.mlp\"", "down_proj.weight, gate_proj.weight", place];
     assert_error!(load(&dir, &cfg, "a.mlp"), Error::MissingTensor { .. }, parts);
-    // nothing known there: what is there, and every family's first name
+    // No known name: the error lists the present tensors and the first name of every family.
     let parts =
         ["under \"a\"", "mlp.gate_proj.weight", "gate_proj.weight or w1.weight", "gate_up_proj.weight", "wi_0.weight", place];
     assert_error!(load(&dir, &cfg, "a"), Error::MissingTensor { .. }, parts);
     assert_error!(load(&dir, &cfg, "b"), Error::MissingTensor { .. }, ["under \"b\"; present there: none", place]);
-    // a named family is looked for by its own names
+    // Only the names of the requested family are tried.
     let named = cfg.clone().with_family(Family::Xformers);
     assert_error!(
         load(&dir, &named, "a.mlp"),
@@ -28,7 +28,7 @@ fn missing_tensor() {
     );
     let biased = cfg.clone().with_bias(true);
     assert_error!(load(&dir, &biased, "a.mlp"), Error::MissingTensor { .. }, ["gate_proj.bias", "gate_proj.weight", place]);
-    // one tensor, and one projection
+    // The same for one tensor and for one projection.
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let one = checkpoint.tensor("a.mlp.up_proj.weight", DType::F32, &Device::Cpu);
     assert_error!(one, Error::MissingTensor { .. }, ["up_proj.weight", "a.mlp", "gate_proj.weight", place]);
@@ -37,7 +37,7 @@ fn missing_tensor() {
     let linear = Linear::load(H, I, vb.pp("a.mlp.up_proj"));
     assert_error!(linear, Error::MissingTensor { .. }, ["up_proj.weight", "a.mlp", "gate_proj.weight", place]);
 
-    // Candle's own sources cannot be listed: what is known of the families is looked up.
+    // candle's own sources cannot be listed, so the names of all families are tried.
     let buffered = VarBuilder::from_buffered_safetensors(gate_down, DType::F32, &Device::Cpu).unwrap();
     let map = [("a.mlp.gate_proj.weight", [I, H]), ("a.mlp.down_proj.weight", [H, I])];
     let map = map.map(|(name, shape)| (name.to_string(), zeros(&shape, DType::F32)));
@@ -67,7 +67,7 @@ fn wrong_shape_in_the_file() {
         Error::Shape { .. },
         ["mlp.gate_up_proj.weight", "[12, 4]", "[6, 4]", "model.safetensors"]
     );
-    // candle's own source
+    // The same through candle's own source.
     let map = names.map(|name| (name.to_string(), zeros(&[I, H], DType::F32)));
     let vb = VarBuilder::from_tensors(map.into(), DType::F32, &Device::Cpu);
     let parts = ["mlp.down_proj.weight: expected shape [4, 6], found [6, 4]"];
@@ -110,14 +110,14 @@ fn a_dtype_that_is_not_a_float() {
     let fp8 = file(r#"{"w":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}"#, 2);
     let one = open_file(&fp8).unwrap().tensor("w", DType::F32, &Device::Cpu);
     assert_error!(one, Error::DTypeUnsupported { .. }, ["w: ", "F8_E4M3", "model.safetensors"]);
-    // asked for in memory
+    // a dtype in memory
     let checkpoint = open_file(&block()).unwrap();
     for dtype in [DType::U8, DType::U32, DType::I64] {
         let vb = checkpoint.var_builder(dtype, &Device::Cpu);
         let parts = ["mlp.gate_proj.weight in memory", &format!("{dtype:?}")];
         assert_error!(SwiGluFfn::new(&FfnConfig::new(H, I), vb.pp("mlp")), Error::DTypeUnsupported { .. }, parts);
     }
-    // given
+    // tensors from the caller
     let int = |shape: &[usize]| zeros(shape, DType::U32);
     assert_error!(SwiGluFfn::from_tensors(int(&[I, H]), int(&[I, H]), int(&[H, I])), Error::DTypeUnsupported { .. }, ["U32"]);
     assert_error!(Linear::new(int(&[I, H]), None), Error::DTypeUnsupported { .. }, ["weight", "U32"]);
@@ -215,7 +215,8 @@ fn names_that_fit_several_families() {
 
 #[test]
 fn projections_of_no_size() {
-    // As many rows as one likes need no bytes, and packing them would take for ever.
+    // A matrix with a size of zero needs no bytes for any number of rows, and packing it would
+    // never end.
     let one = zeros(&[1, 0], DType::F32).broadcast_as((1 << 40, 0)).unwrap();
     assert_error!(Linear::new(one, None), Error::ZeroSize { .. }, ["in_dim: expected at least 1, found 0"]);
     let none = zeros(&[0, H], DType::F32);
@@ -231,7 +232,7 @@ fn more_than_memory_can_address() {
     let cfg = FfnConfig::new(H, usize::MAX / 2 + 1);
     let parts = ["gate_up_proj: 9223372036854775808 x 4 elements are more than memory can address"];
     assert_error!(SwiGluFfn::new(&cfg, VarBuilder::zeros(DType::F32, &Device::Cpu)), Error::TooLarge { .. }, parts);
-    // Views of one element, so these exist.
+    // Views of one element can have this size.
     let (one, n) = (zeros(&[1, 1], DType::F32), 1 << 31);
     let huge = one.broadcast_as((n, n)).unwrap();
     let block = SwiGluFfn::from_tensors(huge.clone(), huge.clone(), huge.clone());

@@ -1,4 +1,4 @@
-//! Tensors beside a layer's own that the layer would not read.
+//! Tensors under a layer's prefix that the layer does not read.
 
 use std::collections::HashMap;
 
@@ -7,7 +7,7 @@ use candle_swiglu::{Linear, embedding, linear_no_bias, swiglu_ffn};
 
 use super::*;
 
-/// A block under `model.layers.0.mlp` and one more tensor there, under its own path.
+/// A block under `model.layers.0.mlp`, a projection outside of it, and the tensor `name`.
 fn with(name: &str, shape: &[usize]) -> HashMap<String, Tensor> {
     let of = |name: &str, shape: &[usize]| (format!("model.layers.0.{name}"), zeros(shape, DType::F32));
     HashMap::from([
@@ -19,7 +19,7 @@ fn with(name: &str, shape: &[usize]) -> HashMap<String, Tensor> {
     ])
 }
 
-/// Through a checkpoint, which lists its tensors, and through candle's sources, which cannot.
+/// A checkpoint, which lists its tensors, and candle's own sources, which cannot.
 fn sources(tensors: &HashMap<String, Tensor>) -> Vec<(&'static str, VarBuilder<'static>)> {
     let dir = directory(&[]);
     let file = dir.path().join("model.safetensors");
@@ -61,7 +61,8 @@ fn what_the_block_does_not_read_is_named() {
             assert_error!(block, Error::UnreadTensors { layer: "block", .. }, [full.as_str(), "would not be read"]);
         }
     }
-    // A name that nobody knows: only a checkpoint can list it. Names of attention and its like do not make a layer of a block.
+    // Only a checkpoint can list a name that is not known. Names like those of attention do not
+    // turn the prefix of a block into that of a whole layer.
     for name in ["something_new", "conv.weight", "attn_ln.weight", "mixer_norm.weight"] {
         let full = format!("model.layers.0.mlp.{name}");
         let (_, vb) = sources(&with(&format!("mlp.{name}"), &[3])).remove(0);
@@ -78,11 +79,11 @@ fn what_is_beside_the_block_is_not_its_own() {
             assert!(block.is_ok(), "{source} {name}: {block:?}");
         }
     }
-    // What the caller has read before belongs to another layer.
+    // A tensor that the caller has read before belongs to another layer.
     let (_, vb) = sources(&with("mlp.router.weight", &[I])).remove(0);
     assert!(vb.get(I, "model.layers.0.mlp.router.weight").is_ok());
     assert!(swiglu_ffn(&FfnConfig::new(H, I), vb.pp("model.layers.0.mlp")).is_ok());
-    // Under names of a whole layer (GGUF's), attention and norms are other layers'.
+    // Under the prefix of a whole layer (GGUF's names), attention and norms belong to other layers.
     let names = [("ffn_gate", [I, H]), ("ffn_up", [I, H]), ("ffn_down", [H, I]), ("attn_q", [H, H]), ("attn_norm", [H, 1])];
     let layer = names.map(|(name, shape)| (format!("blk.0.{name}.weight"), zeros(&shape, DType::F32)));
     for (source, vb) in sources(&layer.into_iter().collect()) {
@@ -125,7 +126,7 @@ fn the_prefix_that_was_meant() {
     let tensors = with("mlp_norm.weight", &[I]);
     for (source, vb) in sources(&tensors) {
         for wrong in ["", "mlp", "layers.0.mlp", "model.layers.0", "model.layers.7.mlp"] {
-            // Other sources cannot list other layers, and a VarMap creates what is not there.
+            // Other sources cannot list other layers, and a VarMap creates missing tensors.
             if source == "VarMap" || (source != "Checkpoint" && wrong.contains('7')) {
                 continue;
             }
@@ -139,7 +140,7 @@ fn the_prefix_that_was_meant() {
             }
         }
     }
-    // More names than are worth reading: the rest is counted, at the end.
+    // The error lists only some of many names, and the number of the others.
     let many = (0..30).map(|n| (format!("layers.{n:02}.norm.weight"), zeros(&[H], DType::F32)));
     let (_, vb) = sources(&many.collect()).remove(0);
     let block = swiglu_ffn(&FfnConfig::new(H, I), vb);
@@ -153,7 +154,7 @@ fn an_mlp_without_a_gate_is_called_one() {
         // dense_h_to_4h with 2I rows is ChatGLM's gate and up.
         for (source, vb) in sources(&HashMap::from([of(up, &[I, H]), of(down, &[H, I])])) {
             if source == "VarMap" {
-                continue; // creates what is not there
+                continue; // a VarMap creates missing tensors
             }
             let block = swiglu_ffn(&FfnConfig::new(H, I), vb.pp("mlp"));
             match up {

@@ -1,4 +1,4 @@
-//! Any float dtype of the file in any float dtype of memory.
+//! Every float dtype in a file, loaded as every float dtype.
 
 use candle_core::{DType, Device, Tensor};
 use candle_swiglu::Checkpoint;
@@ -6,8 +6,8 @@ use half::{bf16, f16};
 
 use super::{FLOATS, Tensors, single};
 
-/// A dtype of 16 bits by its finite values from 0 up, and the power of two beyond them, from half of whose last step on
-/// a value is infinite.
+/// A dtype of 16 bits: its finite values from 0 up, and the power of two above them. Values from
+/// the middle of this last step on are rounded to infinity.
 struct Short {
     values: Vec<f64>,
     beyond: f64,
@@ -39,7 +39,7 @@ impl Short {
     }
 }
 
-/// v with one rounding to the dtype
+/// The values after one rounding to the dtype.
 fn rounded(dtype: DType, values: &[f64]) -> Vec<f64> {
     match dtype {
         DType::F64 => values.to_vec(),
@@ -51,7 +51,8 @@ fn rounded(dtype: DType, values: &[f64]) -> Vec<f64> {
     }
 }
 
-/// Special values, values on and beside the ties of all dtypes, then anything; more than a chunk of 1 MiB in every dtype.
+/// Special values; values at and beside the ties of all dtypes; then random ones. Together they
+/// fill more than a chunk of 1 MiB in every dtype.
 fn values() -> Vec<f64> {
     let mut values =
         vec![0.0, f64::INFINITY, f64::NAN, f64::MAX, f64::MIN_POSITIVE, 5e-324, f64::from(f32::MAX), 65504.0, 65520.0];
@@ -77,7 +78,7 @@ fn any_dtype_of_the_file_in_any_dtype_with_one_rounding() {
     let values = values();
     let make = |dtype| {
         let stored = rounded(dtype, &values);
-        // Exact: these are values of the dtype.
+        // Exact, because these are values of the dtype.
         let tensor = Tensor::from_slice(&stored, stored.len(), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
         (stored, tensor)
     };
@@ -100,7 +101,7 @@ fn any_dtype_of_the_file_in_any_dtype_with_one_rounding() {
 
 #[test]
 fn values_and_their_places_survive_every_chunk() {
-    // 9 M elements: 18 MB of bf16, more than one chunk of a plain read
+    // 9 M elements: 18 MB of bf16, more than one chunk of a read without conversion.
     let n = 9_000_001;
     let bits = |i: usize| bf16::from_bits((i % 0x7f00) as u16);
     let tensors = Tensors::from([("w".into(), Tensor::from_iter((0..n).map(bits), &Device::Cpu).unwrap())]);

@@ -6,8 +6,8 @@ use candle_swiglu::{Checkpoint, Family, FfnConfig, GateUp, Linear, SwiGluFfn, We
 
 use super::{H, I, Tensors, block, integers, llama, output, single};
 
-/// The weights, or the biases, of one block as every family names and arranges them: prefix, tensors, and whether the
-/// caller must name the family.
+/// The weights, or the biases, of one block in the names and the layout of every family: prefix,
+/// tensors, and whether the caller must name the family.
 fn families(kind: &str, [gate, up, down]: [&Tensor; 3]) -> Vec<(Family, &'static str, Tensors, bool)> {
     let gate_first = &Tensor::cat(&[gate, up], 0).unwrap();
     let up_first = &Tensor::cat(&[up, gate], 0).unwrap();
@@ -42,13 +42,14 @@ fn all_weights() -> Vec<(Family, &'static str, Tensors, bool)> {
     families("weight", [&gate, &up, &down])
 }
 
-/// The same tensors through every source of candle's and ours.
+/// The same tensors through every source of candle and of this crate.
 fn sources(tensors: &Tensors) -> Vec<(&'static str, VarBuilder<'static>)> {
     let dir = single(tensors);
     let file = dir.path().join("model.safetensors");
     let (dtype, device) = (DType::F32, &Device::Cpu);
     let buffered = VarBuilder::from_buffered_safetensors(std::fs::read(&file).unwrap(), dtype, device).unwrap();
-    // SAFETY: nobody changes the file while it is mapped; removing its name below leaves the mapped pages as they are.
+    // SAFETY: no process changes the file while it is mapped. Removing its name below leaves the
+    // mapped pages unchanged.
     #[allow(unsafe_code)]
     let mapped = unsafe { VarBuilder::from_mmaped_safetensors(&[&file], dtype, device) }.unwrap();
     vec![

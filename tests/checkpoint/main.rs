@@ -1,4 +1,5 @@
-//! Checkpoints read through [`Checkpoint`] and through candle's own loaders: files, dtypes, families.
+//! Checkpoints read through [`Checkpoint`] and through candle's own loaders: files, dtypes,
+//! families.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::collections::{BTreeMap, HashMap};
@@ -126,18 +127,18 @@ fn shards_and_their_index() {
     index(&dir, &[("mlp.down_proj.weight", a), ("mlp.up_proj.weight", a), ("mlp.gate_proj.weight", b)]);
     assert_same(&Checkpoint::open(dir.path()).unwrap(), &tensors);
 
-    // A tensor that the index does not name is there all the same.
+    // A tensor that the index does not name is found too.
     index(&dir, &[("mlp.down_proj.weight", a), ("mlp.gate_proj.weight", b)]);
     assert_same(&Checkpoint::open(dir.path()).unwrap(), &tensors);
 
-    // Of a tensor in two shards the one that the index names is taken.
+    // If two shards contain a tensor, the index decides.
     let mut stale = part(&["mlp.gate_proj.weight"]);
     stale.insert("mlp.up_proj.weight".into(), integers(&[1, 1], 9));
     save(dir.path().join(b), &stale);
     index(&dir, &[("mlp.down_proj.weight", a), ("mlp.up_proj.weight", a), ("mlp.gate_proj.weight", b)]);
     assert_same(&Checkpoint::open(dir.path()).unwrap(), &tensors);
 
-    // A single file wins over an index, as in transformers.
+    // A single file takes precedence over an index, as in transformers.
     let other = named("mlp", &[("router.weight", &integers(&[2, H], 1))]);
     save(dir.path().join("model.safetensors"), &other);
     assert_same(&Checkpoint::open(dir.path()).unwrap(), &other);

@@ -1,7 +1,7 @@
-//! What the integration tests share: golden files, deterministic numbers, comparisons, candle's own operations, and the
-//! oracle ([`Block`]).
+//! Code that the integration tests share: golden files, deterministic numbers, comparisons,
+//! candle's own operations, and the oracle ([`Block`]).
 
-#![allow(dead_code, unused_imports)] // each test binary uses a part
+#![allow(dead_code, unused_imports)] // each test binary uses some of it
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -41,7 +41,8 @@ impl Golden {
         })
     }
 
-    /// Every file of `tests/golden/<folder>` in the order of names; an error unless there are `expected` of them.
+    /// Every file of `tests/golden/<folder>`, sorted by name. It is an error if there are not
+    /// `expected` files.
     pub(crate) fn folder(folder: &str, expected: usize) -> Result<Vec<Self>> {
         let entries = std::fs::read_dir(golden_dir().join(folder))?.collect::<std::io::Result<Vec<_>>>()?;
         let mut paths: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
@@ -73,7 +74,8 @@ impl Golden {
 
 // ---------------------------------------------------------------- processes
 
-/// This test program once more: through TEST_RUNNER where that names a program which runs programs for this target.
+/// A command that starts this test program again. TEST_RUNNER, if it is set, names a program that
+/// runs programs of this target.
 pub(crate) fn this_program() -> Result<Command> {
     let program = std::env::current_exe()?;
     let runner = std::env::var("TEST_RUNNER").unwrap_or_default();
@@ -92,7 +94,7 @@ pub(crate) fn this_program() -> Result<Command> {
 
 pub(crate) const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 
-/// The family.
+/// The activations of the GLU family.
 pub(crate) const ACTIVATIONS: [GluActivation; 8] = [
     GluActivation::Silu,
     GluActivation::Swish { beta: 1.5 },
@@ -104,7 +106,7 @@ pub(crate) const ACTIVATIONS: [GluActivation; 8] = [
     GluActivation::Identity,
 ];
 
-/// Half the distance from 1 to the next number.
+/// Half of the distance from 1 to the next number.
 pub(crate) fn unit_roundoff(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 2f64.powi(-53),
@@ -114,7 +116,7 @@ pub(crate) fn unit_roundoff(dtype: DType) -> f64 {
     }
 }
 
-/// SplitMix64.
+/// The random number generator SplitMix64.
 pub(crate) struct Numbers(u64);
 
 impl Numbers {
@@ -142,13 +144,15 @@ impl Numbers {
     }
 }
 
-/// Integers in -2..=2: sums of their products are exact in any order, so results can be compared bit by bit.
+/// Integers in -2..=2. Sums of their products are exact in any order, so results can be compared
+/// bit by bit.
 pub(crate) fn integers(numbers: &mut Numbers, dims: &[usize], dtype: DType) -> Result<Tensor> {
     Ok(numbers.tensor(dims, 2.5, DType::F64)?.round()?.clamp(-2.0, 2.0)?.to_dtype(dtype)?)
 }
 
-/// Weights of a block over separate projections, and biases if the config has them, under HF LLaMA's names. Products keep the
-/// size of what goes in: a uniform weight in ±√(3/n) has variance 1/n.
+/// Weights of a block with separate projections, and its biases, under the names of Hugging Face's
+/// LLaMA. A uniform weight in ±√(3/n) has the variance 1/n, so that products have the size of their
+/// inputs.
 pub(crate) fn weights(cfg: &FfnConfig, numbers: &mut Numbers, dtype: DType) -> Result<HashMap<String, Tensor>> {
     let (h, i) = (cfg.hidden_size, cfg.intermediate_size);
     let mut all = HashMap::new();
@@ -164,19 +168,20 @@ pub(crate) fn weights(cfg: &FfnConfig, numbers: &mut Numbers, dtype: DType) -> R
     Ok(all)
 }
 
-/// The elements in row-major order, widened exactly.
+/// The elements in row-major order, widened exactly to f64.
 pub(crate) fn values(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
 }
 
-/// The bits of the widened elements: equal for equal tensors, signs of zeros included.
+/// The bits of the widened elements, which are equal for equal tensors. Zeros of different sign
+/// differ.
 pub(crate) fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
     Ok(values(tensor)?.into_iter().map(f64::to_bits).collect())
 }
 
 // ---------------------------------------------------------------- comparisons
 
-/// √(mean of the squared differences).
+/// The root mean square of the differences.
 pub(crate) fn rms_error(found: &[f64], exact: &[f64]) -> f64 {
     let sum: f64 = found.iter().zip(exact).map(|(f, e)| (f - e).powi(2)).sum();
     (sum / found.len() as f64).sqrt()
@@ -187,10 +192,16 @@ pub(crate) fn max_error(found: &[f64], exact: &[f64]) -> f64 {
     found.iter().zip(exact).map(|(f, e)| (f - e).abs()).fold(0.0, |worst, e| if e > worst || e.is_nan() { e } else { worst })
 }
 
-/// Fails unless |found - expected| <= bound for every element; gives the largest error in units of its bound.
+/// Fails unless |found - expected| <= bound for every element. Returns the largest error in units
+/// of its bound.
 pub(crate) fn check_within(what: &str, found: &Tensor, expected: &[f64], bounds: &[f64]) -> Result<f64> {
     let found = values(found)?;
-    ensure!(found.len() == expected.len() && found.len() == bounds.len(), "{what}: {} for {}", found.len(), expected.len());
+    ensure!(
+        found.len() == expected.len() && found.len() == bounds.len(),
+        "{what}: found {} elements, expected {}",
+        found.len(),
+        expected.len()
+    );
     let mut worst = 0f64;
     for (i, ((&found, &expected), &bound)) in found.iter().zip(expected).zip(bounds).enumerate() {
         let error = (found - expected).abs();

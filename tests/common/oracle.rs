@@ -1,9 +1,10 @@
-//! The block and its gradients in f64 by loops, with a bound beside every number of what arithmetic of unit roundoff u may
-//! make of it, whatever the order of the sums:
+//! The block and its gradients in f64, by loops. Each number has a bound of the error that
+//! arithmetic with unit roundoff u may cause, for any order of the sums:
 //!
-//! 1. a sum of n products: γ·Σ|a||b| with γ = n·u / (1 - n·u), plus the errors that a and b bring along;
-//! 2. act(g): 1.13·|δg|, the steepest slope of the family, plus the documented units of u; act'(g) likewise with the largest
-//!    curvature, and a whole jump where a kink lies within δg.
+//! 1. a sum of n products: γ·Σ|a||b| with γ = n·u / (1 - n·u), plus the propagated errors of a and
+//!    b;
+//! 2. act(g): 1.13·|δg|, with the steepest slope of the family, plus the documented units of u;
+//! 3. act'(g): the same with the largest curvature, and the whole jump if a kink is within δg.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -13,7 +14,7 @@ use candle_swiglu::{FfnConfig, Glu, GluActivation, reference};
 
 use super::{unit_roundoff, values};
 
-// ---------------------------------------------------------------- a number, and how far from it a computed one may lie
+// ---------------------------------------------------------------- a number and its error bound
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Near {
@@ -41,7 +42,7 @@ impl Near {
         Self { value, error: carried + u * (value.abs() + carried) }
     }
 
-    /// Rounded once more, with unit roundoff u and, below the normal numbers, an absolute error.
+    /// After one more rounding with unit roundoff u. Below the normal numbers its error is `tiny`.
     fn rounded(self, u: f64, tiny: f64) -> Self {
         Self { error: self.error + (u * self.largest()).max(tiny), ..self }
     }
@@ -51,8 +52,8 @@ impl Near {
     }
 }
 
-/// The documented relative error of act(g)·up in units of u. Swish has one |βg| more, for a β that was rounded to f32. Where
-/// the exponential has vanished (e⁻⁷⁵⁰ is 0 in f64) the error grows no further.
+/// The documented relative error of act(g)·up in units of u. Swish has one more |βg|, because β is
+/// rounded to f32. The error stops growing where the exponential is 0 (e⁻⁷⁵⁰ in f64).
 pub(crate) fn glu_units(activation: GluActivation, g: f64) -> f64 {
     match activation {
         GluActivation::Silu | GluActivation::Sigmoid => 8.0,
@@ -64,7 +65,7 @@ pub(crate) fn glu_units(activation: GluActivation, g: f64) -> f64 {
     }
 }
 
-/// The sizes of the terms that act'(g) is the sum of: act' = s + g·s' for act = g·s.
+/// The sum of the magnitudes of the terms of act'(g): act' = s + g·s' for act = g·s.
 pub(crate) fn slope_size(activation: GluActivation, g: f64) -> f64 {
     let (a, da) = reference::activation(activation, g);
     match activation {
@@ -84,7 +85,7 @@ fn curvature(activation: GluActivation) -> f64 {
     }
 }
 
-/// act(min(m·gate, limit)), its slope towards gate, clamp(up) + c, and the slope of that.
+/// act(min(m·gate, limit)), its slope in gate, clamp(up) + c, and its slope in up.
 fn glu_factors(op: &Glu, gate: Near, up: Near, u: f64) -> [Near; 4] {
     let limit = op.limit.map_or(f64::INFINITY, f64::from);
     let m = f64::from(op.gate_multiplier);
@@ -106,7 +107,7 @@ fn glu_factors(op: &Glu, gate: Near, up: Near, u: f64) -> [Near; 4] {
     [act, slope, bounded_up.plus(Near::exact(offset), if offset == 0.0 { 0.0 } else { u }), passes]
 }
 
-// ---------------------------------------------------------------- matrices of them
+// ---------------------------------------------------------------- matrices of such numbers
 
 #[derive(Clone, Debug)]
 pub(crate) struct Matrix {
@@ -188,7 +189,8 @@ pub(crate) fn glu_of(cfg: &FfnConfig) -> Glu {
 }
 
 impl Block {
-    /// `weights`: `{gate,up,down}_proj.weight`, with biases `{gate,up,down}_proj.bias`; other tensors are left alone.
+    /// `weights`: `{gate,up,down}_proj.weight` and optionally `{gate,up,down}_proj.bias`; other
+    /// tensors are ignored.
     pub(crate) fn new(cfg: &FfnConfig, weights: &HashMap<String, Tensor>) -> Result<Self> {
         let mut found = HashMap::new();
         for name in ["gate_proj", "up_proj", "down_proj"] {
@@ -216,7 +218,8 @@ impl Block {
         self.forward_rounded(x, u, None)
     }
 
-    /// The same with sums of unit roundoff u whose results are stored in `dtype`: gate and up, h and y are rounded once each.
+    /// The same with sums of unit roundoff u. If `dtype` is given, gate and up, h and y are rounded
+    /// to it once each.
     pub(crate) fn forward_rounded(&self, x: &Tensor, u: f64, dtype: Option<DType>) -> Result<Matrix> {
         let store = |matrix: Matrix| match dtype {
             Some(dtype) => {

@@ -1,4 +1,4 @@
-"""Single blocks and pair ops: mlp, glu, phi3, gemma, falcon_h1, gpt_oss, mixtral."""
+"""Single blocks and gates: mlp, glu, phi3, gemma, falcon_h1, gpt_oss, mixtral."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def fill(module, rng, gain=1.0, fan_in=-1):
 
 
 def no_new_nan(values, inputs):
-    """True where no value is NaN, or an input was NaN already."""
+    """True where no value is NaN unless an input is NaN."""
     new = torch.stack([v.isnan() for v in values]).any(0)
     old = torch.stack([i.isnan() for i in inputs]).any(0)
     return ~new | old
@@ -52,7 +52,7 @@ MLP_CASES = [
 
 
 def gradients(module, x, dy, call):
-    """y (M,H) and, for x and every parameter, the gradient of <y, dy>."""
+    """Returns y (M,H) and the gradients of <y, dy> for x and every parameter."""
     x = x.clone().requires_grad_()
     y = call(module, x)
     y.backward(dy)
@@ -74,7 +74,7 @@ def block_tensors(module, dtype, rows, rng, call=lambda module, x: module(x)):
 
 
 def block_metadata(config, dtype, keys):
-    """What a reader needs, flat, and the same keys as JSON as they stand in the family's config.json."""
+    """Returns the fields that a reader needs, flat, and as JSON with the config.json's names."""
     found = {key: getattr(config, key) for key in ("model_type", "hidden_size", "intermediate_size", *keys)}
     flat = {key: json.dumps(v) if isinstance(v, (bool, list)) else v for key, v in found.items()}
     return flat | {"dtype": dtype, "config": json.dumps(found)}
@@ -95,7 +95,7 @@ def make_mlp(out):
             write(out / f"{name}_{dtype}.safetensors", block_tensors(module, DTYPES[dtype], rows, rng), metadata)
 
 
-# ---------------------------------------------------------------- 2. pair ops
+# ---------------------------------------------------------------- 2. gates
 
 
 def times(act):
@@ -126,13 +126,13 @@ INF_GATES, INF_UPS = (INF, -INF, 1.0, -1.0, 0.0), (INF, -INF, 1.0, -1.5, 0.0)
 
 
 def grid(gates, ups, dtype):
-    """Every gate with every up, flat: (gates * ups,) each."""
+    """Returns all pairs of a gate and an up, flat: (gates * ups,) each."""
     gate, up = torch.meshgrid(torch.tensor(gates).double(), torch.tensor(ups).double(), indexing="ij")
     return gate.flatten().to(dtype), up.flatten().to(dtype)
 
 
 def pair(op, gate, up, dy):
-    """out, dgate, dup by autograd, in the dtype of the arguments."""
+    """Returns out, dgate, dup by autograd, in the dtype of the arguments."""
     gate, up = (t.clone().requires_grad_() for t in (gate, up))
     out = op(gate, up)
     out.backward(dy)
@@ -140,7 +140,10 @@ def pair(op, gate, up, dy):
 
 
 def special_pairs(op, dtype, suffix):
-    """Edge values, references in f64. Left out: pairs where autograd itself makes NaN out of numbers (inf * 0)."""
+    """Edge values with references in f64.
+
+    Pairs for which autograd itself makes NaN out of numbers (inf * 0) are omitted.
+    """
     largest = torch.finfo(dtype).max
     gate, up = grid([s * g for g in (*POSITIVE_GATES, largest) for s in (1, -1)] + [NAN], SPECIAL_UPS, dtype)
     dy = torch.tensor([1.0, -0.75], dtype=dtype).repeat(len(gate))[: len(gate)]
@@ -151,7 +154,10 @@ def special_pairs(op, dtype, suffix):
 
 
 def infinite_pairs(op, dtype, suffix):
-    """Infinities, forward only. Left out: gates where PyTorch's activation misses its limit (its silu(-inf) is NaN)."""
+    """Infinities, forward only.
+
+    Gates where PyTorch's activation misses its limit (its silu(-inf) is NaN) are omitted.
+    """
     gate, up = grid(INF_GATES, INF_UPS, dtype)
     keep = no_new_nan([op(gate.double(), torch.ones_like(up).double())], (gate,))
     gate, up = gate[keep], up[keep]
@@ -177,7 +183,7 @@ def make_glu(out):
 
 
 def to_one_expert(experts, x):
-    """Every row to expert 0, at weight 1."""
+    """Routes every row to expert 0 with the weight 1."""
     rows = x.shape[0]
     return experts(x, torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, 1, dtype=x.dtype))
 

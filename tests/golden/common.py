@@ -1,4 +1,4 @@
-"""What all cases share: the file writer, seeds, random tensors."""
+"""Code that all cases share: the file writer, seeds, random tensors."""
 
 import json
 import struct
@@ -10,7 +10,7 @@ DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f
 
 
 def write(path, tensors, metadata):
-    """One safetensors file, its metadata sorted (the library's own order is random)."""
+    """Writes one safetensors file with sorted metadata (the library's own order is random)."""
     data = save({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()})
     (size,) = struct.unpack("<Q", data[:8])
     header = {"__metadata__": {k: str(v) for k, v in sorted(metadata.items())}, **json.loads(data[8 : 8 + size])}
@@ -21,7 +21,7 @@ def write(path, tensors, metadata):
 
 
 def seeded(*key):
-    """A generator whose seed depends on the case alone, not on the cases before it."""
+    """Returns a generator whose seed depends only on the case, not on the cases before it."""
     seed = 0
     for byte in "/".join(map(str, key)).encode():
         seed = (seed * 257 + byte) % (2**61 - 1)

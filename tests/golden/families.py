@@ -1,10 +1,11 @@
-"""What every gated MLP class of transformers computes, with the config that transformers saves for it.
+"""Computes every gated MLP class of transformers with the config that transformers saves for it.
 
     python families.py            rewrites families/blocks.safetensors and families/classes.json
     python families.py --check    compares byte for byte instead
 
-Classes are found by structure: two or three weights, and a forward that multiplies an activation. Each is built small from its own
-config class, with random weights, and run in f32 and in f64. Variants set the biases, and other activations, that the class reads.
+Classes are found by their structure: two or three weights, and a forward that multiplies an
+activation. Each is built small from its own config class, with random weights, and run in f32 and
+in f64. The variants set those biases and other activations that the class reads.
 """
 
 import argparse
@@ -36,7 +37,8 @@ SIZES = {
     SHARED: ["shared_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"],
     2: ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok", "n_group", "topk_group"],
 }
-# Sets of parameter names of gated blocks: gate, up and down apart, or gate and up in one.
+# Sets of parameter names of gated blocks: separate gate, up and down, or fused gate and up, and
+# down.
 LAYOUTS = [
     {"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {"wi_0", "wi_1", "wo"}, {"w1", "w3", "w2"},
     {"w1", "w2", "w3"}, {"input_linear", "output_linear"}, {"Wi", "Wo"}, {"weights_in", "weights_out"}, {"w12", "w3"},
@@ -47,7 +49,7 @@ LAYOUTS = [
 
 
 def classes():
-    """(model folder, class) of every candidate, in the order of names."""
+    """Returns (model folder, class) of every candidate, sorted by name."""
     models = Path(transformers.__file__).parent / "models"
     for folder in sorted(p.name for p in models.iterdir() if p.is_dir()):
         for file in sorted((models / folder).glob("modeling_*.py")):
@@ -56,7 +58,7 @@ def classes():
                 continue
             try:
                 module = importlib.import_module(f"transformers.models.{folder}.{file.stem}")
-            except ImportError:  # needs a package that no gated block needs
+            except ImportError:  # its package is not needed by any gated block
                 continue
             for name in re.findall(r"^class (\w+)\(", text, re.M):
                 cls = getattr(module, name, None)
@@ -67,14 +69,14 @@ def classes():
 
 
 def configurations(folder):
-    """What the configuration files of a folder define."""
+    """Returns the definitions in the configuration files of a folder."""
     directory = Path(transformers.__file__).parent / "models" / folder
     for file in sorted(directory.glob("configuration_*.py")):
         yield from sorted(vars(importlib.import_module(f"transformers.models.{folder}.{file.stem}")).items())
 
 
 def config_classes(folder, module, cls):
-    """The class that the annotation names, else those of the folder."""
+    """Returns the class that the annotation names, otherwise those of the folder."""
     found = []
     annotation = inspect.signature(cls.__init__).parameters.get("config")
     annotation = annotation.annotation if annotation is not None else None
@@ -113,15 +115,15 @@ def small(config):
 
 
 def reloaded(config):
-    """As it is after transformers has saved and read it: fields that follow from others are set anew."""
+    """Returns the config as saved and read by transformers, which recomputes derived fields."""
     try:
         return type(config).from_dict(config.to_dict())
-    except Exception:  # the sizes are too small for a check of the other parts
+    except Exception:  # the small sizes fail a check of other parts
         return config
 
 
 def build(cls, config):
-    """The module, however its constructor wants to be called."""
+    """Builds the module, whichever arguments its constructor takes."""
     names = list(inspect.signature(cls.__init__).parameters)[1:]
     attempts = [dict(config=config), dict(config=config, layer_idx=0), dict(config=config, intermediate_size=EXPERT)]
     if "config" not in names:
@@ -154,7 +156,7 @@ def bare(name):
 
 
 def run(module, x):
-    """The output; experts get all rows for their first expert."""
+    """Returns the output. Experts route all rows to their first expert."""
     names = list(inspect.signature(module.forward).parameters)
     args = [x]
     if any("top_k" in n or "routing" in n or "router" in n for n in names):
@@ -165,7 +167,7 @@ def run(module, x):
 
 
 def first_expert(parameters):
-    """One expert of 3-D parameters under the names of a checkpoint's linear layers; weights (out, in)."""
+    """Returns one expert of 3-D parameters, with the names and shapes (out, in) of a checkpoint."""
     out = {}
     for name, value in parameters.items():
         name = bare(name)
@@ -205,7 +207,7 @@ def pair(folder, cls, config, outer, seed):
         tensors = {k: v.t() if v.dim() == 2 else v for k, v in tensors.items()}
     down = [v for k, v in tensors.items() if v.dim() == 2 and v.shape[0] == H]
     sizes = {v.shape[1] for v in down}
-    # gate and up together have twice the rows that down has columns; a plain MLP has as many.
+    # With a gate, gate and up together have twice as many rows as down has columns.
     if len(sizes) != 1 or sum(v.shape[0] for v in tensors.values() if v.dim() == 2 and v.shape[1] == H) != 2 * max(sizes):
         return None
     kind = "expert" if experts or "Expert" in cls.__name__ or "intermediate_size" in kwargs else "dense"
@@ -222,7 +224,7 @@ def activation_fields(cls):
 
 
 def variants(cls, make):
-    """(name, config): as it comes, with biases, with other activations."""
+    """Yields (name, config): the default, with biases, with other activations."""
     yield "", make()
     text = inspect.getsource(cls)
     for field in ["mlp_bias", "use_bias", "bias", "mlp_fc1_bias"]:
@@ -242,7 +244,7 @@ def variants(cls, make):
 
 
 def outer_of(folder, module, config_class):
-    """The composite config that holds this one as text_config, if there is one."""
+    """Returns the composite config that contains this one as text_config, if one exists."""
     for name, value in configurations(folder):
         subs = getattr(value, "sub_configs", None) if inspect.isclass(value) else None
         if isinstance(subs, dict) and subs.get("text_config") is config_class:
@@ -293,7 +295,7 @@ def pairs():
 
 
 def small_config(value):
-    """The saved config without what no reader of a block looks at: long lists and label tables."""
+    """Returns the saved config without the long lists and label tables that no block needs."""
     drop = {"id2label", "label2id", "transformers_version", "layer_types", "vision_config", "audio_config"}
     return {k: small_config(v) if isinstance(v, dict) else v for k, v in value.items() if k not in drop}
 

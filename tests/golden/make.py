@@ -1,12 +1,12 @@
-"""Write the golden files: what PyTorch and HF transformers compute, and nothing of this crate.
+"""Writes the golden files: results of PyTorch and transformers, without any code of this crate.
 
-    python make.py                 rewrite every file beside this script
-    python make.py --check         make them again elsewhere and compare byte for byte
-    python make.py --out DIR       write them under DIR
+    python make.py                 rewrites every file beside this script
+    python make.py --check         makes them again elsewhere and compares byte for byte
+    python make.py --out DIR       writes them under DIR
 
-README.md beside this file says what each file holds. Notation, here and in the modules beside it:
-rows M, hidden_size H, intermediate_size I, vocabulary V, prompt length P, new tokens N. A gradient is
-named `d` + the name of what it belongs to; gradients are those of the scalar <y, dy>.
+README.md beside this file describes each file. Notation, here and in the modules beside it: rows M,
+hidden_size H, intermediate_size I, vocabulary V, prompt length P, new tokens N. The gradient of
+NAME is called dNAME; gradients are those of the scalar <y, dy>.
 """
 
 import argparse
@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def check_versions():
-    """Other versions may compute other numbers: stop unless the pins hold."""
+    """Stops unless the pinned versions are installed, because others may compute other numbers."""
     for line in (HERE / "requirements.txt").read_text().splitlines():
         if not line or line.startswith("#"):
             continue
@@ -46,7 +46,7 @@ import blocks
 import models
 
 MAKERS = {
-    # folder: what fills it
+    # folder: the function that fills it
     "mlp": blocks.make_mlp,
     "glu": blocks.make_glu,
     "phi3": blocks.make_phi3,
@@ -69,7 +69,7 @@ def files(root):
 
 
 def check():
-    """Make everything again in a temporary folder; exit 1 when a byte differs."""
+    """Makes all files again in a temporary folder and exits with 1 if a byte differs."""
     with tempfile.TemporaryDirectory() as other:
         make(Path(other))
         made, kept = files(Path(other)), files(HERE)
@@ -81,7 +81,7 @@ def check():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare with what a new run makes")
+    parser.add_argument("--check", action="store_true", help="compare the files with those of a new run")
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: beside this script)")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Whole tiny language models in HF layout, each with the logits and the greedy tokens of transformers."""
+"""Tiny complete models in Hugging Face layout, with transformers' logits and greedy tokens."""
 
 import json
 import math
@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common import DTYPES, normal, seeded, write
 
 PROMPT, NEW = 12, 24
-ALPHABET = 20  # different tokens in a song: each comes about twice, with different successors
+ALPHABET = 20  # different tokens in a song: each occurs about twice, with different successors
 MIN_MARGIN = 1.0  # best logit minus second, at every greedy step
 MIN_MARGIN_RATIO = 8.0  # the same, in units of max |logits_native - logits_f32|
-MIN_EFFECT = 1e-3  # what ignoring a config key must change in the logits: ten times the tests' tolerance
+MIN_EFFECT = 1e-3  # least change of the logits if a config key is ignored: ten times the tests' tolerance
 
 
 def llama3(theta, factor, original):
@@ -30,7 +30,7 @@ def plain(theta):
 
 
 def longrope(pairs, original, **more):
-    """Frequencies divided by one set of factors up to `original` positions, by the other beyond."""
+    """Divides frequencies by one set of factors up to `original` positions, by another beyond."""
     short, long = ([1 + step * i for i in range(pairs)] for step in (0.05, 0.5))
     return {
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long,
@@ -39,8 +39,8 @@ def longrope(pairs, original, **more):
 
 
 MODELS = {
-    # name: (dtype, shard size, config, {what a wrong reader would do: the config it would act on});
-    # model_type is llama unless the config names another
+    # name: (dtype, shard size, config, {error of a wrong reader: the config that it would use}).
+    # model_type is llama unless the config names another.
     "gqa_tied_llama3_bf16": (
         "bf16",
         "80KB",
@@ -141,13 +141,13 @@ MODELS = {
 
 
 def make_song(vocab, rng):
-    """The token sequence (1, P+N) a model is to know by heart; ids 0..2 are kept for bos and eos."""
+    """Returns the token sequence (1, P+N) that a model memorises. Ids 0..2 are kept for bos, eos."""
     letters = 3 + torch.randperm(vocab - 3, generator=rng)[:ALPHABET]
     return letters[torch.randint(ALPHABET, (1, PROMPT + NEW), generator=rng)]
 
 
 def random_weights(model, rng):
-    """Every tensor random: norms around 1, biases and embeddings well away from 0."""
+    """Makes every tensor random: norms around 1, biases and embeddings well away from 0."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             draw = normal(p.shape, rng)
@@ -158,14 +158,18 @@ def random_weights(model, rng):
 
 
 def lengths(config):
-    """Of the texts that a model is to know: the song, and where longer ones turn by other angles, what comes before."""
+    """Returns the lengths of the texts that a model memorises.
+
+    These are the length of the song and, where longer texts use other rotation angles, the
+    length up to which the shorter ones apply.
+    """
     original = config.rope_parameters.get("original_max_position_embeddings")
     short = [original] if config.rope_parameters["rope_type"] == "longrope" else []
     return [*short, PROMPT + NEW]
 
 
 def memorise(model, song):
-    """A few Adam steps: the greedy path becomes the song, by margins far above rounding."""
+    """Takes a few Adam steps: the greedy path becomes the song, by margins far above rounding."""
     adam = torch.optim.Adam(model.parameters(), lr=3e-3)
     texts = [song[:, :length] for length in lengths(model.config)]
     for _ in range(60):
@@ -176,7 +180,7 @@ def memorise(model, song):
 
 
 def build(config, dtype, song, rng):
-    """A model in `dtype` that knows the song."""
+    """Returns a model in `dtype` that knows the song."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     random_weights(model, rng)
     memorise(model, song)
@@ -188,7 +192,7 @@ def build(config, dtype, song, rng):
 
 
 def load(folder, dtype, **changes):
-    """The checkpoint as transformers reads it, with some config keys changed."""
+    """Returns the checkpoint as transformers reads it, with some config keys changed."""
     config = AutoConfig.from_pretrained(folder)
     for key, value in changes.items():
         setattr(config, key, value)
@@ -208,7 +212,7 @@ def distance(a, b):
 
 
 def greedy(model, prompt, eos=None):
-    """New tokens (1,N), and best minus second logit at each step (N,)."""
+    """Returns new tokens (1,N), and the best minus the second logit at each step (N,)."""
     model.generation_config.eos_token_id = eos
     model.generation_config.pad_token_id = 0
     found = model.generate(
@@ -220,7 +224,7 @@ def greedy(model, prompt, eos=None):
 
 
 def greedy_paths(name, f32, native, song):
-    """The tensors of both prompts, P tokens and one, and the smallest margin of each dtype."""
+    """Returns the tensors of both prompts (P tokens, one) and each dtype's smallest margin."""
     tensors, margins = {}, {"f32": math.inf, "native": math.inf}
     for prefix, length in (("", PROMPT), ("single_", 1)):
         prompt, expected = song[:, :length], song[:, length : length + NEW]
@@ -234,7 +238,10 @@ def greedy_paths(name, f32, native, song):
 
 
 def reference(folder, dtype, song, wrong):
-    """Tensors and figures of one checkpoint as read back; fails when equality of tokens would not be a fair test."""
+    """Returns tensors and figures of one checkpoint as read back.
+
+    Fails if a comparison of tokens would not be a fair test.
+    """
     f32, native = load(folder, torch.float32), load(folder, DTYPES[dtype])
     right = logits(f32, song)
     difference = distance(logits(native, song), right)
@@ -258,14 +265,17 @@ def reference(folder, dtype, song, wrong):
 
 
 def stop_tokens(song):
-    """Two eos ids: one that never comes, and one whose first appearance is in the middle of the continuation."""
+    """Returns two eos ids: one that never occurs, and one that occurs within the continuation."""
     new = song[0, PROMPT:].tolist()
     index = next(i for i in range(NEW // 3, NEW - 1) if new[i] not in new[:i])
     return [2, new[index]], song[:, PROMPT : PROMPT + index + 1]
 
 
 def rewrite_as_old_config(folder):
-    """config.json as transformers 4 wrote it: rope_theta and rope_scaling at the top, torch_dtype, no head_dim."""
+    """Rewrites config.json as transformers 4 did.
+
+    It has rope_theta and rope_scaling at the top level, torch_dtype, and no head_dim.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")

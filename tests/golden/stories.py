@@ -1,10 +1,11 @@
-"""What transformers writes with the checkpoint in weights/: greedy continuations, as the tests expect them of ours.
+"""Writes transformers' greedy continuations with the checkpoint in weights/, for the tests.
 
     python tests/golden/stories.py          # writes tests/golden/stories.json
 
-Tokenizer and model are loaded from the directory as any user would, the weights widened to float32. The smallest margin
-between the best and the second logit is recorded: the prompts are chosen so that it is far above the 1e-4 by which two
-programs may differ in float32, else equality of the texts would be a matter of luck.
+Tokenizer and model are loaded from the directory as a user loads them, with the weights widened to
+float32. The smallest margin between the best and the second logit is recorded. The prompts are
+chosen so that it is far above 1e-4, by which two programs may differ in float32. With smaller
+margins equal texts would be a matter of chance.
 """
 
 import json
