@@ -1,5 +1,5 @@
-//! The definition: the block in three loops and f64 sums. Everything else in this crate is tested against it, and f64
-//! tensors are computed by its scalar functions.
+//! The definition: the block in three loops and f64 sums. Everything else in this crate is tested
+//! against it, and f64 tensors are computed by its scalar functions.
 
 use crate::gate::activation::{Glu, GluActivation};
 
@@ -20,7 +20,8 @@ fn normal_pdf(x: f64) -> f64 {
     INV_SQRT_2PI * (-0.5 * x * x).exp()
 }
 
-/// 0·∞ never arises from a tail that is exactly zero: beyond ±`bound` the finite bound stands in for x.
+/// 0·∞ never arises from a tail that is exactly zero: beyond ±`bound` the finite bound stands in
+/// for x.
 fn bounded(x: f64, bound: f64) -> f64 {
     if x > bound {
         bound
@@ -31,7 +32,8 @@ fn bounded(x: f64, bound: f64) -> f64 {
     }
 }
 
-/// g·s for a factor s in [0, 1] that has vanished where g is very negative: -0 there, also for g = -∞.
+/// g·s for a factor s in [0, 1] that has vanished where g is very negative: -0 there, also for g =
+/// -∞.
 fn times_tail(g: f64, s: f64) -> f64 {
     if s == 0.0 { -0.0 } else { g * s }
 }
@@ -47,6 +49,8 @@ pub fn activation(activation: GluActivation, g: f64) -> (f64, f64) {
         GluActivation::Gelu => gelu(g),
         GluActivation::GeluTanh => gelu_tanh(g),
         GluActivation::Identity => (g, 1.0),
+        GluActivation::Relu2 if g <= 0.0 => (0.0, 0.0),
+        GluActivation::Relu2 => (g * g, 2.0 * g),
     }
 }
 
@@ -63,7 +67,8 @@ fn gelu(g: f64) -> (f64, f64) {
     (times_tail(g, cdf), cdf + x * normal_pdf(x))
 }
 
-/// g·σ(v), v = √(8/π)·(g + 0.044715·g³): the same function as ½g(1 + tanh(v/2)), without its cancellation.
+/// g·σ(v), v = √(8/π)·(g + 0.044715·g³): the same function as ½g(1 + tanh(v/2)), without its
+/// cancellation.
 fn gelu_tanh(g: f64) -> (f64, f64) {
     const K: f64 = 1.595_769_121_605_730_7;
     let x = bounded(g, 40.0);
@@ -97,7 +102,8 @@ fn glu_inputs(glu: &Glu, gate: f64, up: f64) -> (f64, f64, (bool, bool)) {
     (g, u, (!beyond_gate, !beyond_up))
 }
 
-/// `y = (act(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ` with row-major x (M,H), gate_proj and up_proj (I,H), down_proj (H,I) -> y (M,H).
+/// `y = (act(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ` with row-major x (M,H), gate_proj and up_proj (I,H), down_proj
+/// (H,I) -> y (M,H).
 ///
 /// # Panics
 /// When a slice is not a whole number of rows: this is the tests' definition, not an entry point.

@@ -8,23 +8,13 @@ use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Device, IndexOp, Module, Storage, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, SGD, VarBuilder, VarMap};
-use candle_swiglu::{Family, FfnConfig, FusedOrder, GateUp, GluActivation, SwiGluFfn, Weights, glu_mul, silu_mul};
+use candle_swiglu::{Family, FfnConfig, FusedOrder, GateUp, GluActivation, SwiGluFfn, Weights, glu_mul, reference, silu_mul};
 
 mod common;
 use common::{
-    Block, Numbers, bits, check_within, composed, glu_units, integers, pack, rms_error, slope_size, unit_roundoff, values,
-    weights,
+    ACTIVATIONS, Block, Numbers, bits, check_within, composed, glu_units, integers, pack, rms_error, slope_size, unit_roundoff,
+    values, weights,
 };
-
-const ACTIVATIONS: [GluActivation; 7] = [
-    GluActivation::Silu,
-    GluActivation::Swish { beta: 1.702 },
-    GluActivation::Sigmoid,
-    GluActivation::Relu,
-    GluActivation::Gelu,
-    GluActivation::GeluTanh,
-    GluActivation::Identity,
-];
 
 type Vars = BTreeMap<String, Var>;
 
@@ -77,7 +67,7 @@ fn kink_distance(cfg: &FfnConfig, vars: &Vars, x: &Tensor) -> Result<f64> {
     let m = f64::from(cfg.gate_multiplier);
     let gate: Vec<f64> = project("gate_proj")?.into_iter().map(|gate| m * gate).collect();
     let mut distances = Vec::new();
-    if cfg.activation == GluActivation::Relu {
+    if matches!(cfg.activation, GluActivation::Relu | GluActivation::Relu2) {
         distances.extend(gate.iter().map(|gate| gate.abs()));
     }
     if let Some(limit) = cfg.limit.map(f64::from) {
@@ -144,7 +134,8 @@ fn pair_tolerance(activation: GluActivation, g: f64, u: f64) -> [f64; 2] {
         GluActivation::Gelu | GluActivation::GeluTanh => 1e-6 * (g.abs() + 0.1 * g.abs().powi(3)),
         _ => 0.0,
     };
-    [units * slope_size(activation, g) + theirs + digits, units * g.abs().max(1.0) + theirs]
+    let act = reference::activation(activation, g).0.abs();
+    [units * slope_size(activation, g) + theirs + digits, units * act.max(g.abs()).max(1.0) + theirs]
 }
 
 #[test]

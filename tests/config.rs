@@ -238,6 +238,7 @@ fn hidden_act_names() {
         (Gelu, &["gelu", "gelu_python", "geglu"]),
         (GeluTanh, &["gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_tanh"]),
         (Identity, &["linear", "identity", "bilinear"]),
+        (Relu2, &["relu2", "relu_squared"]),
     ];
     for (activation, names) in names {
         for name in names {
@@ -253,7 +254,7 @@ fn hidden_act_names() {
         assert_eq!(serde_json::from_value::<GluActivation>(written).unwrap(), activation);
     }
     for unknown in
-        ["mish", "relu2", "laplace", "SiLU", "", " silu", "swish(", "swish()", "swish(nan)", "swish(inf)", "swish(1e99)"]
+        ["mish", "relu6", "laplace", "SiLU", "", " silu", "swish(", "swish()", "swish(nan)", "swish(inf)", "swish(1e99)"]
     {
         let error =
             FfnConfig::from_json(&json!({"hidden_size": 8, "intermediate_size": 24, "hidden_act": unknown})).unwrap_err();

@@ -59,6 +59,7 @@ fn activation() -> impl Strategy<Value = GluActivation> {
         1 => Just(Gelu),
         1 => Just(GeluTanh),
         1 => Just(Identity),
+        1 => Just(Relu2),
     ]
 }
 

@@ -69,6 +69,7 @@ enum Activation {
     Gelu,
     GeluTanh,
     Identity,
+    Relu2,
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -170,6 +171,7 @@ impl Case {
             Activation::Gelu => GluActivation::Gelu,
             Activation::GeluTanh => GluActivation::GeluTanh,
             Activation::Identity => GluActivation::Identity,
+            Activation::Relu2 => GluActivation::Relu2,
         };
         let cfg = FfnConfig::new(usize::from(self.h % 70) + 1, usize::from(self.i % 70) + 1)
             .with_activation(activation)
@@ -285,6 +287,7 @@ fn act(activation: GluActivation, g: f64) -> (f64, f64) {
             (times_sigmoid((8.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g * g * g)), units)
         }
         GluActivation::Identity => (g, 1.0),
+        GluActivation::Relu2 => (g.max(0.0).powi(2), 2.0),
         other => unimplemented!("no bound is known for {other}"),
     }
 }
@@ -296,7 +299,8 @@ fn glu(cfg: &FfnConfig, gate: Near, up: Near, p: Precision) -> Near {
     let g = p.round(Near(m * gate.0, m.abs() * gate.1));
     let g = Near(g.0.min(limit), g.1);
     let (value, units) = act(cfg.activation, g.0);
-    let a_error = STEEPEST * g.1 + units * p.u * value.abs() + (2.0 + g.0.abs()) * 2.0 * p.smallest;
+    let steepest = if cfg.activation == GluActivation::Relu2 { 2.0 * (g.0.abs() + g.1) } else { STEEPEST };
+    let a_error = steepest * g.1 + units * p.u * value.abs() + (2.0 + g.0.abs()) * 2.0 * p.smallest;
     let u = p.round(Near(up.0.clamp(-limit, limit) + f64::from(cfg.up_offset), up.1));
     let error = a_error * (u.0.abs() + u.1) + value.abs() * u.1 + p.u * (value * u.0).abs();
     let size = (value.abs() + a_error) * (u.0.abs() + u.1);

@@ -1,20 +1,26 @@
 //! The activations and their derivatives on vectors of f32.
 //!
-//! Method. Everything exponential goes through `t = e^-|z|` in [0, 1], which cannot overflow and underflows gradually:
+//! Method. Everything exponential goes through `t = e^-|z|` in [0, 1], which cannot overflow and
+//! underflows gradually:
 //!
-//! 1. σ(z) = 1/(1+t) for z > 0 and t/(1+t) otherwise, so σ keeps its relative accuracy down to the smallest denormal;
-//!    σ'(z) = t/(1+t)².
-//! 2. Swish: g·σ(βg). GELU in its tanh form is g·σ(v) with v = √(8/π)·(g + 0.044715·g³), since ½(1 + tanh(v/2)) = σ(v).
-//! 3. GELU: Φ(-a) = e^(-a²/2)·E(a) for a ≥ 0, where E(a) = ½·erfcx(a/√2) decays only like 1/a: a polynomial of degree 9 in
-//!    (a-4)/(a+4), divided by a+4, fits it to 1e-8 relative on [0, 16]. The rounding error of a² is known exactly (one fma)
-//!    and put back as a factor, so the tail stays accurate.
-//! 4. e^-|z|: n = round(-|z|·log₂e), r = -|z| - n·ln 2 in two steps, e^r = 1 + r + r²·q(r) with q of degree 4 (3e-9 relative
-//!    on |r| ≤ 0.3467), times 2ⁿ with one rounding. Below -104 the result is 0, as it is in f32.
+//! 1. σ(z) = 1/(1+t) for z > 0 and t/(1+t) otherwise, so σ keeps its relative accuracy down to the
+//!    smallest denormal; σ'(z) = t/(1+t)².
+//! 2. Swish: g·σ(βg). GELU in its tanh form is g·σ(v) with v = √(8/π)·(g + 0.044715·g³), since ½(1
+//!    + tanh(v/2)) = σ(v).
+//! 3. GELU: Φ(-a) = e^(-a²/2)·E(a) for a ≥ 0, where E(a) = ½·erfcx(a/√2) decays only like 1/a: a
+//!    polynomial of degree 9 in (a-4)/(a+4), divided by a+4, fits it to 1e-8 relative on [0, 16].
+//!    The rounding error of a² is known exactly (one fma) and put back as a factor, so the tail
+//!    stays accurate.
+//! 4. e^-|z|: n = round(-|z|·log₂e), r = -|z| - n·ln 2 in two steps, e^r = 1 + r + r²·q(r) with q
+//!    of degree 4 (3e-9 relative on |r| ≤ 0.3467), times 2ⁿ with one rounding. Below -104 the
+//!    result is 0, as it is in f32.
 //!
-//! Both polynomials are our own weighted least-squares (Lawson) fits against 40-digit values; coefficients rounded to f32.
+//! Both polynomials are our own weighted least-squares (Lawson) fits against 40-digit values;
+//! coefficients rounded to f32.
 //!
-//! Error against the f64 definition, in units of 2⁻²⁴ relative, as the tests bound it: Silu and Sigmoid 6; Swish 6 + |z|;
-//! Gelu 12; GeluTanh 6 + 4|v|, where z = βg and v as above (their own rounding, amplified by the exponential's slope).
+//! Error against the f64 definition, in units of 2⁻²⁴ relative, as the tests bound it: Silu and
+//! Sigmoid 6; Swish 6 + |z|; Gelu 12; GeluTanh 6 + 4|v|; Relu2 1, where z = βg and v as above
+//! (their own rounding, amplified by the exponential's slope).
 
 use super::simd::Simd;
 
@@ -124,6 +130,23 @@ impl Activation for Relu {
     fn value_and_derivative<S: Simd>(self, s: S, g: S::F) -> (S::F, S::F) {
         let zero = s.splat(0.0);
         (self.value(s, g), s.select(s.le(g, zero), zero, s.splat(1.0)))
+    }
+}
+
+/// max(g, 0)²; NaN stays.
+#[derive(Clone, Copy)]
+pub(super) struct Relu2;
+
+impl Activation for Relu2 {
+    #[inline(always)]
+    fn value<S: Simd>(self, s: S, g: S::F) -> S::F {
+        let x = Relu.value(s, g);
+        s.mul(x, x)
+    }
+    #[inline(always)]
+    fn value_and_derivative<S: Simd>(self, s: S, g: S::F) -> (S::F, S::F) {
+        let x = Relu.value(s, g);
+        (s.mul(x, x), s.add(x, x))
     }
 }
 

@@ -1,8 +1,11 @@
-//! Runs a kernel over candle's CPU storages of any layout, on candle's own threads, without copying an operand.
+//! Runs a kernel over candle's CPU storages of any layout, on candle's own threads, without copying
+//! an operand.
 //!
-//! 1. The output is allocated, not initialised, and cut into blocks of 4096 elements that threads claim.
-//! 2. A block is cut into segments on which every operand is either one contiguous slice, lent as it lies, or is gathered
-//!    into a buffer of at most 512 elements (transposed, interleaved and broadcast operands).
+//! 1. The output is allocated, not initialised, and cut into blocks of 4096 elements that threads
+//!    claim.
+//! 2. A block is cut into segments on which every operand is either one contiguous slice, lent as
+//!    it lies, or is gathered into a buffer of at most 512 elements (transposed, interleaved and
+//!    broadcast operands).
 //! 3. The kernel runs on each segment.
 
 use std::ops::Range;
@@ -16,7 +19,8 @@ use crate::error::{Error, Result};
 use crate::gate::activation::Glu;
 use crate::reference;
 
-/// Below this many elements one thread is faster than waking the others: the bound candle's own elementwise ops use.
+/// Below this many elements one thread is faster than waking the others: the bound candle's own
+/// elementwise ops use.
 const PARALLEL_FROM: usize = 64 * 1024;
 /// What a thread claims is a multiple of this.
 const BLOCK: usize = 4096;
@@ -42,7 +46,8 @@ pub(crate) fn gate_forward(
     })
 }
 
-/// The gradients of gate, up under dy, all of one shape -> a contiguous storage of shape (2, ..): dgate, then dup.
+/// The gradients of gate, up under dy, all of one shape -> a contiguous storage of shape (2, ..):
+/// dgate, then dup.
 pub(crate) fn gate_backward(kernels: &CpuKernels, op: &Glu, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
     use CpuStorage as C;
     let layouts = inputs.map(|(_, layout)| layout);
@@ -103,12 +108,14 @@ fn run_backward<T: Copy + Send + Sync>(f: &GateKernels<T>, op: &Glu, data: [&[T]
     parallel(n, |range| {
         segments(&views, range, |at, inputs| {
             let len = inputs[0].len();
-            // SAFETY: segments are disjoint and lie in 0..n; `out` has 2n elements, dup in the second half.
+            // SAFETY: segments are disjoint and lie in 0..n; `out` has 2n elements, dup in the
+            // second half.
             let (dgate, dup) = unsafe { (base.slice(at, len), base.slice(n + at, len)) };
             (f.backward)(op, inputs, [dgate, dup]);
         });
     });
-    // SAFETY: the segments cover 0..n in both halves and the kernel writes every element of its outputs.
+    // SAFETY: the segments cover 0..n in both halves and the kernel writes every element of its
+    // outputs.
     unsafe { out.set_len(2 * n) };
     out
 }

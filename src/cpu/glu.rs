@@ -1,11 +1,13 @@
-//! The fused gate: `out = act(clamp(m·gate)) ⊙ (clamp(up) + c)` and its gradients, one pass over memory.
+//! The fused gate: `out = act(clamp(m·gate)) ⊙ (clamp(up) + c)` and its gradients, one pass over
+//! memory.
 //!
-//! Written once over [`Simd`] and [`Element`]: elements are widened to f32 on load, everything happens in f32, and each
-//! result is rounded once, on store. The instruction-set files instantiate [`forward`] and [`backward`].
+//! Written once over [`Simd`] and [`Element`]: elements are widened to f32 on load, everything
+//! happens in f32, and each result is rounded once, on store. The instruction-set files instantiate
+//! [`forward`] and [`backward`].
 
 use std::mem::MaybeUninit;
 
-use super::activation::{self, Activation, Gelu, GeluTanh, Identity, Relu, Sigmoid, Swish};
+use super::activation::{self, Activation, Gelu, GeluTanh, Identity, Relu, Relu2, Sigmoid, Swish};
 use super::epilogue::{Hidden, PanelSums};
 use super::simd::{Element, MAX_LANES, Simd};
 use crate::gate::activation::{Glu, GluActivation};
@@ -21,6 +23,7 @@ macro_rules! with_activation {
             GluActivation::Gelu => with_activation!(Gelu, $act, $body),
             GluActivation::GeluTanh => with_activation!(GeluTanh, $act, $body),
             GluActivation::Identity => with_activation!(Identity, $act, $body),
+            GluActivation::Relu2 => with_activation!(Relu2, $act, $body),
         }
     };
     ($value:expr, $act:ident, $body:expr) => {{
@@ -41,11 +44,12 @@ pub(super) fn backward<S: Simd, T: Element>(s: S, op: &Glu, inputs: [&[T]; 3], o
     with_activation!(op, act => backward_with(s, act, op, inputs, outputs))
 }
 
-/// Sums of one panel (rows, NR), gate in the first NR/2 columns -> h (rows, NR/2), rounded once to T.
+/// Sums of one panel (rows, NR), gate in the first NR/2 columns -> h (rows, NR/2), rounded once to
+/// T.
 ///
 /// # Safety
-/// The CPU has the instructions. `panel.sums` points to rows·NV·LANES f32, `panel.bias` to NV·LANES, if any; `h` to `rows` rows,
-/// `h_stride` apart, of NV/2·LANES writable elements.
+/// The CPU has the instructions. `panel.sums` points to rows·NV·LANES f32, `panel.bias` to NV·LANES,
+/// if any; `h` to `rows` rows, `h_stride` apart, of NV/2·LANES writable elements.
 #[inline(always)]
 pub(super) unsafe fn tile<S: Simd, T: Element, H: Hidden<T>, const NV: usize>(
     s: S,
@@ -124,7 +128,8 @@ fn backward_with<S: Simd, T: Element, A: Activation>(
     }
 }
 
-/// The formula of one vector. (A closure would not take on the caller's target features; an `inline(always)` method does.)
+/// The formula of one vector. (A closure would not take on the caller's target features; an
+/// `inline(always)` method does.)
 trait Formula: Copy {
     /// gate, up -> out
     fn value<S: Simd>(self, s: S, gate: S::F, up: S::F) -> S::F;
@@ -157,7 +162,8 @@ impl<A: Activation> Formula for Modified<'_, A> {
     fn value<S: Simd>(self, s: S, gate: S::F, up: S::F) -> S::F {
         s.mul(self.0.value(s, bounded_gate(s, self.1, gate)), bounded_up(s, self.1, up))
     }
-    /// As PyTorch's clamp: the gradient passes below the limit, and is 0 at it and beyond. NaN is within.
+    /// As PyTorch's clamp: the gradient passes below the limit, and is 0 at it and beyond. NaN is
+    /// within.
     #[inline(always)]
     fn gradients<S: Simd>(self, s: S, gate: S::F, up: S::F, dy: S::F) -> (S::F, S::F) {
         let m = s.splat(self.1.gate_multiplier);

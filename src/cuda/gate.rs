@@ -83,7 +83,8 @@ fn forward<T: Element>(glu: &Glu, operands: [Operand<'_>; 2]) -> Result<CudaStor
         let [r, c, gs, us, os] = sizes;
         let op = GluParams::from(glu);
         let list = arguments![gate.address, up.address, NULL.address, NULL.address, out.address, r, c, gs, us, os, op];
-        // SAFETY: the arguments of gate_forward_*; gate and up have rows of adjacent columns at these strides, out has rows·columns elements.
+        // SAFETY: the arguments of gate_forward_*; gate and up have rows of adjacent columns at
+        // these strides, out has rows·columns elements.
         unsafe { call.launch::<T>(call.over::<T>(Kernel::GateForward, rows, columns), list)? };
     }
     Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
@@ -105,8 +106,8 @@ fn backward<T: Element>(glu: &Glu, operands: [Operand<'_>; 3]) -> Result<CudaSto
         let [gs, us, ds] = strides.map(|stride| stride.row as i64);
         let op = GluParams::from(glu);
         let list = arguments![gate.address, up.address, dy.address, dgate, dup, r, c, gs, us, ds, s, s, op];
-        // SAFETY: the arguments of gate_backward_*; the inputs have rows of adjacent columns at these strides, dgate and dup rows·columns
-        // elements each.
+        // SAFETY: the arguments of gate_backward_*; the inputs have rows of adjacent columns at
+        // these strides, dgate and dup rows·columns elements each.
         unsafe { call.launch::<T>(call.over::<T>(Kernel::GateBackward, rows, columns), list)? };
     }
     Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))

@@ -39,8 +39,9 @@ impl Element for f16 {
 
 // ---------------------------------------------------------------- pointers
 
-/// Device memory that a launch reads or writes. While it lives, cudarc knows that the stream uses the memory: it has waited for other
-/// streams' writes, and at the end it records the use (both only where a device has a stream of its own). Drop it after the launch.
+/// Device memory that a launch reads or writes. While it lives, cudarc knows that the stream uses
+/// the memory: it has waited for other streams' writes, and at the end it records the use (both
+/// only where a device has a stream of its own). Drop it after the launch.
 pub(super) struct Pointer<'a> {
     pub(super) address: u64,
     _in_use: Option<SyncOnDrop<'a>>,
@@ -141,7 +142,8 @@ impl LaunchContext<'_> {
     /// (rows, columns), to be written in full by the launches that follow.
     pub(super) fn alloc<T: Element>(&self, rows: usize, columns: usize) -> Result<CudaSlice<T>> {
         let Some(elements) = rows.checked_mul(columns) else { bail!("a matrix of {rows} by {columns} is too large") };
-        // SAFETY: every path writes each element before anything reads it, on the stream that allocates.
+        // SAFETY: every path writes each element before anything reads it, on the stream that
+        // allocates.
         unsafe { self.device.alloc::<T>(elements) }
     }
 
@@ -154,9 +156,9 @@ impl LaunchContext<'_> {
     /// Launches a kernel in its code for T.
     ///
     /// # Safety
-    /// The arguments are those of the kernel in number, order and type; its pointers are valid for what
-    /// it reads and writes. With `early`, the weights it reads were complete before whatever precedes it
-    /// on the stream was launched.
+    /// The arguments are those of the kernel in number, order and type; its pointers are valid for
+    /// what it reads and writes. With `early`, the weights it reads were complete before whatever
+    /// precedes it on the stream was launched.
     pub(super) unsafe fn launch<T: Element>(&self, launch: Launch, arguments: &mut [*mut c_void]) -> Result<()> {
         let Launch { kernel, grid, rows, early } = launch;
         let function = self.functions.get(kernel, T::DTYPE)?;
@@ -183,8 +185,8 @@ impl LaunchContext<'_> {
             attrs: &mut attribute,
             numAttrs: u32::from(early && function.waits),
         };
-        // SAFETY: the configuration and its attribute outlive the call and the context is current; the
-        // rest is the caller's promise.
+        // SAFETY: the configuration and its attribute outlive the call and the context is current;
+        // the rest is the caller's promise.
         unsafe { sys::cuLaunchKernelEx(&config, function.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()) }
             .result()
             .w()
@@ -192,14 +194,15 @@ impl LaunchContext<'_> {
     }
 }
 
-/// The stream records a CUDA graph. (An error says that another stream does, which the next launch will report.)
+/// The stream records a CUDA graph. (An error says that another stream does, which the next launch
+/// will report.)
 pub(super) fn is_capturing(stream: &CudaStream) -> bool {
     let none = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     stream.capture_status().is_ok_and(|status| status != none)
 }
 
-/// The tensor map of a row-major matrix (rows, columns) of 2-byte elements at `address`, in boxes of (rows, columns): of 64 columns,
-/// 128 B, swizzled, of fewer not.
+/// The tensor map of a row-major matrix (rows, columns) of 2-byte elements at `address`, in boxes
+/// of (rows, columns): of 64 columns, 128 B, swizzled, of fewer not.
 pub(super) fn tensor_map<T: Element>(
     address: u64,
     (rows, columns): (usize, usize),
@@ -217,8 +220,8 @@ pub(super) fn tensor_map<T: Element>(
     let (dims, strides) = ([columns as u64, rows as u64], [(columns * size_of::<T>()) as u64]);
     let (boxes, element_strides) = ([box_columns, box_rows], [1, 1]);
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    // SAFETY: every pointer is to an array of the rank's length, or for the strides of one less, that outlives the call; `address` is only
-    // encoded.
+    // SAFETY: every pointer is to an array of the rank's length, or for the strides of one less,
+    // that outlives the call; `address` is only encoded.
     unsafe {
         sys::cuTensorMapEncodeTiled(
             &mut map,

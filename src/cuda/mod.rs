@@ -1,4 +1,5 @@
-//! The block, one projection and the gate on CUDA. `README.md` beside this file says what each kernel takes.
+//! The block, one projection and the gate on CUDA. `README.md` beside this file says what each
+//! kernel takes.
 //!
 //! ```text
 //! x (M,H)   gate_up_proj (2I,H), gate's rows first   down_proj (H,I)
@@ -10,13 +11,16 @@
 //!          y = h·Wdᵀ                      cuBLAS
 //! ```
 //!
-//! 1. All work goes to the stream of x's candle device, in order; nothing waits for the device. h, p and y come from the stream's
-//!    allocator, chunks of rows reuse them (`plan::chunk_rows`), and so a call can be captured in a CUDA graph (with event tracking off
-//!    if the device has a stream of its own, as for any candle operation).
-//! 2. Kernels with a wait of their own start early (`launch::launch`). What they read before that wait are weights alone, and those are
-//!    complete: `prepare` synchronises the stream once, when a layer is built.
+//! 1. All work goes to the stream of x's candle device, in order; nothing waits for the device. h,
+//!    p and y come from the stream's allocator, chunks of rows reuse them (`plan::chunk_rows`), and
+//!    so a call can be captured in a CUDA graph (with event tracking off if the device has a stream
+//!    of its own, as for any candle operation).
+//! 2. Kernels with a wait of their own start early (`launch::launch`). What they read before that
+//!    wait are weights alone, and those are complete: `prepare` synchronises the stream once, when
+//!    a layer is built.
 //! 3. Products are summed in f32, h and y rounded once. Where p exists gate and up are rounded too.
-//! 4. A bias goes in where the sum still is f32; through cuBLAS as y's first value, with β = α, and then y may be rounded twice.
+//! 4. A bias goes in where the sum still is f32; through cuBLAS as y's first value, with β = α, and
+//!    then y may be rounded twice.
 //! 5. `plan::decode_rows` says how many rows are few: 32; on Hopper in bf16 and f16 16.
 
 mod cublas;
@@ -40,8 +44,8 @@ use launch::{Element, LaunchContext, Pointer, Weight, contiguous, weight};
 pub use plan::{Prefill, force_prefill};
 use products::{Operands, Projection};
 
-/// The block's and the projection's kernels run on this device in this dtype: compute capability 8.0 or newer. Elsewhere candle's
-/// operations do.
+/// The block's and the projection's kernels run on this device in this dtype: compute capability
+/// 8.0 or newer. Elsewhere candle's operations do.
 pub(crate) fn supports(device: &CudaDevice, dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::BF16 | DType::F16) && supports_glu(device, dtype)
 }
@@ -52,7 +56,8 @@ pub(crate) fn supports_glu(device: &CudaDevice, dtype: DType) -> bool {
     floats && functions::major(device).is_some_and(|major| major >= 8)
 }
 
-/// The code that runs: `cuda-sm80`, `cuda-sm90` or, compiled by the driver from PTX for a newer device, `cuda`.
+/// The code that runs: `cuda-sm80`, `cuda-sm90` or, compiled by the driver from PTX for a newer
+/// device, `cuda`.
 pub(crate) fn kernel_name(device: &CudaDevice) -> &'static str {
     match functions::major(device) {
         Some(8) => "cuda-sm80",
@@ -61,8 +66,8 @@ pub(crate) fn kernel_name(device: &CudaDevice) -> &'static str {
     }
 }
 
-/// Loads the kernels and waits until the weights that were written on the device's stream are complete.
-/// After it a layer may be called.
+/// Loads the kernels and waits until the weights that were written on the device's stream are
+/// complete. After it a layer may be called.
 pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
     Functions::of(device)?;
     device.cuda_stream().synchronize().w()

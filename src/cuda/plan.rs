@@ -146,8 +146,8 @@ impl Grid {
 
 /// Threads of a block of gate.cu.
 const GATE_THREADS: usize = 256;
-/// Blocks of gate.cu per multiprocessor, at most: eight blocks are resident, a second round evens out
-/// their ends.
+/// Blocks of gate.cu per multiprocessor, at most: eight blocks are resident, a second round evens
+/// out their ends.
 const GATE_BLOCKS_PER_SM: usize = 16;
 
 /// The grid of a kernel of gate.cu over (rows, columns).
@@ -190,8 +190,8 @@ pub(super) fn decode(gated: bool, dtype: DType, m: usize, features: usize, align
     (Kernel::Decode { gated, cores, rows }, Grid::new(blocks, 32 * warps as u32))
 }
 
-/// A tile of a kernel of prefill_sm90.cu: `cluster` blocks share the weights, each computes 128 rows
-/// by `width` features.
+/// A tile of a kernel of prefill_sm90.cu: `cluster` blocks share the weights, each computes 128
+/// rows by `width` features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tile {
     pub(super) cluster: usize,
@@ -231,12 +231,14 @@ thread_local! {
     static FORCED: Cell<Option<Prefill>> = const { Cell::new(None) };
 }
 
-/// Forces one way of prefill in the calling thread, or lets the environment and the sizes decide again. For tests and benchmarks.
+/// Forces one way of prefill in the calling thread, or lets the environment and the sizes decide
+/// again. For tests and benchmarks.
 pub fn force_prefill(way: Option<Prefill>) {
     FORCED.set(way);
 }
 
-/// What [`force_prefill`] or else the environment variable `CANDLE_SWIGLU_CUDA_PREFILL`, read once, forces.
+/// What [`force_prefill`] or else the environment variable `CANDLE_SWIGLU_CUDA_PREFILL`, read once,
+/// forces.
 pub(super) fn forced() -> Result<Option<Prefill>> {
     static ASKED: OnceLock<std::result::Result<Option<Prefill>, String>> = OnceLock::new();
     if let Some(way) = FORCED.get() {
@@ -255,8 +257,9 @@ fn parse(value: Option<&str>) -> std::result::Result<Option<Prefill>, String> {
     }
 }
 
-/// The kernels of decode.cu take up to this many rows: 32; 16 in bf16 and f16 on Hopper, where cuBLAS and the kernels of
-/// prefill_sm90.cu are faster from there on; 8 where a way of prefill is forced.
+/// The kernels of decode.cu take up to this many rows: 32; 16 in bf16 and f16 on Hopper, where
+/// cuBLAS and the kernels of prefill_sm90.cu are faster from there on; 8 where a way of prefill is
+/// forced.
 pub(super) fn decode_rows(forced: Option<Prefill>, hopper: bool) -> usize {
     match (forced, hopper) {
         (Some(_), _) => 8,
@@ -274,8 +277,8 @@ struct DecodeGrid {
     warps: usize,
 }
 
-/// The persistent blocks for `tiles` tiles. They do not depend on the number of rows, so a row's bits
-/// do not either.
+/// The persistent blocks for `tiles` tiles. They do not depend on the number of rows, so a row's
+/// bits do not either.
 fn decode_grid(tiles: usize, sms: usize) -> DecodeGrid {
     let warps = if tiles <= sms { 16 } else { 8 };
     DecodeGrid { blocks: tiles.min(16 / warps * sms), warps }
@@ -327,16 +330,16 @@ pub(super) fn fused_grid(m: usize, i: usize, sms: usize) -> FusedGrid {
     all.min_by(|a, b| a.time(m).total_cmp(&b.time(m))).unwrap_or_else(|| FusedGrid::of(0, m, i, sms))
 }
 
-/// Threshold of [`Gpu::bytes_per_clock`]. Above it (H200: 18.4; H100: 12.8) cuBLAS is faster than the
-/// fused kernel up to [`FAST_MEMORY_ROWS`], because the fused kernel reads at most 13 bytes per clock
-/// and multiprocessor.
+/// Threshold of [`Gpu::bytes_per_clock`]. Above it (H200: 18.4; H100: 12.8) cuBLAS is faster than
+/// the fused kernel up to [`FAST_MEMORY_ROWS`], because the fused kernel reads at most 13 bytes per
+/// clock and multiprocessor.
 const FAST_MEMORY: f64 = 14.0;
 const FAST_MEMORY_ROWS: usize = 64;
-/// Up to one tile of rows both ways are bandwidth-bound, and the fused kernel reads the weights 1.15
-/// times as fast as cuBLAS.
+/// Up to one tile of rows both ways are bandwidth-bound, and the fused kernel reads the weights
+/// 1.15 times as fast as cuBLAS.
 const READS_FASTER: f64 = 1.15;
-/// Where arithmetic is the bound and the tiles divide evenly, the fused kernel takes 0.94 of the time
-/// of cuBLAS and the pass over its halves.
+/// Where arithmetic is the bound and the tiles divide evenly, the fused kernel takes 0.94 of the
+/// time of cuBLAS and the pass over its halves.
 const COMPUTES_FASTER: f64 = 1.06;
 /// Reading the weights takes cuBLAS as long as computing 2.5 tiles of rows, so up to about 300 rows
 /// bandwidth is its bound.
@@ -344,8 +347,8 @@ const READING_IN_TILES: f64 = 2.5;
 
 /// The fused kernel or cuBLAS for (M,I), by measurements on an H100 and an H200.
 ///
-/// The load of the fused kernel would be I / sms per row of tiles if tiles divided evenly. It is the
-/// faster way if its load is within the factor by which it is faster than cuBLAS then.
+/// The load of the fused kernel would be I / sms per row of tiles if tiles divided evenly. It is
+/// the faster way if its load is within the factor by which it is faster than cuBLAS then.
 pub(super) fn prefill((m, i): (usize, usize), gpu: &Gpu) -> Prefill {
     if m <= FAST_MEMORY_ROWS && gpu.bytes_per_clock > FAST_MEMORY {
         return Prefill::Cublas;
@@ -356,7 +359,8 @@ pub(super) fn prefill((m, i): (usize, usize), gpu: &Gpu) -> Prefill {
     if fused_grid(m, i, gpu.sms).load(m) <= bound * even { Prefill::Fused } else { Prefill::Cublas }
 }
 
-/// Rows of a chunk: as many as [`SCRATCH_BYTES`] allow, in whole tiles and in chunks of nearly equal size.
+/// Rows of a chunk: as many as [`SCRATCH_BYTES`] allow, in whole tiles and in chunks of nearly
+/// equal size.
 pub(super) fn chunk_rows(m: usize, i: usize, element: usize) -> usize {
     let row = i.saturating_mul(3 * element).max(1);
     let most = (SCRATCH_BYTES / row / 128 * 128).max(128);

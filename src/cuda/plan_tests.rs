@@ -10,7 +10,8 @@ fn indices_are_the_places_among_all() {
     assert_eq!(Kernel::all().count(), DECODE_KERNELS + TILES.len() + 3);
 }
 
-/// Each `extern "C"` name in the sources is that of one kernel and dtype, by the macros that make them.
+/// Each `extern "C"` name in the sources is that of one kernel and dtype, by the macros that make
+/// them.
 #[test]
 fn names_are_those_of_the_contract() {
     let dtypes = [DType::F32, DType::BF16, DType::F16, DType::F64];

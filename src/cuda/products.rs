@@ -47,8 +47,8 @@ impl Projection<'_> {
         let launch = Launch { kernel, grid, rows: m, early };
         let (m, n, k) = (int(m)?, int(n)?, int(k)?);
         let list = arguments![x.address, self.weight.address, self.bias.address, y, m, n, k, self.factor];
-        // SAFETY: the arguments of linear_*; x has M·K elements, the weight N·K, the bias N or none, y M·N; `prepare` has waited for the
-        // weight.
+        // SAFETY: the arguments of linear_*; x has M·K elements, the weight N·K, the bias N or
+        // none, y M·N; `prepare` has waited for the weight.
         unsafe { call.launch::<T>(launch, list) }
     }
 
@@ -98,9 +98,9 @@ impl Operands<'_> {
         (bias, if bias == 0 { 0 } else { bias + (self.sizes.2 * size_of::<T>()) as u64 })
     }
 
-    /// Few rows: two launches. h and y are allocated before the first, so that the second follows the
-    /// first directly in a CUDA graph too. In a graph, the first kernel follows an allocation node, so
-    /// programmatic launch cannot overlap it.
+    /// Few rows: two launches. h and y are allocated before the first, so that the second follows
+    /// the first directly in a CUDA graph too. In a graph, the first kernel follows an allocation
+    /// node, so programmatic launch cannot overlap it.
     fn decode<T: Element>(&self, call: &LaunchContext<'_>) -> Result<()> {
         let (m, h, i) = self.sizes;
         let mut product = call.alloc::<T>(m, i)?;
@@ -122,8 +122,8 @@ impl Operands<'_> {
             k,
             self.glu
         ];
-        // SAFETY: the arguments of gate_up_*; x has M·H elements, each half of the weights I·H, of the biases I or none, h M·I;
-        // `prepare` has waited for the weights.
+        // SAFETY: the arguments of gate_up_*; x has M·H elements, each half of the weights I·H, of
+        // the biases I or none, h M·I; `prepare` has waited for the weights.
         unsafe { call.launch::<T>(launch, list)? };
         self.down.decode::<T>(call, (&hidden, self.y.address), m, true)
     }
@@ -173,8 +173,8 @@ impl Operands<'_> {
         let (gate_bias, up_bias) = self.biases::<T>();
         let (m, columns, stride) = (rows as i64, i as i64, 2 * i as i64);
         let list = arguments![halves, up, gate_bias, up_bias, hidden, m, columns, stride, stride, columns, self.glu];
-        // SAFETY: the arguments of gate_forward_*; p has rows·2I elements, of which gate and up are the halves of each row, the biases have I or
-        // none, h has rows·I.
+        // SAFETY: the arguments of gate_forward_*; p has rows·2I elements, of which gate and up are
+        // the halves of each row, the biases have I or none, h has rows·I.
         unsafe { call.launch::<T>(call.over::<T>(Kernel::GateForward, rows, i), list) }
     }
 
@@ -192,8 +192,9 @@ impl Operands<'_> {
         let (gate_bias, up_bias) = self.biases::<T>();
         let (m, columns, k) = (int(rows)?, int(i)?, int(h)?);
         let list = arguments![x, gate, up, hidden, gate_bias, up_bias, m, columns, k, self.glu];
-        // SAFETY: the arguments of gate_up_sm90_*; the maps are those of x (rows,H), the halves of the weights (I,H) and h (rows,I); the
-        // biases have I elements or none; `prepare` has waited for the weights.
+        // SAFETY: the arguments of gate_up_sm90_*; the maps are those of x (rows,H), the halves of
+        // the weights (I,H) and h (rows,I); the biases have I elements or none; `prepare` has
+        // waited for the weights.
         unsafe { call.launch::<T>(launch, list) }
     }
 }

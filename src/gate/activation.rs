@@ -1,4 +1,5 @@
-//! The gate activations of the GLU family, their names in Hugging Face configs, and what models put around them.
+//! The gate activations of the GLU family, their names in Hugging Face configs, and what models put
+//! around them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,11 +14,13 @@ use crate::error::{Error, Result};
 /// | `Swish { beta }` | g·σ(βg) | Swish with β | `quick_gelu` (β = 1.702), `swish(β)` |
 /// | `Sigmoid` | σ(g) | GLU | `sigmoid`, `glu` |
 /// | `Relu` | max(g, 0) | ReGLU | `relu`, `reglu` |
+/// | `Relu2` | max(g, 0)² | gated squared ReLU | `relu2`, `relu_squared` |
 /// | `Gelu` | g·Φ(g), exact through erf | GEGLU | `gelu`, `gelu_python`, `geglu` |
 /// | `GeluTanh` | g·σ(√(8/π)·(g + 0.044715·g³)) | GEGLU, tanh form | `gelu_pytorch_tanh`, `gelu_new`, `gelu_fast`, `gelu_tanh` |
 /// | `Identity` | g | bilinear | `linear`, `identity`, `bilinear` |
 ///
-/// Source: N. Shazeer, "GLU Variants Improve Transformer", 2020, <https://arxiv.org/abs/2002.05202>.
+/// Source: N. Shazeer, "GLU Variants Improve Transformer", 2020,
+/// <https://arxiv.org/abs/2002.05202>.
 ///
 /// ```
 /// use candle_swiglu::GluActivation;
@@ -48,30 +51,37 @@ pub enum GluActivation {
     GeluTanh,
     /// g: the bilinear unit.
     Identity,
+    /// max(g, 0)²: the squared ReLU, as in BitNet. In f32 the square is ∞ for g above 1.8·10¹⁹.
+    Relu2,
 }
 
-#[cfg(test)]
 impl GluActivation {
-    /// One of each variant. A new variant does not compile until it has a place in this chain.
-    pub(crate) fn all() -> impl Iterator<Item = Self> {
-        std::iter::successors(Some(Self::Silu), |activation| match activation {
-            Self::Silu => Some(Self::Swish { beta: 2.0 }),
-            Self::Swish { .. } => Some(Self::Sigmoid),
-            Self::Sigmoid => Some(Self::Relu),
-            Self::Relu => Some(Self::Gelu),
-            Self::Gelu => Some(Self::GeluTanh),
-            Self::GeluTanh => Some(Self::Identity),
-            Self::Identity => None,
-        })
-    }
+    /// One of each variant, in their order, for tests and listings: `Swish` with the slope of
+    /// `quick_gelu`. A later version may add variants.
+    ///
+    /// ```
+    /// use candle_swiglu::GluActivation;
+    /// assert!(GluActivation::ALL.contains(&GluActivation::Silu));
+    /// ```
+    pub const ALL: &'static [Self] = &[
+        Self::Silu,
+        Self::Swish { beta: 1.702 },
+        Self::Sigmoid,
+        Self::Relu,
+        Self::Gelu,
+        Self::GeluTanh,
+        Self::Identity,
+        Self::Relu2,
+    ];
 }
 
 /// The pair operation with the modifiers that published models put around it:
 ///
 /// `out = act(min(m·gate, limit)) ⊙ (clamp(up, ±limit) + c)`
 ///
-/// with gate multiplier m (Falcon-H1), limit and up offset c (gpt-oss: 7 and 1, with Swish of β = 1.702). By default m = 1, no
-/// limit, c = 0. The gradient passes below the limit and is 0 at it and beyond, as PyTorch 2.15's clamp has it.
+/// with gate multiplier m (Falcon-H1), limit and up offset c (gpt-oss: 7 and 1, with Swish of β =
+/// 1.702). By default m = 1, no limit, c = 0. The gradient passes below the limit and is 0 at it
+/// and beyond, as PyTorch 2.15's clamp has it.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -119,7 +129,8 @@ impl Glu {
     /// Checks the numbers, as every operation does that uses them.
     ///
     /// # Errors
-    /// A limit that is not above 0, a multiplier, an offset or a β that is not finite; the error names the field.
+    /// A limit that is not above 0, a multiplier, an offset or a β that is not finite; the error
+    /// names the field.
     pub fn validate(&self) -> Result<()> {
         let beta = match self.activation {
             GluActivation::Swish { beta } => beta,
@@ -146,7 +157,7 @@ impl Glu {
 }
 
 const KNOWN: &str = "silu, swish, swish(β), quick_gelu, sigmoid, relu, gelu, gelu_python, gelu_new, gelu_fast, gelu_accurate, gelu_pytorch_tanh, \
-                     gelu_python_tanh, gelu_tanh, linear, identity, swiglu, glu, reglu, geglu, bilinear";
+                     gelu_python_tanh, gelu_tanh, linear, identity, swiglu, glu, reglu, geglu, bilinear, relu2, relu_squared";
 
 impl FromStr for GluActivation {
     type Err = Error;
@@ -162,6 +173,7 @@ impl FromStr for GluActivation {
                 Self::GeluTanh
             }
             "linear" | "identity" | "bilinear" => Self::Identity,
+            "relu2" | "relu_squared" => Self::Relu2,
             other => match swish_beta(other) {
                 Some(beta) => Self::Swish { beta },
                 None => return Err(Error::UnknownActivation { name: other.to_string(), known: KNOWN }),
@@ -186,11 +198,13 @@ impl fmt::Display for GluActivation {
             Self::Gelu => f.write_str("gelu"),
             Self::GeluTanh => f.write_str("gelu_pytorch_tanh"),
             Self::Identity => f.write_str("linear"),
+            Self::Relu2 => f.write_str("relu2"),
         }
     }
 }
 
-/// The same function. Candle's `Gelu` is the exact one, `NewGelu` and `GeluPytorchTanh` the tanh form.
+/// The same function. Candle's `Gelu` is the exact one, `NewGelu` and `GeluPytorchTanh` the tanh
+/// form.
 ///
 /// # Errors
 /// An activation that no variant computes.
@@ -205,10 +219,9 @@ impl TryFrom<candle_nn::Activation> for GluActivation {
             A::Relu => return Ok(Self::Relu),
             A::Gelu => return Ok(Self::Gelu),
             A::NewGelu | A::GeluPytorchTanh => return Ok(Self::GeluTanh),
+            A::Relu2 => return Ok(Self::Relu2),
             A::Swiglu => "candle_nn's Swiglu halves its input; the gate of SwiGLU is Silu",
-            A::Relu2 | A::Relu6 | A::HardSigmoid | A::Mish | A::HardSwish | A::Elu(_) | A::LeakyRelu(_) => {
-                "no GluActivation computes it"
-            }
+            A::Relu6 | A::HardSigmoid | A::Mish | A::HardSwish | A::Elu(_) | A::LeakyRelu(_) => "no GluActivation computes it",
         };
         Err(Error::Unsupported { field: "activation".into(), value: format!("{activation:?}"), reason })
     }
@@ -225,5 +238,36 @@ impl TryFrom<String> for GluActivation {
 impl From<GluActivation> for String {
     fn from(activation: GluActivation) -> String {
         activation.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::GluActivation::{self, *};
+
+    /// A new variant does not compile until it has a place in this chain.
+    fn after(activation: GluActivation) -> Option<GluActivation> {
+        match activation {
+            Silu => Some(Swish { beta: 1.702 }),
+            Swish { .. } => Some(Sigmoid),
+            Sigmoid => Some(Relu),
+            Relu => Some(Gelu),
+            Gelu => Some(GeluTanh),
+            GeluTanh => Some(Identity),
+            Identity => Some(Relu2),
+            Relu2 => None,
+        }
+    }
+
+    #[test]
+    fn all_has_every_variant_and_its_name_is_known() {
+        let chain: Vec<GluActivation> = std::iter::successors(Some(Silu), |&activation| after(activation)).collect();
+        assert_eq!(chain, GluActivation::ALL);
+        for &activation in GluActivation::ALL {
+            let name = activation.to_string();
+            assert_eq!(name.parse::<GluActivation>().ok(), Some(activation), "{name}");
+            let listed = name.split('(').next().unwrap_or_default();
+            assert!(super::KNOWN.split(", ").any(|known| known == listed), "KNOWN has no {listed}");
+        }
     }
 }

@@ -24,7 +24,7 @@
 #define CANDLE_SWIGLU_GATE_H
 
 // The numbers of src/gate/params.rs, whose tests compare them.
-enum Activation : int { SILU = 0, SWISH = 1, SIGMOID = 2, RELU = 3, GELU = 4, GELU_TANH = 5, IDENTITY = 6 };
+enum Activation : int { SILU = 0, SWISH = 1, SIGMOID = 2, RELU = 3, GELU = 4, GELU_TANH = 5, IDENTITY = 6, RELU2 = 7 };
 
 // `GluParams` of src/gate/params.rs: 20 bytes.
 struct GluParams {
@@ -70,6 +70,14 @@ template <typename R> struct Logistic {
 template <typename R> struct Relu {
   DEVICE R value(R g) const { return g <= R(0) ? R(0) : g; }
   DEVICE Both<R> both(R g) const { return {value(g), g <= R(0) ? R(0) : R(1)}; }
+};
+
+template <typename R> struct Relu2 {
+  DEVICE R value(R g) const { return Relu<R>().value(g) * Relu<R>().value(g); }
+  DEVICE Both<R> both(R g) const {
+    const R x = Relu<R>().value(g);
+    return {x * x, x + x};
+  }
 };
 
 template <typename R> struct Identity {
@@ -141,6 +149,7 @@ template <typename R, typename F> DEVICE auto with_activation(int activation, R 
     case GELU: return f(Gelu<R>{});
     case GELU_TANH: return f(GeluTanh<R>{});
     case IDENTITY: return f(Identity<R>{});
+    case RELU2: return f(Relu2<R>{});
   }
   return f(NoActivation<R>{});
 }

@@ -1,8 +1,9 @@
 //! The fused gate of a gated linear unit, `out = act(gate) ⊙ up`, as one differentiable operation.
 //!
-//! On the CPU, on CUDA and on Metal forward and backward are one pass each, in f32 inside with one rounding (f64 for f64), over
-//! operands of any layout; nothing but the inputs is kept for the backward pass. Where a device has no such kernel the same
-//! formula is composed of candle's differentiable operations.
+//! On the CPU, on CUDA and on Metal forward and backward are one pass each, in f32 inside with one
+//! rounding (f64 for f64), over operands of any layout; nothing but the inputs is kept for the
+//! backward pass. Where a device has no such kernel the same formula is composed of candle's
+//! differentiable operations.
 
 pub(crate) mod activation;
 #[cfg(any(feature = "cuda", feature = "metal", test))]
@@ -18,23 +19,27 @@ use crate::error::{Error, Result};
 
 pub use activation::{Glu, GluActivation};
 
-/// `act(gate) ⊙ up` for a pair of equal shape: SwiGLU, GLU, ReGLU, GEGLU or the bilinear unit.
+/// `act(gate) ⊙ up` for a pair of equal shape: SwiGLU, GLU, ReGLU, GEGLU, the bilinear unit and the
+/// other activations of [`GluActivation`].
 ///
 /// # Shapes
-/// gate (…), up (…) -> (…), of any rank, any layout (strided, transposed, broadcast, empty), dtype f16, bf16, f32 or f64.
+/// gate (…), up (…) -> (…), of any rank, any layout (strided, transposed, broadcast, empty), dtype
+/// f16, bf16, f32 or f64.
 ///
 /// # Errors
 /// Shapes, dtypes or devices that differ; a dtype that is not a float.
 ///
 /// # Accuracy
-/// On the CPU each element is computed in f32 (f64 for f64) from exactly widened inputs and rounded once. In f32 the result is
-/// within 8·2⁻²⁴ relative of the exact value for SiLU; other activations in [`GluActivation`]'s order: Swish (8 + |βg|)·2⁻²⁴,
-/// Sigmoid 8, ReLU and Identity 1, GELU 14, tanh GELU 8 + 4·|1.6g + 0.0714g³| units of 2⁻²⁴. NaN and ±∞ propagate as in the
-/// exact product, and `silu(-∞)` is -0. Eager PyTorch and candle round `act(gate)` to the dtype before the product instead.
+/// On the CPU each element is computed in f32 (f64 for f64) from exactly widened inputs and rounded
+/// once. In f32 the result is within 8·2⁻²⁴ relative of the exact value for SiLU; other activations
+/// in [`GluActivation`]'s order: Swish (8 + |βg|)·2⁻²⁴, Sigmoid 8, ReLU and Identity 1, squared
+/// ReLU 2, GELU 14, tanh GELU 8 + 4·|1.6g + 0.0714g³| units of 2⁻²⁴. NaN and ±∞ propagate as in the
+/// exact product, and `silu(-∞)` is -0. Eager PyTorch and candle round `act(gate)` to the dtype
+/// before the product instead.
 ///
 /// # Gradient
-/// `dgate = dy ⊙ up ⊙ act'(gate)`, `dup = dy ⊙ act(gate)`, recomputed from the inputs. A second derivative on the CPU is an
-/// error, never silently zero.
+/// `dgate = dy ⊙ up ⊙ act'(gate)`, `dup = dy ⊙ act(gate)`, recomputed from the inputs. A second
+/// derivative on the CPU is an error, never silently zero.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -62,7 +67,8 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 }
 
 impl Glu {
-    /// Applies the operation; shapes, errors, accuracy and gradient as [`glu_mul`], and the errors of [`Self::validate`].
+    /// Applies the operation; shapes, errors, accuracy and gradient as [`glu_mul`], and the errors
+    /// of [`Self::validate`].
     pub fn mul(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         self.validate()?;
         check_pair(gate, up)?;
@@ -75,7 +81,8 @@ impl Glu {
         Ok((gradients.get(0)?, gradients.get(1)?))
     }
 
-    /// The same formula in candle's operations, computed in f32 for f16 and bf16; differentiable on every device.
+    /// The same formula in candle's operations, computed in f32 for f16 and bf16; differentiable on
+    /// every device.
     pub(crate) fn compose(&self, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
         let dtype = gate.dtype();
         let wide = if dtype == DType::F64 { dtype } else { DType::F32 };
@@ -106,16 +113,19 @@ fn compose_activation(activation: GluActivation, gate: &Tensor) -> candle_core::
         GluActivation::Gelu => gate.gelu_erf(),
         GluActivation::GeluTanh => gate.gelu(),
         GluActivation::Identity => Ok(gate.clone()),
+        GluActivation::Relu2 => gate.relu()?.sqr(),
     }
 }
 
-/// g·σ(βg), with the factor g bounded from below where σ has vanished, so that -∞ does not give NaN.
+/// g·σ(βg), with the factor g bounded from below where σ has vanished, so that -∞ does not give
+/// NaN.
 fn times_sigmoid(gate: &Tensor, beta: f64) -> candle_core::Result<Tensor> {
     let bounded = bound_above(&gate.neg()?, Some(1e4))?.neg()?;
     bounded.mul(&compose_sigmoid(&(bounded.clone() * beta)?)?)
 }
 
-/// 1 / (1 + e^-max(z, -80)): e^80 is finite in f32, so neither the value nor the gradient overflows.
+/// 1 / (1 + e^-max(z, -80)): e^80 is finite in f32, so neither the value nor the gradient
+/// overflows.
 fn compose_sigmoid(z: &Tensor) -> candle_core::Result<Tensor> {
     let minus_z = bound_above(&z.neg()?, Some(80.0))?;
     (minus_z.exp()? + 1.0)?.recip()
@@ -209,7 +219,8 @@ impl CustomOp2 for Glu {
     }
 }
 
-/// gate, up, dy (…) -> (2, …): dgate, then dup. Its own `bwd` is candle's default: an error, not a silent zero.
+/// gate, up, dy (…) -> (2, …): dgate, then dup. Its own `bwd` is candle's default: an error, not a
+/// silent zero.
 struct GluGradient(Glu);
 
 impl CustomOp3 for GluGradient {

@@ -23,6 +23,7 @@ impl From<&Glu> for GluParams {
             GluActivation::Gelu => (4, 1.0),
             GluActivation::GeluTanh => (5, 1.0),
             GluActivation::Identity => (6, 1.0),
+            GluActivation::Relu2 => (7, 1.0),
         };
         let limit = glu.limit.unwrap_or(f32::INFINITY);
         Self { activation, beta, gate_multiplier: glu.gate_multiplier, limit, up_offset: glu.up_offset }
@@ -52,13 +53,34 @@ mod tests {
 
     #[test]
     fn every_activation_has_its_number_and_its_case_in_the_kernels() {
-        let numbers: Vec<String> = GluActivation::all()
-            .map(|activation| format!("{} = {}", constant(activation), GluParams::from(&Glu::new(activation)).activation))
+        let numbers: Vec<String> = GluActivation::ALL
+            .iter()
+            .map(|&activation| format!("{} = {}", constant(activation), GluParams::from(&Glu::new(activation)).activation))
             .collect();
         let declared = format!("enum Activation : int {{ {} }};", numbers.join(", "));
         assert!(HEADER.contains(&declared), "gate.h has no line {declared}");
-        for name in GluActivation::all().map(constant) {
+        for name in GluActivation::ALL.iter().copied().map(constant) {
             assert_eq!(HEADER.matches(&format!("    case {name}: return ")).count(), 1, "{name}");
+        }
+    }
+
+    /// The emulators run every activation in each of their lists.
+    #[test]
+    fn every_activation_is_tested_on_the_emulators() {
+        for (file, text) in [
+            ("cuda_emu/gate_test.cpp", include_str!("../../tests/cuda_emu/gate_test.cpp")),
+            ("cuda_emu/decode_test.cpp", include_str!("../../tests/cuda_emu/decode_test.cpp")),
+            ("cuda_emu/prefill_test.cpp", include_str!("../../tests/cuda_emu/prefill_test.cpp")),
+            ("metal_shim/reference.hpp", include_str!("../../tests/metal_shim/reference.hpp")),
+        ] {
+            for name in GluActivation::ALL.iter().copied().map(constant) {
+                let listed = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+                let listed =
+                    text.split('{').skip(1).any(|item| item.split(listed).find(|word| !word.is_empty()) == Some(&name))
+                        || text.contains(&format!("\", {name}}}"))
+                        || text.contains(&format!("\", {name},"));
+                assert!(listed, "tests/{file} has no case of {name}");
+            }
         }
     }
 

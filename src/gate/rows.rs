@@ -19,7 +19,8 @@ pub(crate) struct Stride {
 }
 
 impl<const N: usize> Rows<N> {
-    /// Merges adjacent dimensions that every operand steps through with one stride. None if more than two dimensions remain.
+    /// Merges adjacent dimensions that every operand steps through with one stride. None if more
+    /// than two dimensions remain.
     pub(crate) fn new(layouts: [&Layout; N]) -> Option<Self> {
         let dims = layouts.first()?.dims();
         let mut merged: Vec<(usize, [usize; N])> = vec![];
@@ -50,8 +51,8 @@ impl<const N: usize> Rows<N> {
         Self { rows, columns, strides }
     }
 
-    /// The row strides, if the elements of every row are adjacent in every operand. A single row of elements that are apart is
-    /// seen as many rows of one element.
+    /// The row strides, if the elements of every row are adjacent in every operand. A single row of
+    /// elements that are apart is seen as many rows of one element.
     #[cfg_attr(not(any(feature = "cuda", test)), allow(dead_code, reason = "the CUDA kernels need adjacent columns"))]
     pub(crate) fn with_adjacent_columns(self) -> Option<Self> {
         if self.strides.iter().all(|stride| stride.column == 1) {

@@ -80,7 +80,8 @@ impl Projection<'_> {
         };
         let aligned = product.is_aligned(dtype, [x_start, weight_layout.start_offset()]);
         let launch = Launch { kernel, dtype, aligned, grid: product.grid(kernel), rows: product.rows };
-        // Without a bias something must be bound all the same: the weight, which is not read as one.
+        // Without a bias something must be bound all the same: the weight, which is not read as
+        // one.
         let Some(bias) = self.bias else {
             return dispatch(device, launch, |encoder| {
                 set_params!(encoder, (&x, &w, &w, Output::new(out), &[parameters][..]));

@@ -1,10 +1,12 @@
 //! Kernels for Apple GPUs, on candle's own command encoder: nothing here waits for the GPU.
 //!
-//! `swiglu.metal` says how they compute. `plan.rs` decides, without a GPU, which one takes a shape, and with what; `pipeline.rs`
-//! compiles each once per device; `launch.rs` binds and dispatches. candle orders dispatches by the buffers that they are said to
-//! read and write, so h needs no more than that between gate·up and down.
+//! `swiglu.metal` says how they compute. `plan.rs` decides, without a GPU, which one takes a shape,
+//! and with what; `pipeline.rs` compiles each once per device; `launch.rs` binds and dispatches.
+//! candle orders dispatches by the buffers that they are said to read and write, so h needs no more
+//! than that between gate·up and down.
 //!
-//! The kernels run on the CPU against f64 in `tests/metal_shim`; they have never run on Apple hardware.
+//! The kernels run on the CPU against f64 in `tests/metal_shim`; they have never run on Apple
+//! hardware.
 
 #[cfg(feature = "metal")]
 mod gate;

@@ -1,7 +1,8 @@
-//! swiglu.metal compiled: one library per GPU, one pipeline per kernel, dtype and alignment, each made when it is first asked for.
+//! swiglu.metal compiled: one library per GPU, one pipeline per kernel, dtype and alignment, each
+//! made when it is first asked for.
 //!
-//! Fast math is off: Metal's default may assume that there are no NaN and ∞, and takes divisions and functions that the error bounds
-//! of the activations do not hold for.
+//! Fast math is off: Metal's default may assume that there are no NaN and ∞, and takes divisions
+//! and functions that the error bounds of the activations do not hold for.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -30,7 +31,8 @@ struct Cache {
     pipelines: HashMap<(u64, Kernel, DType, bool), ComputePipeline>,
 }
 
-/// Whether the kernels run on this GPU in this dtype: it has matrices of simdgroups (M1 and A14 on), which candle's GEMM needs too.
+/// Whether the kernels run on this GPU in this dtype: it has matrices of simdgroups (M1 and A14
+/// on), which candle's GEMM needs too.
 pub(crate) fn supports(device: &MetalDevice, dtype: DType) -> bool {
     let dtype_is_known = match dtype {
         DType::F32 | DType::F16 => true,
@@ -48,7 +50,8 @@ pub(crate) fn supports_glu(device: &MetalDevice, dtype: DType) -> bool {
 /// The pipeline of a kernel. The first use of a GPU compiles the library, which takes seconds.
 pub(super) fn pipeline(device: &MetalDevice, kernel: Kernel, dtype: DType, aligned: bool) -> Result<ComputePipeline> {
     static CACHE: OnceLock<Mutex<Cache>> = OnceLock::new();
-    // A thread that panicked while it held the lock has inserted an entry or not, never a part of one.
+    // A thread that panicked while it held the lock has inserted an entry or not, never a part of
+    // one.
     let mut cache = CACHE.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
     let gpu = device.metal_device().registry_id();
     let key = (gpu, kernel, dtype, aligned);

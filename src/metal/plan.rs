@@ -2,14 +2,17 @@
 //!
 //! The choice of a product's kernel is reasoned, not measured (no Apple GPU was at hand):
 //!
-//! 1. Up to 8 rows, `decode`: as long as the multiplications hide behind it, its time is that of reading the weights once. M1 to M4
-//!    make 26 to 40 f32 flops per byte that they read, so of f16 weights 26 to 40 rows would hide if there were nothing but
-//!    multiplications; conversions and the loads of x are more than half of the instructions. A tile of 32 rows does the work of
-//!    32, however few they are.
-//! 2. Beyond that, `tile` where something follows the product (the gate, a bias, a factor): written where the sums are, instead of
-//!    (M,2I) to memory and back, and rounded once. 32 rows as long as they are enough, then 64, with which a fragment read from
-//!    threadgroup memory serves twice as many products.
-//! 3. A bare product of many rows is candle's own GEMM, which was tuned on the machines; ours could at best be as fast.
+//! 1. Up to 8 rows, `decode`: as long as the multiplications hide behind it, its time is that of
+//!    reading the weights once. M1 to M4 make 26 to 40 f32 flops per byte that they read, so of f16
+//!    weights 26 to 40 rows would hide if there were nothing but multiplications; conversions and
+//!    the loads of x are more than half of the instructions. A tile of 32 rows does the work of 32,
+//!    however few they are.
+//! 2. Beyond that, `tile` where something follows the product (the gate, a bias, a factor): written
+//!    where the sums are, instead of (M,2I) to memory and back, and rounded once. 32 rows as long
+//!    as they are enough, then 64, with which a fragment read from threadgroup memory serves twice
+//!    as many products.
+//! 3. A bare product of many rows is candle's own GEMM, which was tuned on the machines; ours could
+//!    at best be as fast.
 
 use candle_core::{DType, Layout};
 
@@ -108,7 +111,8 @@ impl Product {
         }
     }
 
-    /// Whether each row of x and w, which begin at these elements, is whole 16 B chunks at multiples of 4 elements.
+    /// Whether each row of x and w, which begin at these elements, is whole 16 B chunks at
+    /// multiples of 4 elements.
     pub(super) fn is_aligned(&self, dtype: DType, offsets: [usize; 2]) -> bool {
         self.k.is_multiple_of(16 / dtype.size_in_bytes()) && offsets.iter().all(|offset| offset.is_multiple_of(4))
     }
@@ -148,7 +152,8 @@ pub(super) struct ProductParameters {
 pub(super) struct Pair<const N: usize>(Rows<N>);
 
 impl<const N: usize> Pair<N> {
-    /// None if they have more than two dimensions that cannot be merged, or a number that is too large.
+    /// None if they have more than two dimensions that cannot be merged, or a number that is too
+    /// large.
     pub(super) fn new(layouts: [&Layout; N]) -> Option<Self> {
         let rows = Rows::new(layouts)?;
         let fits = rows.strides.iter().all(|stride| u32::try_from(stride.row.max(stride.column)).is_ok());

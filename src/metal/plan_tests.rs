@@ -82,7 +82,8 @@ fn product(rows: usize, gated: bool, has_bias: bool, factor: f32) -> Product {
     Product { rows, columns: 100, k: 64, glu, has_bias, factor }
 }
 
-/// Every kernel that can be chosen, by name, is one that the test on the CPU has run: `kernels.txt` is what that test lists.
+/// Every kernel that can be chosen, by name, is one that the test on the CPU has run: `kernels.txt`
+/// is what that test lists.
 #[test]
 fn every_choice_is_a_kernel_that_is_tested() {
     let tested: Vec<&str> = include_str!("../../tests/metal_shim/kernels.txt").lines().collect();

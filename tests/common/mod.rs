@@ -94,17 +94,16 @@ pub(crate) fn this_program() -> Result<Command> {
 
 pub(crate) const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 
-/// The activations of the GLU family.
-pub(crate) const ACTIVATIONS: [GluActivation; 8] = [
-    GluActivation::Silu,
-    GluActivation::Swish { beta: 1.5 },
-    GluActivation::Swish { beta: -0.5 },
-    GluActivation::Sigmoid,
-    GluActivation::Relu,
-    GluActivation::Gelu,
-    GluActivation::GeluTanh,
-    GluActivation::Identity,
-];
+/// Every activation, and Swish with a negative slope.
+pub(crate) const ACTIVATIONS: [GluActivation; GluActivation::ALL.len() + 1] = {
+    let mut all = [GluActivation::Swish { beta: -0.5 }; GluActivation::ALL.len() + 1];
+    let mut i = 0;
+    while i < GluActivation::ALL.len() {
+        all[i] = GluActivation::ALL[i];
+        i += 1;
+    }
+    all
+};
 
 /// Half of the distance from 1 to the next number.
 pub(crate) fn unit_roundoff(dtype: DType) -> f64 {
@@ -223,6 +222,7 @@ pub(crate) fn composed(activation: GluActivation, gate: &Tensor, up: &Tensor) ->
         GluActivation::Gelu => gate.gelu_erf()?,
         GluActivation::GeluTanh => gate.gelu()?,
         GluActivation::Identity => gate.clone(),
+        GluActivation::Relu2 => gate.relu()?.sqr()?,
         other => candle_core::bail!("no operations for {other}"),
     };
     act * up

@@ -59,6 +59,7 @@ pub(crate) fn glu_units(activation: GluActivation, g: f64) -> f64 {
         GluActivation::Silu | GluActivation::Sigmoid => 8.0,
         GluActivation::Swish { beta } => 8.0 + 2.0 * (f64::from(beta) * g).abs().min(750.0),
         GluActivation::Relu | GluActivation::Identity => 1.0,
+        GluActivation::Relu2 => 2.0,
         GluActivation::Gelu => 14.0,
         GluActivation::GeluTanh => 8.0 + 4.0 * (1.6 * g + 0.0714 * g * g * g).abs().min(750.0),
         other => unimplemented!("no bound is known for {other}"),
@@ -77,10 +78,19 @@ pub(crate) fn slope_size(activation: GluActivation, g: f64) -> f64 {
 
 const STEEPEST: f64 = 1.13; // gelu'(√2) = 1.129; silu' stays below 1.1
 
+/// The largest |act'| within `error` of g.
+fn steepest(activation: GluActivation, g: f64, error: f64) -> f64 {
+    match activation {
+        GluActivation::Relu2 => 2.0 * (g.abs() + error),
+        _ => STEEPEST,
+    }
+}
+
 fn curvature(activation: GluActivation) -> f64 {
     match activation {
         GluActivation::Swish { beta } => 0.5 * f64::from(beta).abs(),
         GluActivation::Relu | GluActivation::Identity => 0.0,
+        GluActivation::Relu2 => 2.0,
         _ => 0.8, // gelu''(0) = 0.798, silu''(0) = 0.5
     }
 }
@@ -93,12 +103,13 @@ fn glu_factors(op: &Glu, gate: Near, up: Near, u: f64) -> [Near; 4] {
     let bounded = g.value.min(limit);
     let (a, da) = reference::activation(op.activation, bounded);
     let units = u * glu_units(op.activation, bounded);
-    let act = Near { value: a, error: STEEPEST * g.error + units * a.abs() };
+    let steepest = steepest(op.activation, bounded, g.error);
+    let act = Near { value: a, error: steepest * g.error + units * a.abs() };
     let kink = g.within(limit) || (op.activation == GluActivation::Relu && g.within(0.0));
     let blurred = curvature(op.activation) * g.error + units * slope_size(op.activation, bounded);
     let slope = Near {
         value: if g.value > limit { 0.0 } else { m * da },
-        error: m.abs() * (blurred + if kink { STEEPEST } else { 0.0 }),
+        error: m.abs() * (blurred + if kink { steepest } else { 0.0 }),
     };
     let bounded_up = Near { value: up.value.clamp(-limit, limit), error: up.error };
     let up_kink = Near { value: up.value.abs(), error: up.error }.within(limit);

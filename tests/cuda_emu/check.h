@@ -111,7 +111,7 @@ inline Slope activation(const GluParams& op, Wide g) {
   const auto bounded = [](Wide x, Wide bound) { return x > bound ? bound : x < -bound ? -bound : x; };
   const auto tail = [&](Wide s) { return s == 0 ? -0.0L : g * s; };
   const Wide beta = op.activation == SILU ? 1 : Wide(op.beta), K = sqrtl(8 / acosl(-1)), x = bounded(g, 60);
-  switch (op.activation) {
+  switch (Activation(op.activation)) {
     case SILU:
     case SWISH: {
       const Wide z = bounded(beta * g, 2000), s = sigma(z), rest = z * s * sigma(-z);
@@ -130,8 +130,10 @@ inline Slope activation(const GluParams& op, Wide g) {
       const Wide z = K * (x + 0.044715L * x * x * x), s = sigma(z), rest = x * K * (1 + 3 * 0.044715L * x * x) * s * sigma(-z);
       return {tail(s), s + rest, s + fabsl(rest)};
     }
-    default: return {g, 1, 1};
+    case IDENTITY: return {g, 1, 1};
+    case RELU2: return g <= 0 ? Slope{0, 0, 0} : Slope{g * g, 2 * g, 2 * g};
   }
+  return {NAN, NAN, NAN};
 }
 
 struct Pair {
@@ -162,13 +164,14 @@ template <typename R> Wide units(const GluParams& op, Wide g) {
     case SIGMOID: return 10;
     case GELU: return 16 + (sizeof(R) == 8 ? 2 * std::min<Wide>(a, 40) * std::min<Wide>(a, 40) : 0);
     case GELU_TANH: return 10 + 4 * v;
-    default: return 2;
+    default: return op.activation == RELU2 ? 3 : 2;
   }
 }
 
-constexpr Wide STEEPEST = 1.13L;  // |act'|: 1.0998 for Swish, 1.129 for GELU
+// |act'| within `moved` of g: 1.0998 for Swish, 1.129 for GELU
+inline Wide steepest(const GluParams& op, Wide g, Wide moved) { return op.activation == RELU2 ? 2 * (fabsl(g) + moved) : 1.13L; }
 // |act''|: 0.5·β for Swish, 2·φ(0) = 0.80 for GELU, less than 1 for its tanh form
-inline Wide bend(const GluParams& op) { return op.activation == SWISH ? std::max(1.0f, fabsf(op.beta)) : 1.0f; }
+inline Wide bend(const GluParams& op) { return op.activation == SWISH ? std::max(1.0f, fabsf(op.beta)) : op.activation == RELU2 ? 2.0f : 1.0f; }
 
 // Half a unit in the last place of y in T, at most.
 template <typename T> Wide rounding(Wide y) {
@@ -186,7 +189,7 @@ template <typename R> Wide glu_error(const GluParams& op, Wide gate, Wide up, Wi
   const Wide a = activation(op, p.gate).value, m = fabsl(Wide(op.gate_multiplier));
   const Wide moved_gate = m * dg + (op.gate_multiplier == 1 ? 0 : u * fabsl(p.gate));
   const Wide moved_up = du + (op.up_offset == 0 ? 0 : u * fabsl(p.up));
-  return STEEPEST * moved_gate * (fabsl(p.up) + moved_up) + fabsl(a) * moved_up + units<R>(op, p.gate) * u * fabsl(a * p.up) + 0x1p-120L;
+  return steepest(op, p.gate, moved_gate) * moved_gate * (fabsl(p.up) + moved_up) + fabsl(a) * moved_up + units<R>(op, p.gate) * u * fabsl(a * p.up) + 0x1p-120L;
 }
 
 // y is what the exact value `want`, known to `error`, may round to in T.

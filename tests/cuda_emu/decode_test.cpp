@@ -111,7 +111,8 @@ template <typename T> struct Block {
 const GluParams PLAIN = {SILU, 0, 1, INFINITY, 0}, GPT_OSS = {SWISH, 1.702f, 1, 0.75f, 1};
 const GluParams OPS[] = {PLAIN, {SWISH, 1.702f, 1, INFINITY, 0}, {SIGMOID, 0, 1, INFINITY, 0}, {RELU, 0, 1, INFINITY, 0},
                      {GELU, 0, 1, INFINITY, 0}, {GELU_TANH, 0, 1, INFINITY, 0}, {IDENTITY, 0, 1, INFINITY, 0}, GPT_OSS,
-                     {SILU, 0, 0.5f, INFINITY, 0}, {GELU, 0, 2, 1.5f, -1}, {IDENTITY, 0, 1, 0.5f, 0}, {SILU, 0, 1, INFINITY, 0.25f}};
+                     {SILU, 0, 0.5f, INFINITY, 0}, {GELU, 0, 2, 1.5f, -1}, {IDENTITY, 0, 1, 0.5f, 0}, {SILU, 0, 1, INFINITY, 0.25f},
+                     {RELU2, 0, 1, INFINITY, 0}};
 
 template <typename T>
 void gate_up_case(const Family<T>& family, int M, int I, int H, const GluParams& op, BiasKind bias, size_t shift = 0) {

@@ -25,7 +25,8 @@ const float INF = INFINITY;
 const GluParams OPS[] = {{SILU, 0, 1, INF, 0},        {SWISH, 1.702f, 1, INF, 0}, {SWISH, -0.5f, 1, INF, 0}, {SWISH, 3, 1, INF, 0},
                      {SIGMOID, 0, 1, INF, 0},     {RELU, 0, 1, INF, 0},       {GELU, 0, 1, INF, 0},      {GELU_TANH, 0, 1, INF, 0},
                      {IDENTITY, 0, 1, INF, 0},    {SWISH, 1.702f, 1, 7, 1},   {SILU, 0, 0.5f, INF, 0},   {GELU, 0, 1, 7, 0},
-                     {GELU_TANH, 0, 2, INF, 0.5f}, {RELU, 0, 1, 7, 0},        {SIGMOID, 0, -1, 2, -1},   {IDENTITY, 0, 1, 7, 1}};
+                     {GELU_TANH, 0, 2, INF, 0.5f}, {RELU, 0, 1, 7, 0},        {SIGMOID, 0, -1, 2, -1},   {IDENTITY, 0, 1, 7, 1},
+                     {RELU2, 0, 1, INF, 0},       {RELU2, 0, 0.5f, 3, 1}};
 
 // A matrix of rows `stride` apart (0: one row for all), `shift` elements off 16 bytes.
 template <typename T> struct Matrix {
@@ -46,7 +47,7 @@ template <typename T> std::array<bool, 2> gradients_close(const GluParams& op, W
   const Wide want_gate = p.gate_within ? m * dy * p.up * a.slope : 0, want_up = p.up_within ? dy * a.value : 0;
   const Wide slope_error = n * u * a.mass + bend(op) * moved;
   const Wide gate_error = fabsl(m * dy) * (fabsl(p.up) * (slope_error + 4 * u * fabsl(a.slope)) + u * fabsl(p.up * a.slope)) + 0x1p-120L;
-  const Wide up_error = fabsl(dy) * (n * u * fabsl(a.value) + STEEPEST * moved) + 0x1p-120L;
+  const Wide up_error = fabsl(dy) * (n * u * fabsl(a.value) + steepest(op, p.gate, moved) * moved) + 0x1p-120L;
   return {close(dgate, want_gate, p.gate_within ? gate_error : 0), close(dup, want_up, p.up_within ? up_error : 0)};
 }
 

@@ -98,7 +98,7 @@ const float INF = INFINITY;
 const GluParams PLAIN = {SILU, 0, 1, INF, 0};
 const GluParams OPS[] = {PLAIN, {SWISH, 1.702f, 1, INF, 0}, {SIGMOID, 0, 1, INF, 0}, {RELU, 0, 1, INF, 0}, {GELU, 0, 1, INF, 0},
                      {GELU_TANH, 0, 1, INF, 0}, {IDENTITY, 0, 1, INF, 0}, {SWISH, 1.702f, 1, 0.75f, 1}, {SILU, 0, 0.5f, INF, 0},
-                     {GELU, 0, 2, 1.5f, -1}};
+                     {GELU, 0, 2, 1.5f, -1}, {RELU2, 0, 1, INF, 0}};
 
 int turn = 0;
 template <typename T> void run_case(Shape s, const GluParams& op, int bias) {

@@ -86,6 +86,7 @@ Value act(const GluParams& op, double g) {
       return {tail(g, s), s + x * ds * K * (1 + 3 * 0.044715 * x * x)};
     }
     case 6: return {g, 1};
+    case 7: return g <= 0 ? Value{0, 0} : Value{g * g, 2 * g};
   }
   fail("no activation %d", op.activation);
 }

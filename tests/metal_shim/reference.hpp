@@ -30,6 +30,7 @@ inline std::vector<Op> ops() {
         {"gelu", GELU},
         {"gelu_tanh", GELU_TANH},
         {"identity", IDENTITY},
+        {"relu2", RELU2},
         {"gpt-oss", SWISH, b, 1, 7, 1},
         {"falcon-h1", SILU, 1, m},
         {"gelu, limit, offset, multiplier", GELU, 1, -1.25, 0.5, -0.25},
@@ -69,6 +70,7 @@ inline Slope activation(const Op& op, double g) {
             return {times_tail(g, s.value), s.value + x * s.slope * k * (1 + 3 * 0.044715 * x * x)};
         }
         case IDENTITY: return {g, 1};
+        case RELU2: return g <= 0 ? Slope{0, 0} : Slope{g * g, 2 * g};
     }
     return {NAN, NAN};
 }
@@ -108,12 +110,13 @@ inline double units(const Op& op, double g) {
         case GELU_TANH: return 6 + 4 * std::min(std::fabs(1.596 * g + 0.07136 * g * g * g), 750.0);
         case RELU:
         case IDENTITY: return 0;
+        case RELU2: return 1;
     }
     return NAN;
 }
 
 // |act'| of the family: gelu'(√2) = 1.129, silu' and any swish' stay below 1.1.
-const double STEEPEST = 1.13;
+inline double steepest(const Op& op, double g, double dg) { return op.activation == RELU2 ? 2 * (std::fabs(g) + dg) : 1.13; }
 
 // Where σ or Φ is denormal its error is absolute, about one 2^-149, which the products with g and up scale.
 inline double denormal(double gate, double up) {
@@ -134,7 +137,7 @@ inline double glu_error(const Op& op, double gate, double up, double dg, double 
         dg = rounded(op.m * gate, std::fabs(op.m) * dg);
         du = rounded(in.u, du) + U * std::fabs(op.c);
     }
-    const double da = STEEPEST * dg + U * units(op, in.g) * a;
+    const double da = steepest(op, in.g, dg) * dg + U * units(op, in.g) * a;
     const double product = a * du + da * (u + du);
     return product + U * (a * u + product) + denormal(in.g, in.u);
 }
@@ -148,11 +151,11 @@ inline Gradients gradient_error(const Op& op, double gate, double up, double dy)
     const double g = bounded(in.g, 12), relative = U * (units(op, g) + 4 + (op.activation == GELU_TANH ? units(op, g) : 0));
     const double slope_size = op.activation == RELU || op.activation == IDENTITY ? 0 : std::fabs(a.slope) + 2 * 0.6;
     const double dg = op.plain() ? 0 : rounded(op.m * gate, 0);
-    const double slope = relative * slope_size + 0.8 * std::max(1.0, std::fabs(op.beta)) * dg; // 0.8: the largest curvature
+    const double slope = relative * slope_size + (op.activation == RELU2 ? 2 : 0.8 * std::max(1.0, std::fabs(op.beta))) * dg; // 0.8: the largest curvature of the others
     const double u = std::fabs(in.u), du = op.plain() ? 0 : rounded(in.u, U * std::fabs(op.c));
     const double d = std::fabs(dy), m = std::fabs(op.m), s = std::fabs(a.slope);
     const double dgate = d * m * ((u + du) * slope + s * du) + 3 * U * d * m * u * s;
-    const double da = STEEPEST * dg + U * units(op, in.g) * std::fabs(a.value);
+    const double da = steepest(op, in.g, dg) * dg + U * units(op, in.g) * std::fabs(a.value);
     return {dgate + denormal(in.g, in.u) * (1 + std::min(d, 3.4e38)), d * da + U * d * std::fabs(a.value) + denormal(in.g, dy)};
 }
 
