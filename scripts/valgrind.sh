@@ -4,7 +4,7 @@
 #
 #     scripts/valgrind.sh                all unit tests, and tests/forward.rs under every kernel of
 #                                        valgrind's CPU
-#     scripts/valgrind.sh gemm_tests     the unit tests whose names contain the argument
+#     scripts/valgrind.sh block_tests    the unit tests whose names contain the argument
 #
 # Valgrind emulates a CPU of its own: 3.19 has AVX2, FMA and F16C, but no AVX-512. Valgrind answers
 # cpuid, so feature detection finds avx2 and scalar, also in the libraries below candle. A run takes
