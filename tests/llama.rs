@@ -1,5 +1,4 @@
-//! Whole models: the example's LLaMA against Hugging Face transformers (`tests/golden/models`) and against
-//! candle-transformers' own LLaMA, on the same checkpoints.
+//! Whole models: the example's LLaMA against Hugging Face transformers, on the same checkpoints (`tests/golden/models`).
 
 #![allow(missing_docs)]
 
@@ -243,38 +242,6 @@ fn tokens_and_positions_out_of_range_are_errors() -> Result<()> {
     let message = error(&vec![1; context + 1], 0)?;
     assert!(message.contains(&context.to_string()), "{message}");
     error(&[1], 3)?;
-    Ok(())
-}
-
-/// candle-transformers' LLaMA, with the same cut: logits of the last position.
-fn candle_greedy(dir: &Path, prompt: &[u32], count: usize) -> Result<Vec<u32>> {
-    use candle_transformers::models::llama;
-    let cfg: llama::LlamaConfig = serde_json::from_slice(&std::fs::read(dir.join("config.json"))?)?;
-    let cfg = cfg.into_config(false);
-    let bytes = std::fs::read(dir.join("model.safetensors"))?;
-    let vb = VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu)?;
-    let model = llama::Llama::load(vb, &cfg)?;
-    let mut cache = llama::Cache::new(true, DType::F32, &cfg, &Device::Cpu)?;
-    let (mut tokens, mut start) = (prompt.to_vec(), 0);
-    for _ in 0..count {
-        let logits = model.forward(&row(&tokens[start..])?, start, &mut cache)?;
-        start = tokens.len();
-        tokens.push(logits.argmax(D::Minus1)?.to_vec1::<u32>()?[0]);
-    }
-    Ok(tokens.split_off(prompt.len()))
-}
-
-/// The drop-in promise: on one checkpoint, candle's own LLaMA and ours write the same text.
-#[test]
-fn candle_transformers_llama_gives_the_same_greedy_tokens() -> Result<()> {
-    let stories = Path::new(env!("CARGO_MANIFEST_DIR")).join("weights");
-    let tokenizer = tokenizers::Tokenizer::from_file(stories.join("tokenizer.json")).map_err(anyhow::Error::msg)?;
-    let story = tokenizer.encode("Once upon a time", true).map_err(anyhow::Error::msg)?.get_ids().to_vec();
-    let golden = Golden::load(&dir("old_rope_keys").join("reference.safetensors"))?;
-    for (dir, prompt) in [(stories, story), (dir("old_rope_keys"), ids(golden.tensor("prompt")?)?)] {
-        let expected = candle_greedy(&dir, &prompt, 64)?;
-        assert_eq!(greedy(&load(&dir, DType::F32)?, &prompt, 64, true, &[])?, expected, "{}", dir.display());
-    }
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use clap::{Parser, ValueEnum};
 
-use crate::generate::SamplingArgs;
+use crate::sampler::SamplingArgs;
 
 /// The prompt without `--prompt` and `--file`.
 const DEFAULT_PROMPT: &str = "Once upon a time";
