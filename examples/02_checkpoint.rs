@@ -1,6 +1,7 @@
 //! The MLP of one layer of a checkpoint: `cargo run --release --example 02_checkpoint`
 //!
-//! The checkpoint is that of `weights/`. Any directory with a config.json and safetensors in Hugging Face's layout will do.
+//! The checkpoint is that of `weights/`. Any directory with a config.json and safetensors in
+//! Hugging Face's layout will do.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,7 @@ fn main() -> Result<()> {
 
     let checkpoint = Checkpoint::open(&dir)?;
     let cfg = FfnConfig::from_json(checkpoint.config())?; // sizes, hidden_act, mlp_bias
-    let vb = checkpoint.var_builder(DType::BF16, &Device::Cpu); // in which dtype and where the weights are kept
+    let vb = checkpoint.var_builder(DType::BF16, &Device::Cpu); // bf16 weights on the CPU
     let ffn = swiglu_ffn(&cfg, vb.pp("model.layers.0.mlp"))?;
 
     let x = Tensor::ones((1, cfg.hidden_size), DType::BF16, &Device::Cpu)?;

@@ -1,4 +1,5 @@
-//! Trains a block with AdamW to compute what another one computes: `cargo run --release --example 03_train`
+//! Trains a block with AdamW to compute what another one computes: `cargo run --release --example
+//! 03_train`
 //!
 //! `train.rs` trains a whole model.
 

@@ -1,8 +1,8 @@
-//! Checkpoints from the Hugging Face hub (feature `hub`), through its own client `hf-hub` and into the cache that all its
-//! clients share.
+//! Checkpoints from the Hugging Face hub (feature `hub`), through its own client `hf-hub` and into
+//! the cache that all its clients share.
 //!
-//! The environment counts as it does for them: `HF_ENDPOINT` (server), `HF_HOME` or `HF_HUB_CACHE` (cache), `HF_TOKEN`
-//! (gated models), `HF_HUB_OFFLINE=1` (the cache only).
+//! The environment counts as it does for them: `HF_ENDPOINT` (server), `HF_HOME` or `HF_HUB_CACHE`
+//! (cache), `HF_TOKEN` (gated models), `HF_HUB_OFFLINE=1` (the cache only).
 
 use std::collections::{BTreeSet, HashMap};
 use std::error::Error as _;
@@ -16,7 +16,8 @@ use hf_hub::{HFClientSync, HFError, HFRepositorySync, RepoTypeModel, resolve_cac
 use crate::checkpoint::{Checkpoint, INDEX, SINGLE, is_consolidated, read_index};
 use crate::error::{Error, Result};
 
-/// The files of a checkpoint besides its weights. Those that the repository does not have are skipped.
+/// The files of a checkpoint besides its weights. Those that the repository does not have are
+/// skipped.
 const SMALL_FILES: [&str; 7] = [
     "config.json",
     "generation_config.json",
@@ -27,15 +28,17 @@ const SMALL_FILES: [&str; 7] = [
     "chat_template.json",
 ];
 
-/// Downloads the config, the tokenizer and the safetensors of `model_id` ("owner/name") at `revision` (a branch, a tag or a
-/// commit) and returns their directory in the cache, for [`Checkpoint::open`]. What is in the cache is not downloaded again;
-/// if the server cannot be reached, a complete copy in the cache will do.
+/// Downloads the config, the tokenizer and the safetensors of `model_id` ("owner/name") at
+/// `revision` (a branch, a tag or a commit) and returns their directory in the cache, for
+/// [`Checkpoint::open`]. What is in the cache is not downloaded again; if the server cannot be
+/// reached, a complete copy in the cache will do.
 ///
 /// `progress(done, total)` is called with bytes of weights while they arrive, from another thread.
 ///
 /// # Errors
-/// [`Error::Hub`] names the model and the reason: no such model, revision or safetensors; a token is needed; no server and no
-/// complete copy; a connection that broke; a cache that cannot be written.
+/// [`Error::Hub`] names the model and the reason: no such model, revision or safetensors; a token
+/// is needed; no server and no complete copy; a connection that broke; a cache that cannot be
+/// written.
 ///
 /// ```no_run
 /// use candle_swiglu::{Checkpoint, hub};
@@ -179,7 +182,8 @@ struct Meter<F> {
 struct Sum {
     total: u64,
     files: HashMap<String, u64>,
-    /// Of the files that come in chunks shared between them (xet), for which there is only one figure.
+    /// Of the files that come in chunks shared between them (xet), for which there is only one
+    /// figure.
     chunked: u64,
 }
 

@@ -1,5 +1,6 @@
-//! Downloads from a hub that this test runs itself on loopback: everything arrives, nothing twice, and what goes wrong is
-//! said. Each download runs in a process of its own, steered by the variables that users would set.
+//! Downloads from a hub that this test runs itself on loopback: everything arrives, nothing twice,
+//! and what goes wrong is said. Each download runs in a process of its own, steered by the
+//! variables that users would set.
 #![cfg(feature = "hub")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 

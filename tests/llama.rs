@@ -1,4 +1,5 @@
-//! Whole models: the example's LLaMA against Hugging Face transformers, on the same checkpoints (`tests/golden/models`).
+//! Whole models: the example's LLaMA against Hugging Face transformers, on the same checkpoints
+//! (`tests/golden/models`).
 
 #![allow(missing_docs)]
 
@@ -92,8 +93,9 @@ fn every_reference_is_tested() -> Result<()> {
     Ok(())
 }
 
-/// In f32 the two programs differ by the order of sums alone; 1e-4 is ten times what transformers' own f32 logits differ from
-/// its f64 ones (1.6e-5, in the metadata), and the smallest effect of misreading a config field is 3.6e-3.
+/// In f32 the two programs differ by the order of sums alone; 1e-4 is ten times what transformers'
+/// own f32 logits differ from its f64 ones (1.6e-5, in the metadata), and the smallest effect of
+/// misreading a config field is 3.6e-3.
 #[test]
 fn f32_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     for name in MODELS {
@@ -119,8 +121,9 @@ fn f32_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     Ok(())
 }
 
-/// In the checkpoint's own dtype both programs are off the f32 logits by their roundings; ours by at most twice what
-/// transformers is off by, which is far below the margin of every greedy choice (metadata `margin_native`).
+/// In the checkpoint's own dtype both programs are off the f32 logits by their roundings; ours by
+/// at most twice what transformers is off by, which is far below the margin of every greedy choice
+/// (metadata `margin_native`).
 #[test]
 fn native_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     for name in MODELS {
@@ -245,7 +248,8 @@ fn tokens_and_positions_out_of_range_are_errors() -> Result<()> {
     Ok(())
 }
 
-/// The checkpoint of `weights/` in both programs: the same ids and the same text (`tests/golden/stories.py`).
+/// The checkpoint of `weights/` in both programs: the same ids and the same text
+/// (`tests/golden/stories.py`).
 #[test]
 fn stories_are_those_of_transformers() -> Result<()> {
     let weights = Path::new(env!("CARGO_MANIFEST_DIR")).join("weights");

@@ -26,7 +26,8 @@ pub struct Chat<'a> {
 }
 
 impl<'a> Chat<'a> {
-    /// Answers end with the end tokens of the session, and with the special token that the template puts after an answer.
+    /// Answers end with the end tokens of the session, and with the special token that the template
+    /// puts after an answer.
     pub fn new(
         template: &'a ChatTemplate,
         tokenizer: &'a Tokenizer,
@@ -63,7 +64,8 @@ impl<'a> Chat<'a> {
     /// The answer to `user`, written to `out` as it comes and kept as a message.
     ///
     /// # Errors
-    /// [`TooLong`] when the context has no room for the messages and one token of the answer. `user` is not kept then.
+    /// [`TooLong`] when the context has no room for the messages and one token of the answer.
+    /// `user` is not kept then.
     pub fn answer(&mut self, user: &str, mut out: impl Write) -> Result<Stats> {
         self.messages.push(Message { role: "user", content: user.to_string() });
         let prompt = self.prompt().and_then(|prompt| self.with_room(prompt));
@@ -87,7 +89,8 @@ impl<'a> Chat<'a> {
     }
 }
 
-/// Generates after `prompt` and hands the text to `say`, up to a stop string, Ctrl-C, or the end of the text.
+/// Generates after `prompt` and hands the text to `say`, up to a stop string, Ctrl-C, or the end of
+/// the text.
 pub fn run(
     session: &mut Session,
     prompt: &[u32],
@@ -133,8 +136,8 @@ pub enum Line {
     Clear,
 }
 
-/// The next line of the user without its line end; none at the end of the input or after `/exit`. Empty lines are skipped,
-/// and those that are not UTF-8 are skipped with a note.
+/// The next line of the user without its line end; none at the end of the input or after `/exit`.
+/// Empty lines are skipped, and those that are not UTF-8 are skipped with a note.
 pub fn next_line(input: &mut impl BufRead, prompt: impl Fn()) -> Result<Option<Line>> {
     loop {
         prompt();

@@ -14,7 +14,8 @@ use tokenizers::{
 use crate::model::{Cache, Llama, LlamaConfig};
 use crate::sampler::{Sampler, SamplingArgs};
 
-/// The tokenizer of a checkpoint. Truncation and padding, which some files ask for, are switched off: a prompt is used whole.
+/// The tokenizer of a checkpoint. Truncation and padding, which some files ask for, are switched
+/// off: a prompt is used whole.
 pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
     ensure!(path.is_file(), "{}: no such file; {}", path.display(), instead_of_tokenizer(path));
     let mut tokenizer = Tokenizer::from_file(path).map_err(|error| match read_json(path) {
@@ -41,7 +42,8 @@ fn instead_of_tokenizer(path: &Path) -> String {
     )
 }
 
-/// The prompt's token ids, with the special tokens that the tokenizer puts around a text; checked against the model.
+/// The prompt's token ids, with the special tokens that the tokenizer puts around a text; checked
+/// against the model.
 pub fn encode(tokenizer: &Tokenizer, prompt: &str, cfg: &LlamaConfig) -> Result<Vec<u32>> {
     let mut ids = token_ids(tokenizer, prompt, true)?;
     if ids.is_empty() {
@@ -119,8 +121,9 @@ impl<'a> TextStream<'a> {
         Ok(text)
     }
 
-    /// Bytes that never became a character can change how the text before them decodes (byte fallback), and then the
-    /// stream gives up. What has been said stays: the text of the pending tokens, and a new stream that knows `last`.
+    /// Bytes that never became a character can change how the text before them decodes (byte
+    /// fallback), and then the stream gives up. What has been said stays: the text of the pending
+    /// tokens, and a new stream that knows `last`.
     fn restart(&mut self, last: u32) -> Result<String> {
         self.stream = self.tokenizer.decode_stream(true);
         self.stream.step(last).map_err(|error| anyhow!("cannot decode token {last}: {error}"))?;

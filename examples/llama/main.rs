@@ -106,7 +106,8 @@ fn complete(
     Ok(if stats.end == End::Interrupted { ExitCode::from(interrupt::EXIT_STATUS) } else { ExitCode::SUCCESS })
 }
 
-/// Answers each line of stdin. A line that does not fit into the context is reported, and the chat goes on without it.
+/// Answers each line of stdin. A line that does not fit into the context is reported, and the chat
+/// goes on without it.
 fn converse(
     args: &Args,
     model: &Llama,

@@ -23,7 +23,8 @@ pub fn print(mut out: impl Write, text: &str) -> Result<ControlFlow<End>> {
     }
 }
 
-/// The rates of one text, and why it ended, a line each. `context` is its size and the config field that limits it.
+/// The rates of one text, and why it ended, a line each. `context` is its size and the config field
+/// that limits it.
 pub fn lines(stats: &Stats, context: &str) -> Vec<String> {
     let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
     let mut lines = vec![];

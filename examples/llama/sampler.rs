@@ -22,7 +22,8 @@ pub struct SamplingArgs {
     pub top_k: Option<usize>,
     /// The seed of the random numbers.
     pub seed: u64,
-    /// Divides the positive logits of recent tokens and multiplies the negative ones. 1 disables the penalty.
+    /// Divides the positive logits of recent tokens and multiplies the negative ones. 1 disables
+    /// the penalty.
     pub repeat_penalty: f32,
     /// The number of tokens that count as recent.
     pub repeat_last_n: usize,
@@ -133,7 +134,8 @@ mod tests {
         assert_eq!(Sampler::new(&GREEDY).choose(&equal, &[]).unwrap(), 1);
     }
 
-    /// Frequencies of 10,000 draws lie within five standard deviations, 0.025, of the probabilities.
+    /// Frequencies of 10,000 draws lie within five standard deviations, 0.025, of the
+    /// probabilities.
     #[test]
     fn frequencies_are_the_probabilities() {
         let squares = [0.01, 0.16, 0.04, 0.09].map(|square| square / 0.3);

@@ -27,8 +27,8 @@ fn row(tokens: &[u32]) -> Result<Tensor> {
     Ok(Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?)
 }
 
-/// The `count` tokens with the largest logits after `prompt`. `forward` gives the logits of the last position of the tokens
-/// from a position on.
+/// The `count` tokens with the largest logits after `prompt`. `forward` gives the logits of the
+/// last position of the tokens from a position on.
 fn greedy(prompt: &[u32], count: usize, mut forward: impl FnMut(&Tensor, usize) -> Result<Tensor>) -> Result<Vec<u32>> {
     let (mut tokens, mut start) = (prompt.to_vec(), 0);
     for _ in 0..count {
@@ -75,8 +75,9 @@ fn golden_prompt(model: &str) -> Result<Vec<u32>> {
     Ok(ids.into_iter().map(u32::try_from).collect::<Result<_, _>>()?)
 }
 
-/// Both samplers choose the same tokens for the same seed, except with top-k: candle-transformers puts the candidates into
-/// another order there, and with the same random number another of them is chosen.
+/// Both samplers choose the same tokens for the same seed, except with top-k: candle-transformers
+/// puts the candidates into another order there, and with the same random number another of them is
+/// chosen.
 #[test]
 fn both_samplers_choose_the_same_tokens() -> Result<()> {
     let args = SamplingArgs { temperature: 0.0, top_p: None, top_k: None, seed: 0, repeat_penalty: 1.0, repeat_last_n: 8 };
