@@ -58,6 +58,7 @@ use crate::weights::{GateUp, Piece, Weights, packed_bias};
 /// assert!(vars.all_vars().iter().all(|var| gradients.get(var).is_some()));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
+#[doc(alias("Mlp", "FeedForward", "geglu"))]
 #[derive(Clone, Debug)]
 pub struct SwiGluFfn {
     cfg: FfnConfig,
