@@ -1,4 +1,5 @@
 //! The example's LLaMA and its sampler against candle-transformers'.
+#![allow(unreachable_pub, reason = "the modules are those of a program")]
 
 #[path = "../../examples/llama/model.rs"]
 mod model;
