@@ -58,7 +58,7 @@ for entry in "$project"/*; do
     case "$name" in Cargo.toml | Cargo.lock | target) ;; *) ln -s "$entry" "$shadow/$name" ;; esac
 done
 cp Cargo.lock "$shadow/"
-{ cat Cargo.toml; printf '\n[patch.crates-io]\n%s = { path = "%s" }\n\n[workspace]\n' "$crate" "$crate"; } > "$shadow/Cargo.toml"
+{ cat Cargo.toml; printf '\n[patch.crates-io]\n%s = { path = "%s" }\n' "$crate" "$crate"; } > "$shadow/Cargo.toml"
 
 cd "$shadow"
 CARGO_TARGET_DIR=$shadow/target cargo "${command[@]}" --features metal --all-targets "${lints[@]}"

@@ -64,6 +64,7 @@ use crate::over_rows::over_rows;
 /// assert!(vars.all_vars().iter().all(|var| gradients.get(var).is_some()));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
+#[doc(alias("Mlp", "FeedForward", "geglu"))]
 #[derive(Clone, Debug)]
 pub struct SwiGluFfn {
     cfg: FfnConfig,

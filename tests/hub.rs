@@ -223,6 +223,17 @@ fn a_model_arrives_once_and_serves_offline() {
 }
 
 #[test]
+fn a_chat_template_arrives() {
+    for name in ["chat_template.jinja", "chat_template.json"] {
+        let mut files = files();
+        files.insert(name.into(), b"{}".to_vec());
+        let (hub, user) = (Hub::start(files, Behaviour::default()), User::new());
+        let dir = user.download(&hub.endpoint, MODEL, &[]).unwrap();
+        assert_eq!(std::fs::read(dir.join(name)).unwrap(), b"{}");
+    }
+}
+
+#[test]
 fn progress_counts_the_weights() {
     let (hub, user) = (Hub::start(files(), Behaviour::default()), User::new());
     let output = user.run(&hub.endpoint, MODEL, &[]);

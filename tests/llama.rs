@@ -1,5 +1,5 @@
-//! Whole models: the example's LLaMA against Hugging Face transformers (`tests/golden/models`) and against
-//! candle-transformers' own LLaMA, on the same checkpoints.
+//! Whole models: the example's LLaMA against Hugging Face transformers, on the same checkpoints
+//! (`tests/golden/models`).
 
 #![allow(missing_docs)]
 
@@ -93,8 +93,9 @@ fn every_reference_is_tested() -> Result<()> {
     Ok(())
 }
 
-/// In f32 the two programs differ by the order of sums alone; 1e-4 is ten times what transformers' own f32 logits differ from
-/// its f64 ones (1.6e-5, in the metadata), and the smallest effect of misreading a config field is 3.6e-3.
+/// In f32 the two programs differ by the order of sums alone; 1e-4 is ten times what transformers'
+/// own f32 logits differ from its f64 ones (1.6e-5, in the metadata), and the smallest effect of
+/// misreading a config field is 3.6e-3.
 #[test]
 fn f32_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     for name in MODELS {
@@ -120,8 +121,9 @@ fn f32_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     Ok(())
 }
 
-/// In the checkpoint's own dtype both programs are off the f32 logits by their roundings; ours by at most twice what
-/// transformers is off by, which is far below the margin of every greedy choice (metadata `margin_native`).
+/// In the checkpoint's own dtype both programs are off the f32 logits by their roundings; ours by
+/// at most twice what transformers is off by, which is far below the margin of every greedy choice
+/// (metadata `margin_native`).
 #[test]
 fn native_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     for name in MODELS {
@@ -246,39 +248,8 @@ fn tokens_and_positions_out_of_range_are_errors() -> Result<()> {
     Ok(())
 }
 
-/// candle-transformers' LLaMA, with the same cut: logits of the last position.
-fn candle_greedy(dir: &Path, prompt: &[u32], count: usize) -> Result<Vec<u32>> {
-    use candle_transformers::models::llama;
-    let cfg: llama::LlamaConfig = serde_json::from_slice(&std::fs::read(dir.join("config.json"))?)?;
-    let cfg = cfg.into_config(false);
-    let bytes = std::fs::read(dir.join("model.safetensors"))?;
-    let vb = VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu)?;
-    let model = llama::Llama::load(vb, &cfg)?;
-    let mut cache = llama::Cache::new(true, DType::F32, &cfg, &Device::Cpu)?;
-    let (mut tokens, mut start) = (prompt.to_vec(), 0);
-    for _ in 0..count {
-        let logits = model.forward(&row(&tokens[start..])?, start, &mut cache)?;
-        start = tokens.len();
-        tokens.push(logits.argmax(D::Minus1)?.to_vec1::<u32>()?[0]);
-    }
-    Ok(tokens.split_off(prompt.len()))
-}
-
-/// The drop-in promise: on one checkpoint, candle's own LLaMA and ours write the same text.
-#[test]
-fn candle_transformers_llama_gives_the_same_greedy_tokens() -> Result<()> {
-    let stories = Path::new(env!("CARGO_MANIFEST_DIR")).join("weights");
-    let tokenizer = tokenizers::Tokenizer::from_file(stories.join("tokenizer.json")).map_err(anyhow::Error::msg)?;
-    let story = tokenizer.encode("Once upon a time", true).map_err(anyhow::Error::msg)?.get_ids().to_vec();
-    let golden = Golden::load(&dir("old_rope_keys").join("reference.safetensors"))?;
-    for (dir, prompt) in [(stories, story), (dir("old_rope_keys"), ids(golden.tensor("prompt")?)?)] {
-        let expected = candle_greedy(&dir, &prompt, 64)?;
-        assert_eq!(greedy(&load(&dir, DType::F32)?, &prompt, 64, true, &[])?, expected, "{}", dir.display());
-    }
-    Ok(())
-}
-
-/// The checkpoint of `weights/` in both programs: the same ids and the same text (`tests/golden/stories.py`).
+/// The checkpoint of `weights/` in both programs: the same ids and the same text
+/// (`tests/golden/stories.py`).
 #[test]
 fn stories_are_those_of_transformers() -> Result<()> {
     let weights = Path::new(env!("CARGO_MANIFEST_DIR")).join("weights");

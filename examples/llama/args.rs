@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use clap::{Parser, ValueEnum};
 
-use crate::generate::SamplingArgs;
+use crate::sampler::SamplingArgs;
 
 /// The prompt without `--prompt` and `--file`.
 const DEFAULT_PROMPT: &str = "Once upon a time";
@@ -20,7 +20,8 @@ pub struct Args {
     #[arg(long)]
     pub cpu: bool,
 
-    /// A directory with config.json, tokenizer.json and safetensors, or a hub id [default: the checkpoint in weights/].
+    /// A directory with config.json, tokenizer.json and safetensors, or a hub id [default: the
+    /// checkpoint in weights/].
     #[arg(short, long)]
     pub model_id: Option<String>,
 
@@ -40,7 +41,8 @@ pub struct Args {
     #[arg(long, conflicts_with = "chat")]
     pub no_echo: bool,
 
-    /// Answer each line of stdin, with the checkpoint's chat template; /exit or the end of stdin ends the chat.
+    /// Answer each line of stdin, with the checkpoint's chat template; /exit or the end of stdin
+    /// ends the chat.
     #[arg(long)]
     pub chat: bool,
 
@@ -92,7 +94,8 @@ pub struct Args {
     #[arg(long)]
     pub allow_unread: bool,
 
-    /// Write a trace for chrome://tracing to this file [default: trace-SECONDS.json in the working directory].
+    /// Write a trace for chrome://tracing to this file [default: trace-SECONDS.json in the working
+    /// directory].
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     pub tracing: Option<Option<PathBuf>>,
 }

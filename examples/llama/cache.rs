@@ -11,6 +11,8 @@ pub struct Cache {
     /// Positions of which keys and values are held.
     len: usize,
     max_len: usize,
+    /// The config field that `max_len` is from.
+    context_field: &'static str,
     frequencies: Frequencies,
     tables: Option<Tables>,
     /// The tokens of the text (B,len), kept if the rotary frequencies depend on its length.
@@ -26,6 +28,7 @@ impl Cache {
         Self {
             len: 0,
             max_len: cfg.max_position_embeddings,
+            context_field: cfg.context_field,
             frequencies: Frequencies::new(&cfg.rope),
             tables: None,
             tokens: None,
@@ -51,7 +54,10 @@ impl Cache {
         }
         match index_pos.checked_add(len) {
             Some(end) if end <= self.max_len => Ok(()),
-            _ => bail!("expected at most {} positions (max_position_embeddings), found {index_pos} + {len}", self.max_len),
+            _ => {
+                let Self { max_len, context_field, .. } = self;
+                bail!("expected at most {max_len} positions ({context_field}), found {index_pos} + {len}")
+            }
         }
     }
 

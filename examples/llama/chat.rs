@@ -6,10 +6,10 @@ use std::ops::ControlFlow;
 use anyhow::{Context, Result, ensure};
 use tokenizers::Tokenizer;
 
-use crate::generate::{End, Session, Stats, TextStream, encode_rendered};
+use crate::generate::{End, Session, Stats, TextStream, TooLong, context, encode_rendered};
 use crate::interrupt::Generating;
 use crate::model::LlamaConfig;
-use crate::report::print;
+use crate::report::{note, print};
 use crate::stop::Stop;
 use crate::template::{ChatTemplate, Message};
 
@@ -26,7 +26,8 @@ pub struct Chat<'a> {
 }
 
 impl<'a> Chat<'a> {
-    /// Answers end with the end tokens of the session, and with the special token that the template puts after an answer.
+    /// Answers end with the end tokens of the session, and with the special token that the template
+    /// puts after an answer.
     pub fn new(
         template: &'a ChatTemplate,
         tokenizer: &'a Tokenizer,
@@ -55,10 +56,20 @@ impl<'a> Chat<'a> {
         encode_rendered(self.tokenizer, &self.template.render(&self.messages, true)?, self.cfg)
     }
 
+    /// Forgets all messages but the system message.
+    pub fn clear(&mut self) {
+        self.messages.retain(|message| message.role == "system");
+    }
+
     /// The answer to `user`, written to `out` as it comes and kept as a message.
+    ///
+    /// # Errors
+    /// [`TooLong`] when the context has no room for the messages and one token of the answer.
+    /// `user` is not kept then.
     pub fn answer(&mut self, user: &str, mut out: impl Write) -> Result<Stats> {
         self.messages.push(Message { role: "user", content: user.to_string() });
-        let prompt = self.prompt()?;
+        let prompt = self.prompt().and_then(|prompt| self.with_room(prompt));
+        let prompt = prompt.inspect_err(|_| drop(self.messages.pop()))?;
         let mut answer = String::new();
         let mut text = TextStream::after(self.tokenizer, &prompt)?;
         let mut say = |piece: String| {
@@ -69,9 +80,17 @@ impl<'a> Chat<'a> {
         self.messages.push(Message { role: "assistant", content: answer });
         Ok(stats)
     }
+
+    /// `prompt`, if one token fits after it.
+    fn with_room(&self, prompt: Vec<u32>) -> Result<Vec<u32>> {
+        let len = prompt.len();
+        ensure!(len < self.cfg.max_position_embeddings, TooLong { len, context: context(self.cfg) });
+        Ok(prompt)
+    }
 }
 
-/// Generates after `prompt` and hands the text to `say`, up to a stop string, Ctrl-C, or the end of the text.
+/// Generates after `prompt` and hands the text to `say`, up to a stop string, Ctrl-C, or the end of
+/// the text.
 pub fn run(
     session: &mut Session,
     prompt: &[u32],
@@ -109,20 +128,34 @@ fn end_of_answer(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<u32> 
     tokenizer.get_added_tokens_decoder().get(&first).filter(|token| token.special).map(|_| first)
 }
 
-/// The next line of the user without its line end; none at the end of the input or after `/exit`. Empty lines are skipped.
-pub fn next_line(input: &mut impl BufRead, prompt: impl Fn()) -> Result<Option<String>> {
+/// What the user enters.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Line {
+    Message(String),
+    /// `/clear`
+    Clear,
+}
+
+/// The next line of the user without its line end; none at the end of the input or after `/exit`.
+/// Empty lines are skipped, and those that are not UTF-8 are skipped with a note.
+pub fn next_line(input: &mut impl BufRead, prompt: impl Fn()) -> Result<Option<Line>> {
     loop {
         prompt();
-        let mut line = String::new();
-        if input.read_line(&mut line).context("cannot read stdin")? == 0 {
+        let mut line = vec![];
+        if input.read_until(b'\n', &mut line).context("cannot read stdin")? == 0 {
             return Ok(None);
         }
+        let Ok(line) = String::from_utf8(line) else {
+            note("[the line is not UTF-8 and was skipped]");
+            continue;
+        };
         let line = line.strip_suffix('\n').unwrap_or(&line);
         let line = line.strip_suffix('\r').unwrap_or(line);
         match line.trim() {
             "" => (),
             "/exit" => return Ok(None),
-            _ => return Ok(Some(line.to_string())),
+            "/clear" => return Ok(Some(Line::Clear)),
+            _ => return Ok(Some(Line::Message(line.to_string()))),
         }
     }
 }

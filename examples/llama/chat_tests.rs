@@ -3,15 +3,17 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use candle_swiglu::Checkpoint;
 
-use crate::chat::{Chat, next_line};
-use crate::generate::{SamplingArgs, Session, encode_rendered, load_tokenizer};
+use crate::chat::{Chat, Line, next_line};
+use crate::generate::{End, Session, TooLong, encode_rendered, load_tokenizer};
 use crate::model::{Llama, LlamaConfig};
+use crate::sampler::SamplingArgs;
 use crate::template::{ChatTemplate, Message};
 
 const CHATML: &str = "{% for m in messages %}
@@ -185,11 +187,46 @@ fn a_system_message_that_the_template_leaves_out_is_refused() -> Result<()> {
 }
 
 #[test]
+fn a_message_that_does_not_fit_is_dropped() -> Result<()> {
+    let checkpoint = Checkpoint::open(weights())?;
+    let mut cfg = LlamaConfig::of(&checkpoint)?;
+    cfg.max_position_embeddings = 24;
+    let model = Llama::open(&checkpoint, &cfg, DType::F32, &Device::Cpu)?;
+    let tokenizer = load_tokenizer(&weights().join("tokenizer.json"))?;
+    let template = ChatTemplate::new("{% for m in messages %}{{ m.content }}{% endfor %}", BTreeMap::new())?;
+    let mut chat = Chat::new(&template, &tokenizer, &cfg, Session::new(&model, &GREEDY, true), (8, &[]));
+    chat.messages.push(message("system", "A story."));
+    chat.answer("Once upon a time", io::sink())?;
+    let before = chat.messages.clone();
+    for user in ["the dog ran ".repeat(20), fill(&chat, 24)?] {
+        let error = chat.answer(&user, io::sink()).unwrap_err();
+        assert!(error.is::<TooLong>() && error.to_string().contains("only 24 (max_position_embeddings)"), "{error}");
+        assert_eq!(chat.messages, before);
+    }
+    let stats = chat.answer(&fill(&chat, 23)?, io::sink())?;
+    assert_eq!((stats.generated, stats.end), (1, End::Context));
+    assert!(chat.answer("x", io::sink()).unwrap_err().is::<TooLong>());
+    chat.clear();
+    assert_eq!(chat.messages, [message("system", "A story.")]);
+    chat.answer("Once upon a time", io::sink())?;
+    assert_eq!(chat.messages, before);
+    Ok(())
+}
+
+/// A message with which the prompt of the chat has `len` tokens.
+fn fill(chat: &Chat, len: usize) -> Result<String> {
+    let missing = len.checked_sub(chat.prompt()?.len()).context("the chat is longer")?;
+    Ok(" a".repeat(missing))
+}
+
+#[test]
 fn lines_of_the_user() -> Result<()> {
-    let mut input = &b"hello\r\n\n  \n two \n/exit\nnot read\n"[..];
+    let message = |text: &str| Some(Line::Message(text.to_string()));
+    let mut input = &b"hello\r\n\n  \n two \n\xff\xfe\n /clear\n\xc3\xa9\n/exit\nnot read\n"[..];
     let mut next = || next_line(&mut input, || ());
-    assert_eq!((next()?.as_deref(), next()?.as_deref(), next()?), (Some("hello"), Some(" two "), None));
-    assert_eq!(next_line(&mut &b"no newline"[..], || ())?.as_deref(), Some("no newline"));
+    assert_eq!([next()?, next()?, next()?], [message("hello"), message(" two "), Some(Line::Clear)]);
+    assert_eq!([next()?, next()?], [message("é"), None]);
+    assert_eq!(next_line(&mut &b"no newline"[..], || ())?, message("no newline"));
     assert_eq!(next_line(&mut &b""[..], || ())?, None);
     Ok(())
 }

@@ -25,6 +25,8 @@ pub struct LlamaConfig {
     /// The largest number of positions of a text. A `sliding_window` that the model type does not
     /// have shortens it.
     pub max_position_embeddings: usize,
+    /// The field that this number is from: `max_position_embeddings` or `sliding_window`.
+    pub context_field: &'static str,
     /// The number of positions that a query of a sliding layer sees, its own included.
     pub sliding_window: Option<usize>,
     /// One for each layer.
@@ -75,6 +77,7 @@ impl LlamaConfig {
 
         let context = top.size_opt("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
         let num_hidden_layers = layer_count(top)?;
+        let (usable_context, context_field) = usable_context(top, model_type, context)?;
         let (window, layers) = layers(top, model_type, num_hidden_layers, context)?;
         let hidden_size = top.size("hidden_size")?;
         let num_attention_heads = top.size("num_attention_heads")?;
@@ -99,7 +102,8 @@ impl LlamaConfig {
             head_dim,
             rms_norm_eps: top.positive_opt("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps),
             rope: RopeConfig::of(top, model_type, head_dim, context)?,
-            max_position_embeddings: usable_context(top, model_type, context)?,
+            max_position_embeddings: usable_context,
+            context_field,
             sliding_window: window,
             layers,
             tie_word_embeddings: match top.has("tie_word_embeddings") {
@@ -289,13 +293,13 @@ fn rope_layers(top: &Fields, count: usize) -> Result<Vec<bool>> {
 
 /// transformers' LLaMA and Granite ignore `sliding_window` in their masks but not in their caches.
 /// Texts within the window have one result with and without it, so the window limits the context.
-fn usable_context(top: &Fields, model_type: ModelType, context: usize) -> Result<usize> {
-    match model_type {
-        ModelType::Llama | ModelType::Granite => {
-            Ok(top.size_opt("sliding_window")?.map_or(context, |window| window.min(context)))
-        }
-        _ => Ok(context),
-    }
+/// The second result is the field that the limit is from.
+fn usable_context(top: &Fields, model_type: ModelType, context: usize) -> Result<(usize, &'static str)> {
+    let window = match model_type {
+        ModelType::Llama | ModelType::Granite => top.size_opt("sliding_window")?.filter(|&window| window < context),
+        _ => None,
+    };
+    Ok(window.map_or((context, "max_position_embeddings"), |window| (window, "sliding_window")))
 }
 
 fn saved_dtype(top: &Fields) -> Option<DType> {

@@ -1,21 +1,21 @@
-//! From prompt to text: the tokenizer, the sampler, and the loop that feeds each token back.
+//! From prompt to text: the tokenizer, and the loop that feeds each token back.
 
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use candle_core::{Device, Tensor};
+use anyhow::{Result, anyhow, bail, ensure};
+use candle_core::Tensor;
 use candle_swiglu::read_json;
-use candle_transformers::generation::{LogitsProcessor, Sampling};
-use candle_transformers::utils::apply_repeat_penalty;
 use tokenizers::{
     DecodeStream, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer,
 };
 
 use crate::model::{Cache, Llama, LlamaConfig};
+use crate::sampler::{Sampler, SamplingArgs};
 
-/// The tokenizer of a checkpoint. Truncation and padding, which some files ask for, are switched off: a prompt is used whole.
+/// The tokenizer of a checkpoint. Truncation and padding, which some files ask for, are switched
+/// off: a prompt is used whole.
 pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
     ensure!(path.is_file(), "{}: no such file; {}", path.display(), instead_of_tokenizer(path));
     let mut tokenizer = Tokenizer::from_file(path).map_err(|error| match read_json(path) {
@@ -42,7 +42,8 @@ fn instead_of_tokenizer(path: &Path) -> String {
     )
 }
 
-/// The prompt's token ids, with the special tokens that the tokenizer puts around a text; checked against the model.
+/// The prompt's token ids, with the special tokens that the tokenizer puts around a text; checked
+/// against the model.
 pub fn encode(tokenizer: &Tokenizer, prompt: &str, cfg: &LlamaConfig) -> Result<Vec<u32>> {
     let mut ids = token_ids(tokenizer, prompt, true)?;
     if ids.is_empty() {
@@ -66,10 +67,23 @@ fn token_ids(tokenizer: &Tokenizer, text: &str, add_special_tokens: bool) -> Res
     Ok(encoding.map_err(|error| anyhow!("cannot tokenize the prompt: {error}"))?.get_ids().to_vec())
 }
 
+/// A prompt that does not fit into the model's context.
+#[derive(Debug, thiserror::Error)]
+#[error("the prompt has {len} tokens, the model's context only {context}")]
+pub struct TooLong {
+    pub len: usize,
+    pub context: String,
+}
+
+/// The size of the context and the field of `config.json` that limits it.
+pub fn context(cfg: &LlamaConfig) -> String {
+    format!("{} ({})", cfg.max_position_embeddings, cfg.context_field)
+}
+
 /// The ids fit into the model's context and vocabulary.
 fn check(ids: &[u32], cfg: &LlamaConfig) -> Result<()> {
-    let (len, context) = (ids.len(), cfg.max_position_embeddings);
-    ensure!(len <= context, "the prompt has {len} tokens, the model's context only {context}");
+    let len = ids.len();
+    ensure!(len <= cfg.max_position_embeddings, TooLong { len, context: context(cfg) });
     if let Some(id) = ids.iter().find(|&&id| id as usize >= cfg.vocab_size) {
         bail!("the tokenizer gave token id {id}, the model's vocabulary has only {} (vocab_size)", cfg.vocab_size)
     }
@@ -107,8 +121,9 @@ impl<'a> TextStream<'a> {
         Ok(text)
     }
 
-    /// Bytes that never became a character can change how the text before them decodes (byte fallback), and then the
-    /// stream gives up. What has been said stays: the text of the pending tokens, and a new stream that knows `last`.
+    /// Bytes that never became a character can change how the text before them decodes (byte
+    /// fallback), and then the stream gives up. What has been said stays: the text of the pending
+    /// tokens, and a new stream that knows `last`.
     fn restart(&mut self, last: u32) -> Result<String> {
         self.stream = self.tokenizer.decode_stream(true);
         self.stream.step(last).map_err(|error| anyhow!("cannot decode token {last}: {error}"))?;
@@ -122,47 +137,6 @@ impl<'a> TextStream<'a> {
 
     fn pending_text(&self) -> Result<String> {
         self.tokenizer.decode(&self.pending, true).map_err(|error| anyhow!("cannot decode {:?}: {error}", self.pending))
-    }
-}
-
-/// How the next token is chosen.
-#[derive(Debug, Clone)]
-pub struct SamplingArgs {
-    /// 0 is greedy.
-    pub temperature: f64,
-    pub top_p: Option<f64>,
-    pub top_k: Option<usize>,
-    pub seed: u64,
-    /// 1 is none.
-    pub repeat_penalty: f32,
-    pub repeat_last_n: usize,
-}
-
-impl SamplingArgs {
-    fn processor(&self) -> LogitsProcessor {
-        let temperature = self.temperature;
-        let sampling = match (self.top_k, self.top_p) {
-            _ if temperature == 0.0 => Sampling::ArgMax,
-            (None, None) => Sampling::All { temperature },
-            (Some(k), None) => Sampling::TopK { k, temperature },
-            (None, Some(p)) => Sampling::TopP { p, temperature },
-            (Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
-        };
-        LogitsProcessor::from_sampling(self.seed, sampling)
-    }
-
-    /// logits (1,vocab), after `tokens` -> logits (vocab) on the CPU, with what was said lately made less likely
-    fn penalized(&self, logits: &Tensor, tokens: &[u32]) -> Result<Tensor> {
-        let logits = logits.squeeze(0)?.to_device(&Device::Cpu)?;
-        ensure!(
-            !logits.to_vec1::<f32>()?.iter().any(|logit| logit.is_nan()),
-            "the model's logits are not numbers: the weights are broken, or too large for the dtype"
-        );
-        if self.repeat_penalty == 1.0 {
-            return Ok(logits);
-        }
-        let start = tokens.len().saturating_sub(self.repeat_last_n);
-        Ok(apply_repeat_penalty(&logits, self.repeat_penalty, &tokens[start..])?)
     }
 }
 
@@ -203,18 +177,17 @@ pub struct Session<'a> {
     cache: Cache,
     /// The tokens whose keys and values are in the cache.
     cached: Vec<u32>,
-    args: &'a SamplingArgs,
-    processor: LogitsProcessor,
+    sampler: Sampler,
     /// Any of these ends a text.
     ends: Vec<u32>,
 }
 
 impl<'a> Session<'a> {
     /// Without `use_kv_cache` the whole text is computed again for each token.
-    pub fn new(model: &'a Llama, args: &'a SamplingArgs, use_kv_cache: bool) -> Self {
+    pub fn new(model: &'a Llama, args: &SamplingArgs, use_kv_cache: bool) -> Self {
         let cfg = model.config();
         let cache = Cache::new(use_kv_cache, cfg);
-        Self { model, cache, cached: vec![], args, processor: args.processor(), ends: cfg.eos_token_ids.clone() }
+        Self { model, cache, cached: vec![], sampler: Sampler::new(args), ends: cfg.eos_token_ids.clone() }
     }
 
     /// Ends texts at `token` too.
@@ -278,6 +251,6 @@ impl<'a> Session<'a> {
         let input = Tensor::new(&tokens[index_pos..], self.model.device())?.unsqueeze(0)?; // (1,T)
         let logits = self.model.forward(&input, index_pos, &mut self.cache)?; // (1,vocab)
         self.cached.extend(&tokens[self.cached.len()..self.cache.positions()]);
-        self.processor.sample(&self.args.penalized(&logits, tokens)?).context("cannot sample a token")
+        self.sampler.choose(&logits, tokens)
     }
 }

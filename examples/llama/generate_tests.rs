@@ -10,8 +10,9 @@ use candle_core::{DType, Device};
 use candle_swiglu::Checkpoint;
 use tokenizers::Tokenizer;
 
-use crate::generate::{End, SamplingArgs, Session, Stats, TextStream, encode, load_tokenizer};
+use crate::generate::{End, Session, Stats, TextStream, encode, load_tokenizer};
 use crate::model::{Llama, LlamaConfig};
+use crate::sampler::SamplingArgs;
 
 fn weights(file: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("weights").join(file)

@@ -20,6 +20,7 @@ mod model;
 #[cfg(test)]
 mod program_tests;
 mod report;
+mod sampler;
 mod source;
 mod stop;
 mod template;
@@ -39,10 +40,11 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use args::Args;
-use chat::{Chat, next_line};
-use generate::{End, SamplingArgs, Session, TextStream};
+use chat::{Chat, Line, next_line};
+use generate::{End, Session, TextStream, TooLong};
 use model::Llama;
 use report::{note, print};
+use sampler::SamplingArgs;
 use template::ChatTemplate;
 
 fn main() -> ExitCode {
@@ -100,11 +102,12 @@ fn complete(
     if open && stats.end != End::Closed {
         let _ = print(&out, "\n")?;
     }
-    report::lines(&stats, model.config().max_position_embeddings).iter().for_each(note);
+    report::lines(&stats, &generate::context(model.config())).iter().for_each(note);
     Ok(if stats.end == End::Interrupted { ExitCode::from(interrupt::EXIT_STATUS) } else { ExitCode::SUCCESS })
 }
 
-/// Answers each line of stdin.
+/// Answers each line of stdin. A line that does not fit into the context is reported, and the chat
+/// goes on without it.
 fn converse(
     args: &Args,
     model: &Llama,
@@ -119,18 +122,31 @@ fn converse(
         chat = chat.with_system(system)?;
     }
     let mut input = io::stdin().lock();
-    let terminal = input.is_terminal();
+    let terminal = input.is_terminal() && io::stderr().is_terminal();
     let prompt = || {
         if terminal {
             let _ = print(io::stderr(), "> ");
         }
     };
-    while let Some(user) = next_line(&mut input, prompt)? {
-        let stats = chat.answer(&user, io::stdout())?;
+    while let Some(line) = next_line(&mut input, prompt)? {
+        let user = match line {
+            Line::Message(user) => user,
+            Line::Clear => {
+                chat.clear();
+                continue;
+            }
+        };
+        let stats = match chat.answer(&user, io::stdout()) {
+            Err(error) if error.is::<TooLong>() => {
+                note(format_args!("[{error}; the message was dropped, /clear starts a new chat]"));
+                continue;
+            }
+            answered => answered?,
+        };
         if stats.end == End::Closed || print(io::stdout(), "\n")?.is_break() {
             break;
         }
-        note(format_args!("[{}]", report::lines(&stats, cfg.max_position_embeddings).join(", ")));
+        note(format_args!("[{}]", report::lines(&stats, &generate::context(cfg)).join(", ")));
     }
     Ok(ExitCode::SUCCESS)
 }

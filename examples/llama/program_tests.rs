@@ -89,15 +89,14 @@ fn stats(prompt_tokens: usize, generated: usize, end: End) -> Stats {
 
 #[test]
 fn the_report() {
-    let one = lines(&stats(1, 1, End::Eos), 512);
+    let one = lines(&stats(1, 1, End::Eos), "512 (max_position_embeddings)");
     assert_eq!(one, ["1 prompt token (1.00 token/s)", "1 token generated", "ended by the model"]);
-    let more = lines(&stats(2, 3, End::Context), 512);
-    let expected =
-        ["2 prompt tokens (2.00 token/s)", "3 tokens generated (2.00 token/s)", "ended by the context of 512 tokens"];
-    assert_eq!(more, expected);
-    assert_eq!(lines(&stats(2, 0, End::SampleLen), 512), ["0 tokens generated"]);
-    assert_eq!(lines(&stats(2, 3, End::Interrupted), 512).last().unwrap(), "interrupted");
-    assert_eq!(lines(&stats(2, 3, End::Stop), 512).last().unwrap(), "ended by a stop string");
+    let more = lines(&stats(2, 3, End::Context), "512 (sliding_window)");
+    let end = "ended by the model's context, 512 (sliding_window)";
+    assert_eq!(more, ["2 prompt tokens (2.00 token/s)", "3 tokens generated (2.00 token/s)", end]);
+    assert_eq!(lines(&stats(2, 0, End::SampleLen), "512"), ["0 tokens generated"]);
+    assert_eq!(lines(&stats(2, 3, End::Interrupted), "512").last().unwrap(), "interrupted");
+    assert_eq!(lines(&stats(2, 3, End::Stop), "512").last().unwrap(), "ended by a stop string");
 }
 
 #[test]

@@ -23,8 +23,9 @@ pub fn print(mut out: impl Write, text: &str) -> Result<ControlFlow<End>> {
     }
 }
 
-/// The rates of one text, and why it ended, a line each.
-pub fn lines(stats: &Stats, context: usize) -> Vec<String> {
+/// The rates of one text, and why it ended, a line each. `context` is its size and the config field
+/// that limits it.
+pub fn lines(stats: &Stats, context: &str) -> Vec<String> {
     let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
     let mut lines = vec![];
     if stats.generated > 0 {
@@ -38,7 +39,7 @@ pub fn lines(stats: &Stats, context: usize) -> Vec<String> {
     });
     match stats.end {
         End::Eos => lines.push("ended by the model".to_string()),
-        End::Context => lines.push(format!("ended by the context of {context} tokens")),
+        End::Context => lines.push(format!("ended by the model's context, {context}")),
         End::Stop => lines.push("ended by a stop string".to_string()),
         End::Interrupted => lines.push("interrupted".to_string()),
         End::SampleLen | End::Closed => (),

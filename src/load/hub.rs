@@ -16,9 +16,17 @@ use hf_hub::{HFClientSync, HFError, HFRepositorySync, RepoTypeModel, resolve_cac
 use crate::error::{Error, Result};
 use crate::load::checkpoint::{Checkpoint, INDEX, SINGLE, is_consolidated, read_index};
 
-/// What a checkpoint needs besides weights; what the repository lacks of it is left out.
-const SMALL_FILES: [&str; 5] =
-    ["config.json", "generation_config.json", "params.json", "tokenizer.json", "tokenizer_config.json"];
+/// The files of a checkpoint besides its weights. Those that the repository does not have are
+/// skipped.
+const SMALL_FILES: [&str; 7] = [
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+];
 
 /// Downloads the config, the tokenizer and the safetensors of `model_id` ("owner/name") at
 /// `revision` (a branch, a tag or a commit) and returns their directory in the cache, for

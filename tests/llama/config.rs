@@ -185,7 +185,9 @@ fn windows() -> Result<()> {
     }
     // transformers' llama attends to everything: up to the window there is no difference
     let cfg = read("llama", json!({"max_position_embeddings": 32_768, "sliding_window": 4096}))?;
-    assert_eq!((cfg.sliding_window, cfg.max_position_embeddings), (None, 4096));
+    assert_eq!((cfg.sliding_window, cfg.max_position_embeddings, cfg.context_field), (None, 4096, "sliding_window"));
+    let cfg = read("llama", json!({"max_position_embeddings": 4096, "sliding_window": 4096}))?;
+    assert_eq!((cfg.max_position_embeddings, cfg.context_field), (4096, "max_position_embeddings"));
     Ok(())
 }
 
