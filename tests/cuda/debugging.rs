@@ -1,6 +1,6 @@
 //! What helps to find a wrong result: the trace of launches, and `CANDLE_SWIGLU_KERNEL=plain`.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, ensure};
 use candle_core::DType;
@@ -14,6 +14,12 @@ use super::{build, cuda, on_model, run};
 #[derive(Clone, Default)]
 struct Launches(Arc<Mutex<Vec<String>>>);
 
+impl Launches {
+    fn kept(&self) -> MutexGuard<'_, Vec<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl<S: tracing::Subscriber> Layer<S> for Launches {
     fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
         struct Text(String);
@@ -25,7 +31,7 @@ impl<S: tracing::Subscriber> Layer<S> for Launches {
         let mut text = Text(String::new());
         event.record(&mut text);
         if event.metadata().target().starts_with("candle_swiglu::cuda") {
-            self.0.lock().expect("no test panics while it holds the lock").push(text.0);
+            self.kept().push(text.0);
         }
     }
 }
@@ -36,12 +42,14 @@ fn each_launch_is_traced_with_its_kernel_grid_and_rows() -> Result<()> {
     let cfg = FfnConfig::new(72, 136);
     let mut numbers = Numbers::new(31);
     let ffn = build(&cfg, &weights(&cfg, &mut numbers, DType::F32)?, &device)?;
-    for (rows, expected) in [(3, &["gate_up_fma_f32_n1", "linear_fma_f32_n1"][..]), (40, &["cublas", "gate_forward_f32", "cublas"])] {
+    for (rows, expected) in
+        [(3, &["gate_up_fma_f32_n1", "linear_fma_f32_n1"][..]), (40, &["cublas", "gate_forward_f32", "cublas"])]
+    {
         let x = numbers.tensor(&[rows, 72], 1.0, DType::F32)?;
         let launches = Launches::default();
         let subscriber = tracing_subscriber::registry().with(launches.clone());
         tracing::subscriber::with_default(subscriber, || run(&ffn, &x, &device))?;
-        let found = launches.0.lock().expect("the subscriber has ended").clone();
+        let found = launches.kept().clone();
         ensure!(found.len() == expected.len(), "{rows} rows: {found:?}");
         for (found, name) in found.iter().zip(expected) {
             ensure!(found.contains(&format!("kernel=\"{name}\"")), "expected {name}, found {found}");
@@ -65,7 +73,7 @@ fn plain_child() -> Result<()> {
         let x = Numbers::new(33).tensor(&[3, 72], 1.0, DType::F32)?;
         let subscriber = tracing_subscriber::registry().with(launches.clone());
         tracing::subscriber::with_default(subscriber, || run(&ffn, &x, &device))?;
-        ensure!(launches.0.lock().expect("the subscriber has ended").is_empty());
+        ensure!(launches.kept().is_empty());
     }
     Ok(())
 }
