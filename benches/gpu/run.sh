@@ -126,7 +126,7 @@ if [ "${PROFILE:-0}" = 1 ] && command -v ncu > /dev/null; then
     profile 32 'gate_up|linear' 2
     profile 512 'gate_up_sm90' 1
     profile 4096 'gate_up_sm90' 1
-    profile 512 'glu_mul' 1
+    profile 512 'gate_forward' 1
 fi
 
 # ---- 5. a whole model

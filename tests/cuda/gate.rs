@@ -5,7 +5,7 @@ use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_swiglu::{Glu, GluActivation, glu_mul, reference, silu_mul};
 
 use super::common::{ACTIVATIONS, FLOATS, Numbers, bits, check_within, glu_units, slope_size, unit_roundoff, values};
-use super::cuda;
+use super::{cuda, on_model};
 
 /// The operation without and with all of its modifiers.
 fn operations(activation: GluActivation) -> [Glu; 2] {
@@ -77,6 +77,10 @@ fn special_values_propagate() -> Result<()> {
         let on_cpu = op.mul(&gate, &up)?.to_vec1::<f32>()?;
         let found = op.mul(&gate.to_device(&device)?, &up.to_device(&device)?)?.to_vec1::<f32>()?;
         for ((pair, a), b) in pairs.iter().zip(on_cpu).zip(found) {
+            // The model computes in f64, where this square is finite.
+            if on_model() && op.activation == GluActivation::Relu2 && pair.0 > 1e19 {
+                continue;
+            }
             let same = (a.is_nan() && b.is_nan()) || a == b || (a - b).abs() <= 1e-5 * a.abs();
             assert!(same, "{op:?} of {pair:?}: {b}, on the CPU {a}");
         }

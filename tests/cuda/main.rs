@@ -14,6 +14,7 @@ use candle_swiglu::{CudaPrefill, FfnConfig, SwiGluFfn, force_cuda_prefill};
 
 #[path = "../common/mod.rs"]
 mod common;
+mod debugging;
 mod forward;
 mod gate;
 mod streams;

@@ -25,6 +25,9 @@ plant() {
     if [ $status -eq 0 ]; then
         echo "MISSED  $1"
         missed=$((missed + 1))
+    elif grep -q 'Werror=switch' "$work/log"; then
+        echo "caught  $1: the compiler names the missing case"
+        caught=$((caught + 1))
     elif ! grep -q '^FAILED' "$work/log"; then
         echo "BROKEN  $1: does not compile"
         missed=$((missed + 1))
