@@ -21,9 +21,11 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
-const PORTABLE: &[&str] = &["arch=compute_80,code=[compute_80,sm_80]", "arch=compute_90,code=sm_90"];
+const PORTABLE: &[&str] =
+    &["arch=compute_80,code=[compute_80,sm_80]", "arch=compute_90,code=sm_90"];
 const HOPPER: &[&str] = &["arch=compute_90a,code=sm_90a"];
-const FATBINS: [(&str, &[&str]); 3] = [("decode", PORTABLE), ("gate", PORTABLE), ("prefill_sm90", HOPPER)];
+const FATBINS: [(&str, &[&str]); 3] =
+    [("decode", PORTABLE), ("gate", PORTABLE), ("prefill_sm90", HOPPER)];
 
 const SOURCES: &str = "src/cuda";
 const SKIP: &str = "CANDLE_SWIGLU_CUDA_SKIP_NVCC";
@@ -51,11 +53,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let nvcc = nvcc();
     // All start at once, each in a process of its own.
-    let started: Vec<_> = FATBINS.iter().map(|(name, code)| (name, start(&nvcc, name, code, &out))).collect();
+    let started: Vec<_> =
+        FATBINS.iter().map(|(name, code)| (name, start(&nvcc, name, code, &out))).collect();
     for (name, child) in started {
         let status = child.map_err(|error| missing(&nvcc, &error))?.wait()?;
         if !status.success() {
-            return Err(format!("{} failed on {SOURCES}/{name}.cu ({status}); its messages are above", nvcc.display()).into());
+            return Err(format!(
+                "{} failed on {SOURCES}/{name}.cu ({status}); its messages are above",
+                nvcc.display()
+            )
+            .into());
         }
     }
     Ok(())
@@ -74,20 +81,30 @@ fn nvcc() -> PathBuf {
     if let Some(nvcc) = std::env::var_os("NVCC").filter(|nvcc| !nvcc.is_empty()) {
         return nvcc.into();
     }
-    let roots = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(|root| Path::new(&root).join("bin"));
+    let roots = ["CUDA_HOME", "CUDA_PATH"]
+        .into_iter()
+        .filter_map(std::env::var_os)
+        .map(|root| Path::new(&root).join("bin"));
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = roots.chain(std::env::split_paths(&path)).chain([PathBuf::from("/usr/local/cuda/bin")]);
+    let folders =
+        roots.chain(std::env::split_paths(&path)).chain([PathBuf::from("/usr/local/cuda/bin")]);
     let found = folders.map(|folder| folder.join("nvcc")).find(|nvcc| nvcc.is_file());
     found.unwrap_or_else(|| "nvcc".into())
 }
 
 fn start(nvcc: &Path, name: &str, code: &[&str], out: &Path) -> std::io::Result<Child> {
     let mut command = Command::new(nvcc);
-    command.args(["-std=c++17", "-O3", "-fatbin"]).args(code.iter().map(|code| format!("-gencode={code}")));
+    command
+        .args(["-std=c++17", "-O3", "-fatbin"])
+        .args(code.iter().map(|code| format!("-gencode={code}")));
     if let Some(compiler) = std::env::var_os("NVCC_CCBIN").filter(|compiler| !compiler.is_empty()) {
         command.arg("-ccbin").arg(compiler);
     }
-    command.arg("-o").arg(fatbin(out, name)).arg(Path::new(SOURCES).join(name).with_extension("cu")).spawn()
+    command
+        .arg("-o")
+        .arg(fatbin(out, name))
+        .arg(Path::new(SOURCES).join(name).with_extension("cu"))
+        .spawn()
 }
 
 fn missing(nvcc: &Path, error: &std::io::Error) -> String {

@@ -34,9 +34,9 @@ use candle_nn::{Linear, Module};
 use candle_swiglu::SwiGluFfn;
 
 const KERNEL: &str = "CANDLE_SWIGLU_KERNEL";
-const SHAPES: [(&str, usize, usize); 3] = [("small", 512, 1376), ("1b", 2048, 8192), ("8b", 4096, 14336)];
-const HEADER: &str =
-    "kernel,dtype,shape,rows,samples,ms,min_ms,read_ms,read_share,gflops,peak_gflops,peak_share,floor_share,candle_ms,speedup";
+const SHAPES: [(&str, usize, usize); 3] =
+    [("small", 512, 1376), ("1b", 2048, 8192), ("8b", 4096, 14336)];
+const HEADER: &str = "kernel,dtype,shape,rows,samples,ms,min_ms,read_ms,read_share,gflops,peak_gflops,peak_share,floor_share,candle_ms,speedup";
 
 struct Options {
     kernels: String,
@@ -62,16 +62,26 @@ fn options() -> Result<Options> {
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         // cargo appends `--bench` to the arguments.
-        let mut value =
-            || args.next().filter(|value| !value.starts_with("--")).with_context(|| format!("{arg}: expected a value"));
+        let mut value = || {
+            args.next()
+                .filter(|value| !value.starts_with("--"))
+                .with_context(|| format!("{arg}: expected a value"))
+        };
         match arg.as_str() {
             "--kernels" => options.kernels = value()?,
             "--shapes" => {
                 let names = value()?;
-                options.shapes = SHAPES.into_iter().filter(|(name, ..)| names.split(',').any(|n| n == *name)).collect();
+                options.shapes = SHAPES
+                    .into_iter()
+                    .filter(|(name, ..)| names.split(',').any(|n| n == *name))
+                    .collect();
             }
-            "--rows" => options.rows = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
-            "--dtypes" => options.dtypes = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--rows" => {
+                options.rows = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?
+            }
+            "--dtypes" => {
+                options.dtypes = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?
+            }
             "--seconds" => options.seconds = value()?.parse()?,
             "--no-candle" => options.candle = false,
             "--child" => options.child = true,
@@ -92,7 +102,18 @@ fn main() -> Result<()> {
     print!("{}", harness::machine_facts());
     println!(
         "{:>10} {:>5} {:>6} {:>5} {:>9} {:>9} {:>7} {:>8} {:>7} {:>7} {:>10} {:>8}",
-        "kernel", "dtype", "shape", "rows", "ms", "read ms", "read/t", "GFLOP/s", "of peak", "floor/t", "candle ms", "speedup"
+        "kernel",
+        "dtype",
+        "shape",
+        "rows",
+        "ms",
+        "read ms",
+        "read/t",
+        "GFLOP/s",
+        "of peak",
+        "floor/t",
+        "candle ms",
+        "speedup"
     );
     let mut csv = String::from(HEADER) + "\n";
     for kernel in kernels(&options.kernels)? {
@@ -113,7 +134,8 @@ fn kernels(asked: &str) -> Result<Vec<&'static str>> {
         "best" => Ok(available[..1].to_vec()),
         names => {
             let find = |name: &str| available.iter().copied().find(|a| *a == name);
-            let missing = |name| format!("--kernels: expected some of {}, found {name}", available.join(","));
+            let missing =
+                |name| format!("--kernels: expected some of {}, found {name}", available.join(","));
             names.split(',').map(|name| find(name).with_context(|| missing(name))).collect()
         }
     }
@@ -133,14 +155,30 @@ fn measure_all(options: &Options) -> Result<()> {
     let kernel = std::env::var(KERNEL).with_context(|| format!("--child needs {KERNEL}"))?;
     for &dtype in &options.dtypes {
         for &(shape, h, i) in &options.shapes {
-            let weights = [random(&[i, h], dtype, 1)?, random(&[i, h], dtype, 2)?, random(&[h, i], dtype, 3)?];
+            let weights = [
+                random(&[i, h], dtype, 1)?,
+                random(&[i, h], dtype, 2)?,
+                random(&[h, i], dtype, 3)?,
+            ];
             let [gate, up, down] = weights.clone();
             let ffn = SwiGluFfn::from_tensors(gate, up, down)?;
-            ensure!(kernel.starts_with(ffn.kernel()), "expected the kernel {kernel}, found {}", ffn.kernel());
+            ensure!(
+                kernel.starts_with(ffn.kernel()),
+                "expected the kernel {kernel}, found {}",
+                ffn.kernel()
+            );
             let candle = options.candle.then(|| weights.map(|w| Linear::new(w, None)));
             for &rows in &options.rows {
                 let flops = 6.0 * (rows * h * i) as f64;
-                let case = Case { kernel: &kernel, shape, rows, dtype, ffn: &ffn, candle: candle.as_ref(), flops };
+                let case = Case {
+                    kernel: &kernel,
+                    shape,
+                    rows,
+                    dtype,
+                    ffn: &ffn,
+                    candle: candle.as_ref(),
+                    flops,
+                };
                 println!("{}", case.measure(&random(&[rows, h], dtype, 4)?, options.seconds)?);
             }
         }
@@ -167,7 +205,8 @@ impl Case<'_> {
             check(&self.ffn.forward(x)?, &candle_mlp(candle, x)?)?;
         }
         let burst = harness::peak_of(self.kernel, self.dtype);
-        let (mut ours, mut reads, mut theirs, mut peak) = (vec![], [vec![], vec![]], vec![], f64::NAN);
+        let (mut ours, mut reads, mut theirs, mut peak) =
+            (vec![], [vec![], vec![]], vec![], f64::NAN);
         let time = |samples: &mut Vec<f64>, f: &mut dyn FnMut()| {
             let start = Instant::now();
             f();
@@ -190,16 +229,24 @@ impl Case<'_> {
                 let mut read_all = || (0..group).for_each(|_| _ = black_box(floor(streams)));
                 time(read, &mut read_all);
             }
-            if let Some(candle) = self.candle.filter(|_| theirs.len() < 3 || theirs.iter().sum::<f64>() < seconds) {
+            if let Some(candle) =
+                self.candle.filter(|_| theirs.len() < 3 || theirs.iter().sum::<f64>() < seconds)
+            {
                 time(&mut theirs, &mut || drop(black_box(candle_mlp(candle, black_box(x)))));
             }
-            if let Some(burst) = burst.filter(|_| last_burst.is_none_or(|at| at.elapsed() > Duration::from_millis(200))) {
+            if let Some(burst) = burst
+                .filter(|_| last_burst.is_none_or(|at| at.elapsed() > Duration::from_millis(200)))
+            {
                 peak = f64::max(peak, burst());
                 last_burst = Some(Instant::now());
             }
         }
         let [in_order, in_four] = reads;
-        let read = if harness::median(in_four.clone()) < harness::median(in_order.clone()) { in_four } else { in_order };
+        let read = if harness::median(in_four.clone()) < harness::median(in_order.clone()) {
+            in_four
+        } else {
+            in_order
+        };
         let share = harness::median(ours.iter().zip(&read).map(|(t, r)| r / t).collect());
         let least = ours.iter().copied().fold(f64::INFINITY, f64::min) / group as f64;
         let samples = ours.len();
@@ -207,14 +254,16 @@ impl Case<'_> {
         let theirs = if theirs.is_empty() { f64::NAN } else { harness::median(theirs) };
         let of_peak = self.flops / ours / peak;
         let of_floor = share.max(of_peak); // the larger floor gives the larger share
-        let (kernel, dtype, shape, rows) = (self.kernel, self.dtype.as_str(), self.shape, self.rows);
+        let (kernel, dtype, shape, rows) =
+            (self.kernel, self.dtype.as_str(), self.shape, self.rows);
         let (ms, least, read_ms, candle_ms) = (ours * 1e3, least * 1e3, read * 1e3, theirs * 1e3);
         let (gflops, peak, speedup) = (self.flops / ours / 1e9, peak / 1e9, theirs / ours);
         eprintln!(
             "{kernel:>10} {dtype:>5} {shape:>6} {rows:>5} {ms:>9.4} {read_ms:>9.4} {share:>7.3} {gflops:>8.1} {of_peak:>7.3} {of_floor:>7.3} {candle_ms:>10.3} {speedup:>8.1}"
         );
-        let mut line =
-            format!("{kernel},{dtype},{shape},{rows},{samples},{ms:.5},{least:.5},{read_ms:.5},{share:.4},{gflops:.1},");
+        let mut line = format!(
+            "{kernel},{dtype},{shape},{rows},{samples},{ms:.5},{least:.5},{read_ms:.5},{share:.4},{gflops:.1},"
+        );
         let _ = write!(line, "{peak:.1},{of_peak:.4},{of_floor:.4},{candle_ms:.4},{speedup:.2}");
         Ok(line)
     }
@@ -228,15 +277,24 @@ fn candle_mlp([gate, up, down]: &[Linear; 3], x: &Tensor) -> candle_core::Result
 /// Random numbers that keep activations near 1 in size, reproducible from the seed.
 fn random(dims: &[usize], dtype: DType, seed: u64) -> Result<Tensor> {
     let k = dims[dims.len() - 1];
-    let scale = if seed == 4 { 1.0 } else { (k as f32).powf(-0.5) } * 3f32.sqrt() / (1u32 << 23) as f32;
+    let scale =
+        if seed == 4 { 1.0 } else { (k as f32).powf(-0.5) } * 3f32.sqrt() / (1u32 << 23) as f32;
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let numbers = (0..dims.iter().product::<usize>()).map(|_| {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         ((state >> 40) as i32 - (1 << 23)) as f32 * scale
     });
     let tensor = match dtype {
-        DType::BF16 => Tensor::from_vec(numbers.map(half::bf16::from_f32).collect::<Vec<_>>(), dims, &Device::Cpu),
-        DType::F16 => Tensor::from_vec(numbers.map(half::f16::from_f32).collect::<Vec<_>>(), dims, &Device::Cpu),
+        DType::BF16 => Tensor::from_vec(
+            numbers.map(half::bf16::from_f32).collect::<Vec<_>>(),
+            dims,
+            &Device::Cpu,
+        ),
+        DType::F16 => Tensor::from_vec(
+            numbers.map(half::f16::from_f32).collect::<Vec<_>>(),
+            dims,
+            &Device::Cpu,
+        ),
         _ => Tensor::from_vec(numbers.collect::<Vec<f32>>(), dims, &Device::Cpu),
     };
     Ok(tensor?)

@@ -29,7 +29,19 @@ fn main() -> Result<()> {
     let device = Device::new_metal(0).context("a Mac with a GPU")?;
     let facts = facts(&device)?;
     print!("{facts}");
-    let head = ["dtype", "H", "I", "rows", "ours_us", "candle_us", "merged_us", "speedup", "over_merged", "gb_per_s", "tflops"];
+    let head = [
+        "dtype",
+        "H",
+        "I",
+        "rows",
+        "ours_us",
+        "candle_us",
+        "merged_us",
+        "speedup",
+        "over_merged",
+        "gb_per_s",
+        "tflops",
+    ];
     let mut csv = head.join(",") + "\n";
     println!("{}", head.map(|name| format!("{name:>11}")).concat());
     for dtype in DTYPES {
@@ -37,14 +49,20 @@ fn main() -> Result<()> {
             let weights = Weights::random(h, i, dtype, &device)?;
             for rows in ROWS {
                 let fields = weights.measure(rows, &device)?;
-                println!("{}", fields.iter().map(|field| format!("{field:>11}")).collect::<String>());
+                println!(
+                    "{}",
+                    fields.iter().map(|field| format!("{field:>11}")).collect::<String>()
+                );
                 let _ = writeln!(csv, "{}", fields.join(","));
             }
         }
     }
     if let Some(path) = record {
         harness::record(&path, &csv)?;
-        std::fs::OpenOptions::new().append(true).open(path.with_extension("txt"))?.write_all(facts.as_bytes())?;
+        std::fs::OpenOptions::new()
+            .append(true)
+            .open(path.with_extension("txt"))?
+            .write_all(facts.as_bytes())?;
     }
     Ok(())
 }
@@ -52,11 +70,16 @@ fn main() -> Result<()> {
 /// The machine and its GPU, as macOS names them.
 fn facts(device: &Device) -> Result<String> {
     let ask = |name: &str| {
-        let answer = Command::new("sysctl").args(["-n", name]).output().map(|output| output.stdout).unwrap_or_default();
+        let answer = Command::new("sysctl")
+            .args(["-n", name])
+            .output()
+            .map(|output| output.stdout)
+            .unwrap_or_default();
         String::from_utf8_lossy(&answer).trim().to_string()
     };
     let gpu = device.as_metal_device()?.metal_device();
-    let (architecture, working_set) = (gpu.architecture_name(), gpu.recommended_max_working_set_size() >> 30);
+    let (architecture, working_set) =
+        (gpu.architecture_name(), gpu.recommended_max_working_set_size() >> 30);
     Ok(format!(
         "machine  {} {}, {} GiB, macOS {}\ngpu      {architecture}, working set {working_set} GiB\n",
         ask("hw.model"),
@@ -79,26 +102,35 @@ impl Weights {
     fn random(h: usize, i: usize, dtype: DType, device: &Device) -> Result<Self> {
         let uniform = |rows: usize, n: usize| -> Result<Tensor> {
             let bound = (3.0 / n as f32).sqrt();
-            Ok(Tensor::rand(-bound, bound, (rows, n), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+            Ok(Tensor::rand(-bound, bound, (rows, n), &Device::Cpu)?
+                .to_dtype(dtype)?
+                .to_device(device)?)
         };
         let (gate, up, down) = (uniform(i, h)?, uniform(i, h)?, uniform(h, i)?);
         let gate_up = Tensor::cat(&[&gate, &up], 0)?;
         let block = SwiGluFfn::from_tensors(gate.clone(), up.clone(), down.clone())?;
-        anyhow::ensure!(block.kernel() == "metal", "expected the kernel metal, found {}", block.kernel());
+        anyhow::ensure!(
+            block.kernel() == "metal",
+            "expected the kernel metal, found {}",
+            block.kernel()
+        );
         Ok(Self { gate, up, down, gate_up, block })
     }
 
     fn measure(&self, rows: usize, device: &Device) -> Result<Vec<String>> {
         let (i, h) = self.gate.dims2()?;
         let dtype = self.gate.dtype();
-        let x = Tensor::randn(0f32, 1.0, (rows, h), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?;
+        let x = Tensor::randn(0f32, 1.0, (rows, h), &Device::Cpu)?
+            .to_dtype(dtype)?
+            .to_device(device)?;
         let separate = |x: &Tensor| {
             let gate = x.matmul(&self.gate.t()?)?.silu()?;
             (gate * x.matmul(&self.up.t()?)?)?.matmul(&self.down.t()?)
         };
         let merged = |x: &Tensor| {
             let both = x.matmul(&self.gate_up.t()?)?;
-            silu_mul(&both.narrow(D::Minus1, 0, i)?, &both.narrow(D::Minus1, i, i)?)?.matmul(&self.down.t()?)
+            silu_mul(&both.narrow(D::Minus1, 0, i)?, &both.narrow(D::Minus1, i, i)?)?
+                .matmul(&self.down.t()?)
         };
         check(&self.block.forward(&x)?, &separate(&x)?)?;
         let chain = |step: &dyn Fn(&Tensor) -> candle_core::Result<Tensor>| {
@@ -110,9 +142,12 @@ impl Weights {
             Box::new(|| chain(&separate)),
             Box::new(|| chain(&merged)),
         ];
-        let times = harness::interleaved(Duration::from_millis(1500), &mut [&mut a, &mut b, &mut c]);
-        let [ours, candle, merged] = [times[0], times[1], times[2]].map(|seconds| seconds / CHAIN as f64);
-        let (bytes, flops) = ((3 * h * i * dtype.size_in_bytes()) as f64, 6.0 * (rows * h * i) as f64);
+        let times =
+            harness::interleaved(Duration::from_millis(1500), &mut [&mut a, &mut b, &mut c]);
+        let [ours, candle, merged] =
+            [times[0], times[1], times[2]].map(|seconds| seconds / CHAIN as f64);
+        let (bytes, flops) =
+            ((3 * h * i * dtype.size_in_bytes()) as f64, 6.0 * (rows * h * i) as f64);
         let micros = [ours, candle, merged].map(|seconds| format!("{:.1}", seconds * 1e6));
         let ratios = [candle / ours, merged / ours].map(|ratio| format!("{ratio:.2}"));
         let rates = [bytes / ours / 1e9, flops / ours / 1e12].map(|rate| format!("{rate:.1}"));
@@ -127,6 +162,9 @@ fn check(ours: &Tensor, candle: &Tensor) -> Result<()> {
     let (ours, candle) = (wide(ours)?, wide(candle)?);
     let rms = |t: &Tensor| t.sqr()?.mean_all()?.to_scalar::<f32>().map(f32::sqrt);
     let (difference, size) = (rms(&(ours - &candle)?)?, rms(&candle)?);
-    anyhow::ensure!(difference <= 0.02 * size, "the rms of the difference is {difference}, of the results {size}");
+    anyhow::ensure!(
+        difference <= 0.02 * size,
+        "the rms of the difference is {difference}, of the results {size}"
+    );
     Ok(())
 }

@@ -12,20 +12,29 @@ use std::time::Duration;
 use candle_core::{DType, Device, Tensor};
 use candle_swiglu::silu_mul;
 
-const SHAPES: [(usize, usize); 6] = [(1, 64), (1, 1376), (1, 14336), (16, 14336), (512, 14336), (4096, 14336)];
+const SHAPES: [(usize, usize); 6] =
+    [(1, 64), (1, 1376), (1, 14336), (16, 14336), (512, 14336), (4096, 14336)];
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
 fn main() -> anyhow::Result<()> {
-    let mut csv = String::from("dtype,rows,columns,silu_mul_us,candle_us,speedup,read_write_gb_per_s\n");
+    let mut csv =
+        String::from("dtype,rows,columns,silu_mul_us,candle_us,speedup,read_write_gb_per_s\n");
     let record = harness::record_path()?;
     print!("{}", harness::machine_facts());
-    println!("{:>6} {:>14} {:>12} {:>12} {:>8} {:>8}", "dtype", "shape", "silu_mul µs", "candle µs", "speedup", "GB/s");
+    println!(
+        "{:>6} {:>14} {:>12} {:>12} {:>8} {:>8}",
+        "dtype", "shape", "silu_mul µs", "candle µs", "speedup", "GB/s"
+    );
     for dtype in DTYPES {
         for (rows, columns) in SHAPES {
             let row = measure(dtype, rows, columns)?;
             println!("{row}");
             let fields: Vec<&str> = row.split_whitespace().collect();
-            let _ = writeln!(csv, "{},{rows},{columns},{},{},{},{}", fields[0], fields[2], fields[3], fields[4], fields[5]);
+            let _ = writeln!(
+                csv,
+                "{},{rows},{columns},{},{},{},{}",
+                fields[0], fields[2], fields[3], fields[4], fields[5]
+            );
         }
     }
     if let Some(path) = record {
@@ -56,6 +65,9 @@ fn check(gate: &Tensor, up: &Tensor) -> anyhow::Result<()> {
     let difference = (ours - &candle)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
     let largest = candle.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
     let unit = if gate.dtype() == DType::F32 { 2f32.powi(-24) } else { 2f32.powi(-8) };
-    anyhow::ensure!(difference <= 8.0 * unit * largest, "the largest difference is {difference}, the largest value {largest}");
+    anyhow::ensure!(
+        difference <= 8.0 * unit * largest,
+        "the largest difference is {difference}, the largest value {largest}"
+    );
     Ok(())
 }

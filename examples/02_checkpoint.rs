@@ -21,7 +21,12 @@ fn main() -> Result<()> {
 
     let x = Tensor::ones((1, cfg.hidden_size), DType::BF16, &Device::Cpu)?;
     let y = ffn.forward(&x)?.to_dtype(DType::F32)?;
-    println!("hidden size {}, intermediate size {}, kernel {}", cfg.hidden_size, cfg.intermediate_size, ffn.kernel());
+    println!(
+        "hidden size {}, intermediate size {}, kernel {}",
+        cfg.hidden_size,
+        cfg.intermediate_size,
+        ffn.kernel()
+    );
     println!("mean square of y: {:.4}", y.sqr()?.mean_all()?.to_scalar::<f32>()?);
     Ok(())
 }

@@ -10,13 +10,19 @@ use candle_swiglu::{FfnConfig, SwiGluFfn, swiglu_ffn};
 
 /// A block with random weights, which are variables of `vars`.
 fn block(vars: &VarMap) -> Result<SwiGluFfn> {
-    Ok(swiglu_ffn(&FfnConfig::new(16, 32), VarBuilder::from_varmap(vars, DType::F32, &Device::Cpu))?)
+    Ok(swiglu_ffn(
+        &FfnConfig::new(16, 32),
+        VarBuilder::from_varmap(vars, DType::F32, &Device::Cpu),
+    )?)
 }
 
 fn main() -> Result<()> {
     let (teacher, vars) = (block(&VarMap::new())?, VarMap::new());
     let student = block(&vars)?;
-    let mut optimizer = AdamW::new(vars.all_vars(), ParamsAdamW { lr: 0.01, weight_decay: 0.0, ..ParamsAdamW::default() })?;
+    let mut optimizer = AdamW::new(
+        vars.all_vars(),
+        ParamsAdamW { lr: 0.01, weight_decay: 0.0, ..ParamsAdamW::default() },
+    )?;
     let mut losses = vec![];
     for step in 0..=300 {
         let x = Tensor::randn(0f32, 1.0, (64, 16), &Device::Cpu)?;

@@ -1,4 +1,5 @@
-//! Writes a LLaMA checkpoint of random weights in Hugging Face layout, for measuring memory and speed at any size.
+//! Writes a LLaMA checkpoint of random weights in Hugging Face layout, for measuring memory and
+//! speed at any size.
 //!
 //! ```text
 //! cargo run --release --example make_checkpoint -- --out DIR --layers 2
@@ -99,11 +100,21 @@ fn main() -> Result<()> {
 
 impl Sizes {
     fn new(args: &Args) -> Result<Self> {
-        let eight = Self { hidden: 4096, intermediate: 14336, layers: 32, heads: 32, kv_heads: 8, vocab: 128256, tied: false };
+        let eight = Self {
+            hidden: 4096,
+            intermediate: 14336,
+            layers: 32,
+            heads: 32,
+            kv_heads: 8,
+            vocab: 128256,
+            tied: false,
+        };
         let base = match args.preset {
             None => Self { layers: 2, ..eight },
             Some(Preset::Llama8b) => eight,
-            Some(Preset::Llama1b) => Self { hidden: 2048, intermediate: 8192, layers: 16, tied: true, ..eight },
+            Some(Preset::Llama1b) => {
+                Self { hidden: 2048, intermediate: 8192, layers: 16, tied: true, ..eight }
+            }
         };
         let sizes = Self {
             hidden: args.hidden_size.unwrap_or(base.hidden),
@@ -130,8 +141,14 @@ impl Sizes {
         ] {
             ensure!((1..=1 << 24).contains(&size), "{flag}: expected 1 to 2^24, found {size}");
         }
-        ensure!(hidden % (2 * heads) == 0, "--hidden-size {hidden}: expected a multiple of twice --heads {heads}");
-        ensure!(heads % kv_heads == 0, "--heads {heads}: expected a multiple of --kv-heads {kv_heads}");
+        ensure!(
+            hidden % (2 * heads) == 0,
+            "--hidden-size {hidden}: expected a multiple of twice --heads {heads}"
+        );
+        ensure!(
+            heads % kv_heads == 0,
+            "--heads {heads}: expected a multiple of --kv-heads {kv_heads}"
+        );
         Ok(())
     }
 
@@ -203,28 +220,37 @@ impl View for Random {
     fn data(&self) -> Cow<'_, [u8]> {
         let values = self.values();
         Cow::Owned(match self.dtype {
-            Dtype::BF16 => bytes(values, |value| bf16::from_f32(value).to_le_bytes(), self.data_len()),
-            Dtype::F16 => bytes(values, |value| f16::from_f32(value).to_le_bytes(), self.data_len()),
+            Dtype::BF16 => {
+                bytes(values, |value| bf16::from_f32(value).to_le_bytes(), self.data_len())
+            }
+            Dtype::F16 => {
+                bytes(values, |value| f16::from_f32(value).to_le_bytes(), self.data_len())
+            }
             _ => bytes(values, f32::to_le_bytes, self.data_len()),
         })
     }
 }
 
 impl Random {
-    /// Ones for a norm's weight; else values around 0 with standard deviation 0.02: the sum of four uniform 16-bit numbers,
-    /// each of variance 2^32 / 12, is normal enough.
+    /// Ones for a norm's weight; else values around 0 with standard deviation 0.02: the sum of four
+    /// uniform 16-bit numbers, each of variance 2^32 / 12, is normal enough.
     fn values(&self) -> impl Iterator<Item = f32> + use<> {
         let (seed, norm) = (self.seed, self.shape.len() == 1);
         let scale = 0.02 / (4f32 / 12.0).sqrt() / 65536.0;
         (0u64..).map(move |i| {
             let bits = splitmix64(seed.wrapping_add(i));
-            let sum: u32 = [0, 16, 32, 48].map(|shift| u32::from((bits >> shift) as u16)).iter().sum();
+            let sum: u32 =
+                [0, 16, 32, 48].map(|shift| u32::from((bits >> shift) as u16)).iter().sum();
             if norm { 1.0 } else { (sum as f32 - 2.0 * 65535.0) * scale }
         })
     }
 }
 
-fn bytes<const N: usize>(values: impl Iterator<Item = f32>, encode: impl Fn(f32) -> [u8; N], length: usize) -> Vec<u8> {
+fn bytes<const N: usize>(
+    values: impl Iterator<Item = f32>,
+    encode: impl Fn(f32) -> [u8; N],
+    length: usize,
+) -> Vec<u8> {
     let mut bytes = vec![0; length];
     for (target, value) in bytes.chunks_exact_mut(N).zip(values) {
         target.copy_from_slice(&encode(value));
@@ -293,24 +319,36 @@ fn split(tensors: Vec<(String, Random)>, shard_size: u64) -> Vec<Vec<(String, Ra
 /// Makes the directory, and empties it of a checkpoint where that is asked for.
 fn prepare(out: &Path, force: bool) -> Result<()> {
     std::fs::create_dir_all(out).with_context(|| format!("{}: cannot be made", out.display()))?;
-    for entry in std::fs::read_dir(out).with_context(|| format!("{}: cannot be read", out.display()))? {
+    for entry in
+        std::fs::read_dir(out).with_context(|| format!("{}: cannot be read", out.display()))?
+    {
         let path = entry?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let weights = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
         if weights || name == "config.json" {
-            ensure!(force, "{}: there is a checkpoint already (--force replaces it)", path.display());
-            std::fs::remove_file(&path).with_context(|| format!("{}: cannot be removed", path.display()))?;
+            ensure!(
+                force,
+                "{}: there is a checkpoint already (--force replaces it)",
+                path.display()
+            );
+            std::fs::remove_file(&path)
+                .with_context(|| format!("{}: cannot be removed", path.display()))?;
         }
     }
     Ok(())
 }
 
-/// `model.safetensors`, or the shards and their index. Each file is streamed, and takes its name when it is complete.
+/// `model.safetensors`, or the shards and their index. Each file is streamed, and takes its name
+/// when it is complete.
 fn write(out: &Path, shards: Vec<Vec<(String, Random)>>) -> Result<()> {
     let n = shards.len();
     let (mut weight_map, mut total_size) = (serde_json::Map::new(), 0);
     for (k, shard) in (1..).zip(shards) {
-        let file = if n == 1 { "model.safetensors".to_string() } else { format!("model-{k:05}-of-{n:05}.safetensors") };
+        let file = if n == 1 {
+            "model.safetensors".to_string()
+        } else {
+            format!("model-{k:05}-of-{n:05}.safetensors")
+        };
         let size: u64 = shard.iter().map(|(_, tensor)| tensor.data_len() as u64).sum();
         total_size += size;
         eprintln!("{file}: {} tensors, {:.2} GB", shard.len(), size as f64 / 1e9);
@@ -328,5 +366,6 @@ fn write(out: &Path, shards: Vec<Vec<(String, Random)>>) -> Result<()> {
 }
 
 fn save_json(path: &Path, json: &serde_json::Value) -> Result<()> {
-    std::fs::write(path, format!("{json:#}\n")).with_context(|| format!("{}: cannot be written", path.display()))
+    std::fs::write(path, format!("{json:#}\n"))
+        .with_context(|| format!("{}: cannot be written", path.display()))
 }

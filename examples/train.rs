@@ -1,10 +1,12 @@
-//! Trains the checkpoint in `weights/`: a small LLaMA, whose every MLP is a [`candle_swiglu::SwiGluFfn`], on stories that a
-//! grammar tells. No story is seen twice, and the grammar's entropy is known, so the held-out loss has a floor to stand beside.
+//! Trains the checkpoint in `weights/`: a small LLaMA, whose every MLP is a
+//! [`candle_swiglu::SwiGluFfn`], on stories that a grammar tells. No story is seen twice, and the
+//! grammar's entropy is known, so the held-out loss has a floor to stand beside.
 //!
 //! 1. A byte-level BPE tokenizer is trained on the first stories of the stream.
-//! 2. Each step takes fresh stories, one to a row: `<bos> story <eos>`, padded; the loss is the mean over the tokens after bos.
-//! 3. The weights are rounded to bf16 and written in the layout of Hugging Face, and the written checkpoint is what is
-//!    evaluated, on stories of another stream.
+//! 2. Each step takes fresh stories, one to a row: `<bos> story <eos>`, padded; the loss is the
+//!    mean over the tokens after bos.
+//! 3. The weights are rounded to bf16 and written in the layout of Hugging Face, and the written
+//!    checkpoint is what is evaluated, on stories of another stream.
 //!
 //! `cargo run --release --example train -- --out DIR` repeats what `weights/README.md` reports.
 
@@ -37,7 +39,8 @@ struct Args {
     /// Where the checkpoint is written.
     #[arg(long)]
     out: PathBuf,
-    /// Stream of the training stories, and of the initial weights; the held-out stream is the next one.
+    /// Stream of the training stories, and of the initial weights; the held-out stream is the next
+    /// one.
     #[arg(long, default_value_t = 1)]
     seed: u64,
     #[arg(long, default_value_t = 3400)]
@@ -57,14 +60,19 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    std::fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
-    let tokenizer = tokenizer::train(args.vocab_size, (0..20_000).map(|i| grammar::story(args.seed, i).text))?;
+    std::fs::create_dir_all(&args.out)
+        .with_context(|| format!("{}: cannot create", args.out.display()))?;
+    let tokenizer =
+        tokenizer::train(args.vocab_size, (0..20_000).map(|i| grammar::story(args.seed, i).text))?;
     tokenizer::save(&tokenizer, &args.out)?;
     let json = config(tokenizer.get_vocab_size(true));
     std::fs::write(args.out.join("config.json"), serde_json::to_string_pretty(&json)? + "\n")?;
 
     let vars = VarMap::new();
-    let model = Llama::load(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu), &LlamaConfig::from_json(&json)?)?;
+    let model = Llama::load(
+        VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu),
+        &LlamaConfig::from_json(&json)?,
+    )?;
     initialise(&vars, args.seed)?;
     train(&args, &model, &vars, &tokenizer)?;
     save(&vars, &args.out)?;
@@ -97,7 +105,8 @@ fn config(vocab_size: usize) -> serde_json::Value {
     })
 }
 
-/// Every matrix from N(0, 0.04²), those that write into the residual stream narrower by √(2·layers); norms stay 1.
+/// Every matrix from N(0, 0.04²), those that write into the residual stream narrower by
+/// √(2·layers); norms stay 1.
 fn initialise(vars: &VarMap, seed: u64) -> Result<()> {
     let mut random = StdRng::seed_from_u64(seed);
     for (name, var) in by_name(vars) {
@@ -121,7 +130,10 @@ fn train(args: &Args, model: &Llama, vars: &VarMap, tokenizer: &Tokenizer) -> Re
     let mut optimizer = AdamW::new(by_name(vars).into_values().collect(), params)?;
     let (start, mut tokens, mut mean) = (Instant::now(), 0, 0f64);
     for step in 0..args.steps {
-        let batch = Batch::new(tokenizer, (step * args.batch..(step + 1) * args.batch).map(|i| grammar::story(args.seed, i)))?;
+        let batch = Batch::new(
+            tokenizer,
+            (step * args.batch..(step + 1) * args.batch).map(|i| grammar::story(args.seed, i)),
+        )?;
         optimizer.set_learning_rate(learning_rate(args, step));
         let loss = batch.loss(model)?;
         optimizer.backward_step(&loss)?;
@@ -129,10 +141,18 @@ fn train(args: &Args, model: &Llama, vars: &VarMap, tokenizer: &Tokenizer) -> Re
         mean += (f64::from(loss.to_scalar::<f32>()?) - mean) / 50f64.min(step as f64 + 1.0);
         if (step + 1) % 50 == 0 {
             let rate = tokens as f64 / start.elapsed().as_secs_f64();
-            eprintln!("step {:5}  loss {mean:.4}  floor {:.4}  {rate:.0} tokens/s", step + 1, batch.floor());
+            eprintln!(
+                "step {:5}  loss {mean:.4}  floor {:.4}  {rate:.0} tokens/s",
+                step + 1,
+                batch.floor()
+            );
         }
     }
-    eprintln!("{tokens} tokens of {} stories in {:.0} s", args.steps * args.batch, start.elapsed().as_secs_f64());
+    eprintln!(
+        "{tokens} tokens of {} stories in {:.0} s",
+        args.steps * args.batch,
+        start.elapsed().as_secs_f64()
+    );
     Ok(())
 }
 
@@ -147,7 +167,8 @@ fn learning_rate(args: &Args, step: u64) -> f64 {
 struct Batch {
     /// (B,T) u32, padded with eos
     inputs: Tensor,
-    /// the positions in the flattened inputs whose successor is a token of the story or its eos: (N) u32
+    /// the positions in the flattened inputs whose successor is a token of the story or its eos:
+    /// (N) u32
     positions: Tensor,
     /// the successors: (N) u32
     targets: Tensor,
@@ -158,7 +179,8 @@ impl Batch {
     fn new(tokenizer: &Tokenizer, stories: impl Iterator<Item = grammar::Story>) -> Result<Self> {
         let (mut rows, mut bits) = (vec![], 0.0);
         for story in stories {
-            let mut ids = tokenizer.encode(story.text, true).map_err(anyhow::Error::msg)?.get_ids().to_vec();
+            let mut ids =
+                tokenizer.encode(story.text, true).map_err(anyhow::Error::msg)?.get_ids().to_vec();
             ids.push(tokenizer::EOS);
             bits += story.bits;
             rows.push(ids);
@@ -166,7 +188,9 @@ impl Batch {
         let width = rows.iter().map(Vec::len).max().unwrap_or(1) - 1;
         let (mut inputs, mut positions, mut targets) = (vec![], vec![], vec![]);
         for (b, row) in rows.iter().enumerate() {
-            inputs.extend((0..width).map(|t| row[..row.len() - 1].get(t).copied().unwrap_or(tokenizer::EOS)));
+            inputs.extend(
+                (0..width).map(|t| row[..row.len() - 1].get(t).copied().unwrap_or(tokenizer::EOS)),
+            );
             positions.extend((0..row.len() - 1).map(|t| (b * width + t) as u32));
             targets.extend_from_slice(&row[1..]);
         }
@@ -196,7 +220,8 @@ impl Batch {
 
 /// Writes the variables, rounded to bf16, as `model.safetensors`.
 fn save(vars: &VarMap, dir: &Path) -> Result<()> {
-    let tensors = by_name(vars).into_iter().map(|(name, var)| Ok((name, var.to_dtype(DType::BF16)?)));
+    let tensors =
+        by_name(vars).into_iter().map(|(name, var)| Ok((name, var.to_dtype(DType::BF16)?)));
     let tensors = tensors.collect::<Result<Vec<_>>>()?;
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     Ok(safetensors::serialize_to_file(tensors, Some(metadata), &dir.join("model.safetensors"))?)
@@ -215,9 +240,20 @@ fn report(args: &Args, tokenizer: &Tokenizer) -> Result<()> {
         tokens += batch.tokens();
     }
     let floor = bits * std::f64::consts::LN_2;
-    println!("held-out stories        {} (stream {}), {tokens} tokens", args.held_out, args.seed + 1);
+    println!(
+        "held-out stories        {} (stream {}), {tokens} tokens",
+        args.held_out,
+        args.seed + 1
+    );
     println!("held-out loss           {:.4} nats per token", nats / tokens as f64);
-    println!("entropy of the grammar  {:.4} nats per token on the same stories: the floor", floor / tokens as f64);
-    println!("per story               {:.1} nats, floor {:.1}", nats / args.held_out as f64, floor / args.held_out as f64);
+    println!(
+        "entropy of the grammar  {:.4} nats per token on the same stories: the floor",
+        floor / tokens as f64
+    );
+    println!(
+        "per story               {:.1} nats, floor {:.1}",
+        nats / args.held_out as f64,
+        floor / args.held_out as f64
+    );
     Ok(())
 }

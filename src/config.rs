@@ -217,7 +217,9 @@ impl FfnConfig {
     /// A size of zero or one that memory cannot address, a limit that is not a positive number, a
     /// multiplier or an offset that is not finite. The error names the field.
     pub fn validate(&self) -> Result<()> {
-        for (name, size) in [("hidden_size", self.hidden_size), ("intermediate_size", self.intermediate_size)] {
+        for (name, size) in
+            [("hidden_size", self.hidden_size), ("intermediate_size", self.intermediate_size)]
+        {
             if size == 0 {
                 return Err(Error::ZeroSize { name });
             }
@@ -239,7 +241,9 @@ impl FfnConfig {
 
     /// The gate of the block, between the projections.
     pub(crate) fn glu(&self) -> Glu {
-        let glu = Glu::new(self.activation).with_gate_multiplier(self.gate_multiplier).with_up_offset(self.up_offset);
+        let glu = Glu::new(self.activation)
+            .with_gate_multiplier(self.gate_multiplier)
+            .with_up_offset(self.up_offset);
         self.limit.map_or(glu, |limit| glu.with_limit(limit))
     }
 }

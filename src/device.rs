@@ -10,7 +10,10 @@ use crate::gate::activation::Glu;
 use crate::which::Which;
 
 /// The block's weights, contiguous, in one dtype on one device.
-#[cfg_attr(not(any(feature = "cuda", feature = "metal")), allow(dead_code, reason = "the backends read them"))]
+#[cfg_attr(
+    not(any(feature = "cuda", feature = "metal")),
+    allow(dead_code, reason = "the backends read them")
+)]
 #[derive(Clone, Debug)]
 pub(crate) struct DeviceBlock {
     /// (2I,H): rows 0..I are the gate, rows I..2I up
@@ -56,7 +59,11 @@ pub(crate) struct Parts {
 
 impl Parts {
     /// Stores gate and up from one tensor, gate first. A contiguous tensor is used without a copy.
-    pub(crate) fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<()> {
+    pub(crate) fn set_gate_up(
+        &mut self,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> candle_core::Result<()> {
         self.gate_up = Some(weight.contiguous()?);
         self.gate_up_bias = bias.map(Tensor::contiguous).transpose()?;
         self.written = [true; 2];
@@ -64,7 +71,12 @@ impl Parts {
     }
 
     /// Stores one matrix (rows, k) and its bias (rows).
-    pub(crate) fn set(&mut self, which: Which, weight: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<()> {
+    pub(crate) fn set(
+        &mut self,
+        which: Which,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> candle_core::Result<()> {
         let half = match which {
             Which::Gate => 0,
             Which::Up => 1,
@@ -87,8 +99,16 @@ impl Parts {
             }
         }
         let gate_up = self.gate_up.ok_or_else(|| Error::missing(Which::Gate.name()))?;
-        let DeviceLinear { weight: down, bias: down_bias } = self.down.ok_or_else(|| Error::missing(Which::Down.name()))?;
-        Ok(DeviceBlock { gate_up, gate_up_bias: self.gate_up_bias, down, down_bias, glu, down_multiplier })
+        let DeviceLinear { weight: down, bias: down_bias } =
+            self.down.ok_or_else(|| Error::missing(Which::Down.name()))?;
+        Ok(DeviceBlock {
+            gate_up,
+            gate_up_bias: self.gate_up_bias,
+            down,
+            down_bias,
+            glu,
+            down_multiplier,
+        })
     }
 }
 
@@ -144,7 +164,10 @@ mod tests {
 
     /// A matrix (rows, 3) of consecutive numbers, which start with `from`.
     fn matrix(from: f32, rows: usize) -> Tensor {
-        Tensor::arange(from, from + 3.0 * rows as f32, &Device::Cpu).unwrap().reshape((rows, 3)).unwrap()
+        Tensor::arange(from, from + 3.0 * rows as f32, &Device::Cpu)
+            .unwrap()
+            .reshape((rows, 3))
+            .unwrap()
     }
 
     fn silu() -> Glu {
@@ -168,13 +191,23 @@ mod tests {
             let block = parts.into_block(silu(), 1.0).unwrap();
             assert_eq!((block.gate_up.dims(), block.down.dims()), (&[10, 3][..], &[3, 5][..]));
             assert!(block.gate_up.is_contiguous() && block.down.is_contiguous());
-            for (which, expected, from) in
-                [(Which::Gate, &gate, Some(1.0)), (Which::Up, &up, Some(2.0)), (Which::Down, &down, None)]
-            {
+            for (which, expected, from) in [
+                (Which::Gate, &gate, Some(1.0)),
+                (Which::Up, &up, Some(2.0)),
+                (Which::Down, &down, None),
+            ] {
                 let weight = block.weight(which).unwrap();
-                assert_eq!(weight.to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap(), "{which:?}");
+                assert_eq!(
+                    weight.to_vec2::<f32>().unwrap(),
+                    expected.to_vec2::<f32>().unwrap(),
+                    "{which:?}"
+                );
                 let found = block.bias(which).unwrap().map(|bias| bias.to_vec1::<f32>().unwrap());
-                assert_eq!(found, from.map(|from| bias(from).to_vec1::<f32>().unwrap()), "{which:?}");
+                assert_eq!(
+                    found,
+                    from.map(|from| bias(from).to_vec1::<f32>().unwrap()),
+                    "{which:?}"
+                );
             }
         }
     }
@@ -188,7 +221,10 @@ mod tests {
         let block = parts.into_block(silu(), 1.0).unwrap();
         assert_eq!(block.gate_up.id(), both.id());
         let up = block.weight(Which::Up).unwrap();
-        assert_eq!(up.to_vec2::<f32>().unwrap(), both.narrow(0, 3, 3).unwrap().to_vec2::<f32>().unwrap());
+        assert_eq!(
+            up.to_vec2::<f32>().unwrap(),
+            both.narrow(0, 3, 3).unwrap().to_vec2::<f32>().unwrap()
+        );
         assert!(block.bias(Which::Up).unwrap().is_none());
     }
 

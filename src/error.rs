@@ -56,7 +56,9 @@ pub enum Error {
         families: Vec<String>,
     },
     /// The checkpoint has a bias that the config has not: without it the result would differ.
-    #[error("{name} is in the checkpoint, but the config has no bias for it (mlp_bias / FfnConfig::with_bias)")]
+    #[error(
+        "{name} is in the checkpoint, but the config has no bias for it (mlp_bias / FfnConfig::with_bias)"
+    )]
     UnexpectedBias {
         /// The bias found.
         name: String,
@@ -259,7 +261,9 @@ pub enum Error {
         names: Vec<String>,
     },
     /// The tensors are those of a feed-forward block without a gate.
-    #[error("under \"{prefix}\" are {up} and {down}, a plain MLP without a gate: expected gate, up and down projections")]
+    #[error(
+        "under \"{prefix}\" are {up} and {down}, a plain MLP without a gate: expected gate, up and down projections"
+    )]
     PlainMlp {
         /// Where the names were found.
         prefix: String,

@@ -121,7 +121,11 @@ impl SwiGluFfn {
     /// Wrong ranks, shapes that do not fit, a dtype that is not a float, mixed dtypes or devices.
     pub fn from_tensors(gate: Tensor, up: Tensor, down: Tensor) -> Result<Self> {
         let Ok((intermediate_size, hidden_size)) = gate.dims2() else {
-            return Err(Error::Rank { name: "gate_proj", expected: "rank 2 (I, H)", found: gate.dims().to_vec() });
+            return Err(Error::Rank {
+                name: "gate_proj",
+                expected: "rank 2 (I, H)",
+                found: gate.dims().to_vec(),
+            });
         };
         let gate_up = GateUp::separate(gate, up, None, None);
         let weights = Weights::new(gate_up, down, None);

@@ -98,8 +98,8 @@
 //! | `hub` | `hub::download`: checkpoints from the Hugging Face hub |
 //! | `accelerate`, `mkl`, `cudnn` | passed on to candle, without effect on these kernels |
 //!
-//! The environment variable `CANDLE_SWIGLU_KERNEL` forces one of [`cpu_kernels`], or `plain`: candle's
-//! own operations on every device.
+//! The environment variable `CANDLE_SWIGLU_KERNEL` forces one of [`cpu_kernels`], or `plain`:
+//! candle's own operations on every device.
 
 mod backend;
 mod config;

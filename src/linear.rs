@@ -195,7 +195,9 @@ impl Linear {
         let _enter = self.span.enter();
         let x = x.to_dtype(wide)?;
         let sizes = (self.in_dim, self.out_dim);
-        let y = rows(&x, sizes, self.dtype(), self.layer.device(), |rows| self.layer.forward_f32(rows))?;
+        let y = rows(&x, sizes, self.dtype(), self.layer.device(), |rows| {
+            self.layer.forward_f32(rows)
+        })?;
         y.to_dtype(DType::F32) // an empty x gives an empty y in x's dtype
     }
 
@@ -234,7 +236,11 @@ fn check_ids(ids: &Tensor, rows: usize) -> Result<Tensor> {
 /// (out, in), if the shapes, dtypes and devices of the tensors agree.
 fn check_tensors(weight: &Tensor, bias: Option<&Tensor>) -> Result<(usize, usize)> {
     let Ok((out_dim, in_dim)) = weight.dims2() else {
-        return Err(Error::Rank { name: "weight", expected: "rank 2 (out, in)", found: weight.dims().to_vec() });
+        return Err(Error::Rank {
+            name: "weight",
+            expected: "rank 2 (out, in)",
+            found: weight.dims().to_vec(),
+        });
     };
     for (name, size) in [("out_dim", out_dim), ("in_dim", in_dim)] {
         if size == 0 {
@@ -245,7 +251,12 @@ fn check_tensors(weight: &Tensor, bias: Option<&Tensor>) -> Result<(usize, usize
     if let Some(bias) = bias {
         if bias.dims() != [out_dim] {
             let found = bias.dims().to_vec();
-            return Err(Error::Shape { name: "bias".into(), expected: vec![out_dim], found, location: None });
+            return Err(Error::Shape {
+                name: "bias".into(),
+                expected: vec![out_dim],
+                found,
+                location: None,
+            });
         }
         check_same("bias", bias, "weight", weight)?;
     }

@@ -53,7 +53,9 @@ pub(crate) fn rows(
 ) -> candle_core::Result<Tensor> {
     let mut dims = x.dims().to_vec();
     match dims.last_mut() {
-        None => return Err(Error::Rank { name: "x", expected: "rank 1 or more", found: vec![] }.into()),
+        None => {
+            return Err(Error::Rank { name: "x", expected: "rank 1 or more", found: vec![] }.into());
+        }
         Some(width) if *width != in_dim => {
             return Err(Error::InputWidth { expected: in_dim, found: x.dims().to_vec() }.into());
         }

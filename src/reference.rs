@@ -107,12 +107,20 @@ fn glu_inputs(glu: &Glu, gate: f64, up: f64) -> (f64, f64, (bool, bool)) {
 ///
 /// # Panics
 /// When a slice is not a whole number of rows: this is the tests' definition, not an entry point.
-pub fn ffn(glu_op: &Glu, x: &[f64], gate_proj: &[f64], up_proj: &[f64], down_proj: &[f64], hidden_size: usize) -> Vec<f64> {
+pub fn ffn(
+    glu_op: &Glu,
+    x: &[f64],
+    gate_proj: &[f64],
+    up_proj: &[f64],
+    down_proj: &[f64],
+    hidden_size: usize,
+) -> Vec<f64> {
     let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
     let mut y = Vec::with_capacity(x.len());
     for x_row in x.chunks_exact(hidden_size) {
         let units = gate_proj.chunks_exact(hidden_size).zip(up_proj.chunks_exact(hidden_size));
-        let h: Vec<f64> = units.map(|(wg, wu)| glu(glu_op, dot(x_row, wg), dot(x_row, wu))).collect();
+        let h: Vec<f64> =
+            units.map(|(wg, wu)| glu(glu_op, dot(x_row, wg), dot(x_row, wu))).collect();
         y.extend(down_proj.chunks_exact(h.len()).map(|wd| dot(&h, wd)));
     }
     y

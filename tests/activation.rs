@@ -26,7 +26,8 @@ fn candle_nns_activations() -> anyhow::Result<()> {
         assert_eq!(GluActivation::try_from(theirs)?, ours, "{theirs:?}");
         // Both compute the same function in f64, up to a few roundings. The erf and tanh forms of
         // GELU differ by 4e-4.
-        let (ours, exact) = (values(&glu_mul(ours, &gate, &one)?)?, values(&theirs.forward(&gate)?)?);
+        let (ours, exact) =
+            (values(&glu_mul(ours, &gate, &one)?)?, values(&theirs.forward(&gate)?)?);
         for (ours, exact) in ours.iter().zip(exact) {
             assert!((ours - exact).abs() <= 1e-10, "{theirs:?}: expected {exact}, found {ours}");
         }
@@ -47,7 +48,10 @@ fn candle_nns_other_activations_are_refused_by_name() {
     ] {
         let error = GluActivation::try_from(theirs).unwrap_err();
         let message = error.to_string();
-        assert!(matches!(error, Error::Unsupported { .. }) && message.contains(&format!("{theirs:?}")), "{message}");
+        assert!(
+            matches!(error, Error::Unsupported { .. }) && message.contains(&format!("{theirs:?}")),
+            "{message}"
+        );
     }
 }
 
@@ -57,7 +61,10 @@ fn numbers_that_make_no_formula_are_named() {
     let glu = Glu::new(GluActivation::Silu);
     for bad in [f32::NAN, -1.0, 0.0, f32::NEG_INFINITY] {
         let error = glu.with_limit(bad).mul(&x, &x).unwrap_err();
-        assert!(matches!(&error, Error::InvalidField { field, .. } if field == "limit"), "{bad}: {error:?}");
+        assert!(
+            matches!(&error, Error::InvalidField { field, .. } if field == "limit"),
+            "{bad}: {error:?}"
+        );
         assert!(FfnConfig::new(8, 8).with_limit(bad).validate().is_err(), "{bad}");
     }
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
@@ -67,9 +74,15 @@ fn numbers_that_make_no_formula_are_named() {
             (Glu::new(GluActivation::Swish { beta: bad }), "beta"),
         ] {
             let error = glu.mul(&x, &x).unwrap_err();
-            assert!(matches!(&error, Error::InvalidField { field, .. } if field == name), "{name} {bad}: {error:?}");
+            assert!(
+                matches!(&error, Error::InvalidField { field, .. } if field == name),
+                "{name} {bad}: {error:?}"
+            );
         }
         let error = FfnConfig::new(8, 8).with_multipliers(1.0, bad).validate().unwrap_err();
-        assert!(matches!(&error, Error::InvalidField { field, .. } if field == "down_multiplier"), "{bad}: {error:?}");
+        assert!(
+            matches!(&error, Error::InvalidField { field, .. } if field == "down_multiplier"),
+            "{bad}: {error:?}"
+        );
     }
 }

@@ -8,12 +8,15 @@ use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Device, IndexOp, Module, Storage, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, SGD, VarBuilder, VarMap};
-use candle_swiglu::{Family, FfnConfig, FusedOrder, GateUp, GluActivation, SwiGluFfn, Weights, glu_mul, reference, silu_mul};
+use candle_swiglu::{
+    Family, FfnConfig, FusedOrder, GateUp, GluActivation, SwiGluFfn, Weights, glu_mul, reference,
+    silu_mul,
+};
 
 mod common;
 use common::{
-    ACTIVATIONS, Block, Numbers, bits, check_within, composed, glu_units, integers, pack, rms_error, slope_size, unit_roundoff,
-    values, weights,
+    ACTIVATIONS, Block, Numbers, bits, check_within, composed, glu_units, integers, pack,
+    rms_error, slope_size, unit_roundoff, values, weights,
 };
 
 type Vars = BTreeMap<String, Var>;
@@ -21,7 +24,10 @@ type Vars = BTreeMap<String, Var>;
 /// Variables with the given weights, and a block of these variables.
 fn tracked(cfg: &FfnConfig, weights: &HashMap<String, Tensor>) -> Result<(Vars, SwiGluFfn)> {
     let dtype = weights["down_proj.weight"].dtype();
-    let vars = weights.iter().map(|(name, t)| Ok((name.clone(), Var::from_tensor(t)?))).collect::<Result<Vars>>()?;
+    let vars = weights
+        .iter()
+        .map(|(name, t)| Ok((name.clone(), Var::from_tensor(t)?)))
+        .collect::<Result<Vars>>()?;
     let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
     let ffn = SwiGluFfn::new(cfg, VarBuilder::from_tensors(tensors, dtype, &Device::Cpu))?;
     Ok((vars, ffn))
@@ -85,7 +91,9 @@ fn kink_distance(cfg: &FfnConfig, vars: &Vars, x: &Tensor) -> Result<f64> {
 /// elements of h, |dh| <= 5·√(3/7), |up| <= 5.4, |act⁽⁵⁾| <= 5.6 and |act⁗| <= 2.5.
 #[test]
 fn finite_differences() -> Result<()> {
-    for (activation, modified) in ACTIVATIONS.into_iter().flat_map(|activation| [(activation, false), (activation, true)]) {
+    for (activation, modified) in
+        ACTIVATIONS.into_iter().flat_map(|activation| [(activation, false), (activation, true)])
+    {
         let mut cfg = FfnConfig::new(5, 7).with_activation(activation).with_bias(true);
         if modified {
             cfg = cfg.with_multipliers(-0.7, 0.3).with_limit(0.5).with_up_offset(1.0);
@@ -101,8 +109,11 @@ fn finite_differences() -> Result<()> {
         let u = unit_roundoff(DType::F64);
         let (block, near) = (Block::new(&cfg, &weights)?, values(&ffn.forward(&x)?)?);
         let errors = block.forward(&x, u)?.errors();
-        let rounding: f64 =
-            values(&dy)?.iter().zip(errors.iter().zip(&near)).map(|(dy, (e, y))| dy.abs() * (e + 16.0 * u * y.abs())).sum();
+        let rounding: f64 = values(&dy)?
+            .iter()
+            .zip(errors.iter().zip(&near))
+            .map(|(dy, (e, y))| dy.abs() * (e + 16.0 * u * y.abs()))
+            .sum();
         let bound = STEP.powi(4) / 30.0 * 3000.0 + 1.5 / STEP * rounding;
         let analytic = block.gradients(&x, &dy, u)?;
 
@@ -112,7 +123,12 @@ fn finite_differences() -> Result<()> {
         for (name, var) in &vars {
             let slopes = differences(var, || loss(&ffn, &x, &dy))?;
             let what = format!("{activation} {modified} {name}");
-            worst = worst.max(check_within(&what, gradient(&store, var)?, &slopes, &vec![bound; slopes.len()])?);
+            worst = worst.max(check_within(
+                &what,
+                gradient(&store, var)?,
+                &slopes,
+                &vec![bound; slopes.len()],
+            )?);
             let near = &analytic[&format!("d{name}")];
             let doubled: Vec<f64> = near.errors().iter().map(|error| 2.0 * error).collect();
             check_within(&what, gradient(&store, var)?, &near.values(), &doubled)?;
@@ -135,14 +151,20 @@ fn pair_tolerance(activation: GluActivation, g: f64, u: f64) -> [f64; 2] {
         _ => 0.0,
     };
     let act = reference::activation(activation, g).0.abs();
-    [units * slope_size(activation, g) + theirs + digits, units * act.max(g.abs()).max(1.0) + theirs]
+    [
+        units * slope_size(activation, g) + theirs + digits,
+        units * act.max(g.abs()).max(1.0) + theirs,
+    ]
 }
 
 #[test]
 fn the_pair_against_composed_operations() -> Result<()> {
-    for (activation, dtype) in ACTIVATIONS.into_iter().flat_map(|a| [(a, DType::F64), (a, DType::F32)]) {
+    for (activation, dtype) in
+        ACTIVATIONS.into_iter().flat_map(|a| [(a, DType::F64), (a, DType::F32)])
+    {
         let mut numbers = Numbers::new(22);
-        let mut var = |scale| anyhow::Ok(Var::from_tensor(&numbers.tensor(&[9, 35], scale, dtype)?)?);
+        let mut var =
+            |scale| anyhow::Ok(Var::from_tensor(&numbers.tensor(&[9, 35], scale, dtype)?)?);
         let (gate, up, dy) = (var(6.0)?, var(4.0)?, var(2.0)?.as_detached_tensor());
         let ours = (glu_mul(activation, &gate, &up)? * &dy)?.sum_all()?.backward()?;
         let theirs = (composed(activation, &gate, &up)? * &dy)?.sum_all()?.backward()?;
@@ -155,7 +177,12 @@ fn the_pair_against_composed_operations() -> Result<()> {
         ];
         for ((name, var), bounds) in [("dgate", &gate), ("dup", &up)].into_iter().zip(bounds) {
             let what = format!("{activation} {dtype:?} {name}");
-            let worst = check_within(&what, gradient(&ours, var)?, &values(gradient(&theirs, var)?)?, &bounds)?;
+            let worst = check_within(
+                &what,
+                gradient(&ours, var)?,
+                &values(gradient(&theirs, var)?)?,
+                &bounds,
+            )?;
             eprintln!("{what}: {worst:.3} of the bound");
         }
     }
@@ -167,8 +194,10 @@ fn the_pair_against_composed_operations() -> Result<()> {
 #[test]
 fn no_less_accurate_than_composed_operations() -> Result<()> {
     let dtypes = [DType::F32, DType::BF16, DType::F16];
-    for (activation, dtype) in ACTIVATIONS.into_iter().flat_map(|a| dtypes.map(|dtype| (a, dtype))) {
-        let (cfg, mut numbers) = (FfnConfig::new(32, 80).with_activation(activation), Numbers::new(23));
+    for (activation, dtype) in ACTIVATIONS.into_iter().flat_map(|a| dtypes.map(|dtype| (a, dtype)))
+    {
+        let (cfg, mut numbers) =
+            (FfnConfig::new(32, 80).with_activation(activation), Numbers::new(23));
         let weights = weights(&cfg, &mut numbers, dtype)?;
         let (mut vars, ffn) = tracked(&cfg, &weights)?;
         let x = Var::from_tensor(&numbers.tensor(&[16, 32], 3.0, dtype)?)?;
@@ -184,7 +213,10 @@ fn no_less_accurate_than_composed_operations() -> Result<()> {
             let error = |store| anyhow::Ok(rms_error(&values(gradient(store, var)?)?, &exact));
             let (ours, theirs) = (error(&ours)?, error(&theirs)?);
             eprintln!("{:.3} of candle's error: {activation} {dtype:?} {name}", ours / theirs);
-            ensure!(ours <= 2.0 * theirs, "{activation} {dtype:?} {name}: error {ours:e}, candle's {theirs:e}");
+            ensure!(
+                ours <= 2.0 * theirs,
+                "{activation} {dtype:?} {name}: error {ours:e}, candle's {theirs:e}"
+            );
         }
     }
     Ok(())
@@ -201,9 +233,14 @@ fn views() -> Vec<(&'static str, Vec<usize>, Pair)> {
         ("interleaved", vec![6, 10, 2], |t| Ok((t.i((.., .., 0))?, t.i((.., .., 1))?))),
         ("transposed", vec![20, 6], |t| Ok((t.narrow(0, 0, 10)?.t()?, t.narrow(0, 10, 10)?.t()?))),
         ("every second row", vec![6, 2, 10], |t| Ok((t.i((.., 0))?, t.i((.., 1))?))),
-        ("broadcast rows", vec![2, 10], |t| Ok((t.i(0..1)?.broadcast_as((6, 10))?, t.i(1..2)?.broadcast_as((6, 10))?))),
+        ("broadcast rows", vec![2, 10], |t| {
+            Ok((t.i(0..1)?.broadcast_as((6, 10))?, t.i(1..2)?.broadcast_as((6, 10))?))
+        }),
         ("broadcast columns", vec![6, 2], |t| {
-            Ok((t.narrow(1, 0, 1)?.broadcast_as((6, 10))?, t.narrow(1, 1, 1)?.broadcast_as((6, 10))?))
+            Ok((
+                t.narrow(1, 0, 1)?.broadcast_as((6, 10))?,
+                t.narrow(1, 1, 1)?.broadcast_as((6, 10))?,
+            ))
         }),
         ("the same twice", vec![6, 10], |t| Ok((t.clone(), t.clone()))),
     ]
@@ -228,7 +265,8 @@ fn gradients_through_views() -> Result<()> {
             let theirs = loss(arrival, composed(GluActivation::Silu, &gate, &up)?)?.backward()?;
             let expected = values(gradient(&theirs, &leaf)?)?;
             // |g|, |up| <= 3, |dy| <= 1; 12 terms, and 12 additions of numbers up to 12·3.3.
-            let bound = 12.0 * 3.0 * pair_tolerance(GluActivation::Silu, 3.0, u)[0] + 12.0 * 12.0 * 3.3 * u;
+            let bound =
+                12.0 * 3.0 * pair_tolerance(GluActivation::Silu, 3.0, u)[0] + 12.0 * 12.0 * 3.3 * u;
             let what = format!("{layout}, gradient {arrival}");
             check_within(&what, gradient(&ours, &leaf)?, &expected, &vec![bound; expected.len()])?;
         }
@@ -256,26 +294,36 @@ fn one_side_may_be_untracked() -> Result<()> {
 fn fused_weights_get_the_same_gradients() -> Result<()> {
     let cfg = FfnConfig::new(6, 9).with_activation(GluActivation::Relu).with_bias(true);
     let mut numbers = Numbers::new(33);
-    let mut var = |dims: &[usize]| anyhow::Ok(Var::from_tensor(&integers(&mut numbers, dims, DType::F32)?)?);
+    let mut var =
+        |dims: &[usize]| anyhow::Ok(Var::from_tensor(&integers(&mut numbers, dims, DType::F32)?)?);
     let [gate, up, down] = [var(&[9, 6])?, var(&[9, 6])?, var(&[6, 9])?];
     let [gate_bias, up_bias, down_bias] = [var(&[9])?, var(&[9])?, var(&[6])?];
     let (x, dy) = (var(&[5, 6])?, var(&[5, 6])?.as_detached_tensor());
     let run = |gate_up: GateUp| -> Result<GradStore> {
-        let weights = Weights::new(gate_up, down.as_tensor().clone(), Some(down_bias.as_tensor().clone()));
+        let weights =
+            Weights::new(gate_up, down.as_tensor().clone(), Some(down_bias.as_tensor().clone()));
         Ok((SwiGluFfn::from_weights(&cfg, weights)?.forward(&x)? * &dy)?.sum_all()?.backward()?)
     };
     let own = |var: &Var| var.as_tensor().clone();
-    let separate = run(GateUp::separate(own(&gate), own(&up), Some(own(&gate_bias)), Some(own(&up_bias))))?;
+    let separate =
+        run(GateUp::separate(own(&gate), own(&up), Some(own(&gate_bias)), Some(own(&up_bias))))?;
     for order in [FusedOrder::GateFirst, FusedOrder::UpFirst, FusedOrder::Interleaved] {
         let pack = |gate: &Tensor, up: &Tensor| pack(gate, up, order);
-        let fused = [Var::from_tensor(&pack(&gate, &up)?.detach())?, Var::from_tensor(&pack(&gate_bias, &up_bias)?.detach())?];
+        let fused = [
+            Var::from_tensor(&pack(&gate, &up)?.detach())?,
+            Var::from_tensor(&pack(&gate_bias, &up_bias)?.detach())?,
+        ];
         let store = run(GateUp::fused(own(&fused[0]), Some(own(&fused[1])), order))?;
         for (var, [gate, up]) in fused.iter().zip([[&gate, &up], [&gate_bias, &up_bias]]) {
             let expected = pack(gradient(&separate, gate)?, gradient(&separate, up)?)?;
             assert_eq!(bits(gradient(&store, var)?)?, bits(&expected)?, "{order:?}");
         }
         for var in [&x, &down, &down_bias] {
-            assert_eq!(bits(gradient(&store, var)?)?, bits(gradient(&separate, var)?)?, "{order:?}");
+            assert_eq!(
+                bits(gradient(&store, var)?)?,
+                bits(gradient(&separate, var)?)?,
+                "{order:?}"
+            );
         }
     }
     Ok(())
@@ -329,14 +377,21 @@ fn a_var_map_trains() -> Result<()> {
         (Some(Family::Stella), &["down_proj", "up_gate_proj"]),
         (Some(Family::Interleaved), &["down_proj", "gate_up_proj"]),
     ];
-    for ((family, names), bias) in layouts.into_iter().flat_map(|layout| [(layout, false), (layout, true)]) {
+    for ((family, names), bias) in
+        layouts.into_iter().flat_map(|layout| [(layout, false), (layout, true)])
+    {
         let mut cfg = FfnConfig::new(6, 10).with_bias(bias);
         cfg.family = family;
         for optimizer in ["sgd", "adamw"] {
             let map = VarMap::new();
-            let ffn = SwiGluFfn::new(&cfg, VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu).pp("layers.0.mlp"))?;
+            let ffn = SwiGluFfn::new(
+                &cfg,
+                VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu).pp("layers.0.mlp"),
+            )?;
             let suffixes: &[&str] = if bias { &["bias", "weight"] } else { &["weight"] };
-            let expected = names.iter().flat_map(|name| suffixes.iter().map(move |s| format!("layers.0.mlp.{name}.{s}")));
+            let expected = names
+                .iter()
+                .flat_map(|name| suffixes.iter().map(move |s| format!("layers.0.mlp.{name}.{s}")));
             assert_eq!(seed(&map, 42)?, expected.collect::<Vec<_>>());
             let (vars, what) = (map.all_vars(), format!("{family:?}, bias {bias}, {optimizer}"));
             match optimizer {
@@ -351,10 +406,16 @@ fn a_var_map_trains() -> Result<()> {
 #[test]
 fn variables_given_as_tensors_train() -> Result<()> {
     let mut numbers = Numbers::new(43);
-    let mut var = |dims: &[usize]| anyhow::Ok(Var::from_tensor(&numbers.tensor(dims, 0.7, DType::F32)?)?);
+    let mut var =
+        |dims: &[usize]| anyhow::Ok(Var::from_tensor(&numbers.tensor(dims, 0.7, DType::F32)?)?);
     let vars = [var(&[10, 6])?, var(&[10, 6])?, var(&[6, 10])?];
     let [gate, up, down] = vars.each_ref().map(|var| var.as_tensor().clone());
-    train(&SwiGluFfn::from_tensors(gate, up, down)?, &vars, SGD::new(vars.to_vec(), 0.1)?, "matrices")?;
+    train(
+        &SwiGluFfn::from_tensors(gate, up, down)?,
+        &vars,
+        SGD::new(vars.to_vec(), 0.1)?,
+        "matrices",
+    )?;
     // Views of variables: two layouts that a matmul accepts, and one that it does not.
     let vars = [var(&[6, 10])?, var(&[10, 2, 6])?, var(&[6, 10, 2])?];
     let views = [vars[0].t()?, vars[1].i((.., 1))?, vars[2].i((.., .., 0))?];
@@ -365,8 +426,12 @@ fn variables_given_as_tensors_train() -> Result<()> {
 // ---------------------------------------------------------------- 5. second derivatives, memory
 
 fn assert_refused(result: candle_core::Result<GradStore>) {
-    let message = result.map_or_else(|error| error.to_string(), |_| "a second derivative".to_string());
-    assert!(message.contains("glu_mul gradient"), "expected that glu_mul gradient has no backward, found: {message}");
+    let message =
+        result.map_or_else(|error| error.to_string(), |_| "a second derivative".to_string());
+    assert!(
+        message.contains("glu_mul gradient"),
+        "expected that glu_mul gradient has no backward, found: {message}"
+    );
 }
 
 #[test]
@@ -388,7 +453,8 @@ fn a_second_derivative_of_the_block_is_an_error() -> Result<()> {
     const KEEP_GRAPH: &str = "CANDLE_GRAD_DO_NOT_DETACH";
     if std::env::var_os(KEEP_GRAPH).is_none() {
         let name = "a_second_derivative_of_the_block_is_an_error";
-        let output = common::this_program()?.args([name, "--exact"]).env(KEEP_GRAPH, "1").output()?;
+        let output =
+            common::this_program()?.args([name, "--exact"]).env(KEEP_GRAPH, "1").output()?;
         let stdout = String::from_utf8_lossy(&output.stdout);
         ensure!(output.status.success() && stdout.contains("1 passed"), "{stdout}");
         return Ok(());
@@ -422,7 +488,8 @@ fn only_the_operands_are_kept() -> Result<()> {
         let map = VarMap::new();
         let ffn = SwiGluFfn::new(&cfg, VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu))?;
         let x = Var::zeros((m, h), DType::F32, &Device::Cpu)?;
-        let leaves: HashSet<usize> = map.all_vars().iter().chain([&x]).map(|v| address(v)).collect::<Result<_>>()?;
+        let leaves: HashSet<usize> =
+            map.all_vars().iter().chain([&x]).map(|v| address(v)).collect::<Result<_>>()?;
         let y = ffn.forward(&x)?;
         let mut kept = BTreeMap::new();
         for node in y.sorted_nodes() {

@@ -128,13 +128,31 @@ fn published() -> Vec<(&'static str, Value, FfnConfig)> {
         ("Meta LLaMA 13B", meta(json!({"dim": 5120, "multiple_of": 256})), cfg(5120, 13824)),
         (
             "Meta LLaMA 2 70B",
-            meta(json!({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_kv_heads": 8})),
+            meta(
+                json!({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_kv_heads": 8}),
+            ),
             cfg(8192, 28672),
         ),
-        ("Meta LLaMA 3 8B", meta(json!({"dim": 4096, "multiple_of": 1024, "ffn_dim_multiplier": 1.3})), cfg(4096, 14336)),
-        ("Meta LLaMA 3.2 1B", meta(json!({"dim": 2048, "multiple_of": 256, "ffn_dim_multiplier": 1.5})), cfg(2048, 8192)),
-        ("Meta, multiplier null", meta(json!({"dim": 4096, "multiple_of": 256, "ffn_dim_multiplier": null})), cfg(4096, 11008)),
-        ("Mistral's own params.json", json!({"dim": 4096, "hidden_dim": 14336, "n_layers": 32}), cfg(4096, 14336)),
+        (
+            "Meta LLaMA 3 8B",
+            meta(json!({"dim": 4096, "multiple_of": 1024, "ffn_dim_multiplier": 1.3})),
+            cfg(4096, 14336),
+        ),
+        (
+            "Meta LLaMA 3.2 1B",
+            meta(json!({"dim": 2048, "multiple_of": 256, "ffn_dim_multiplier": 1.5})),
+            cfg(2048, 8192),
+        ),
+        (
+            "Meta, multiplier null",
+            meta(json!({"dim": 4096, "multiple_of": 256, "ffn_dim_multiplier": null})),
+            cfg(4096, 11008),
+        ),
+        (
+            "Mistral's own params.json",
+            json!({"dim": 4096, "hidden_dim": 14336, "n_layers": 32}),
+            cfg(4096, 14336),
+        ),
         (
             "explicit nulls, as transformers 5 writes them",
             json!({"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "hidden_act": "silu", "mlp_bias": null,
@@ -173,7 +191,11 @@ fn published_configs() {
 fn deserialize_reads_what_from_json_reads() {
     for (model, json, expected) in published() {
         assert_eq!(FfnConfig::deserialize(&json).expect(model), expected, "{model}");
-        assert_eq!(serde_json::from_str::<FfnConfig>(&json.to_string()).expect(model), expected, "{model}");
+        assert_eq!(
+            serde_json::from_str::<FfnConfig>(&json.to_string()).expect(model),
+            expected,
+            "{model}"
+        );
     }
     // as a flattened field of a model's own config
     #[derive(Deserialize)]
@@ -182,10 +204,14 @@ fn deserialize_reads_what_from_json_reads() {
         #[serde(flatten)]
         ffn: FfnConfig,
     }
-    let model: Model =
-        serde_json::from_value(json!({"vocab_size": 256, "hidden_size": 8, "intermediate_size": 24, "hidden_act": "relu"}))
-            .unwrap();
-    assert_eq!((model.vocab_size, model.ffn), (256, FfnConfig::new(8, 24).with_activation(GluActivation::Relu)));
+    let model: Model = serde_json::from_value(
+        json!({"vocab_size": 256, "hidden_size": 8, "intermediate_size": 24, "hidden_act": "relu"}),
+    )
+    .unwrap();
+    assert_eq!(
+        (model.vocab_size, model.ffn),
+        (256, FfnConfig::new(8, 24).with_activation(GluActivation::Relu))
+    );
     // serde does not pass on the fields that a struct consumes. The block must be read from the
     // same value.
     #[derive(Debug, Deserialize)]
@@ -210,7 +236,9 @@ fn gpt_oss() {
         FfnConfig::from_json(&json).unwrap()
     };
     let block = |beta, limit| {
-        let cfg = FfnConfig::new(2880, 2880).with_activation(GluActivation::Swish { beta }).with_limit(limit);
+        let cfg = FfnConfig::new(2880, 2880)
+            .with_activation(GluActivation::Swish { beta })
+            .with_limit(limit);
         cfg.with_up_offset(1.0).with_bias(true)
     };
     for (cfg, expected) in [
@@ -243,24 +271,49 @@ fn hidden_act_names() {
     for (activation, names) in names {
         for name in names {
             for field in ["hidden_act", "hidden_activation", "activation_function"] {
-                let cfg = FfnConfig::from_json(&json!({"hidden_size": 8, "intermediate_size": 24, field: name})).expect(name);
+                let cfg = FfnConfig::from_json(
+                    &json!({"hidden_size": 8, "intermediate_size": 24, field: name}),
+                )
+                .expect(name);
                 assert_eq!(cfg.activation, activation, "{field} = {name}");
             }
-            assert_eq!(serde_json::from_value::<GluActivation>(json!(name)).unwrap(), activation, "{name}");
+            assert_eq!(
+                serde_json::from_value::<GluActivation>(json!(name)).unwrap(),
+                activation,
+                "{name}"
+            );
         }
         // Serialization and deserialization agree.
         let written = serde_json::to_value(activation).unwrap();
         assert_eq!(written, json!(activation.to_string()));
         assert_eq!(serde_json::from_value::<GluActivation>(written).unwrap(), activation);
     }
-    for unknown in
-        ["mish", "relu6", "laplace", "SiLU", "", " silu", "swish(", "swish()", "swish(nan)", "swish(inf)", "swish(1e99)"]
-    {
-        let error =
-            FfnConfig::from_json(&json!({"hidden_size": 8, "intermediate_size": 24, "hidden_act": unknown})).unwrap_err();
-        assert!(matches!(&error, Error::UnknownActivation { name, .. } if name == unknown), "{unknown}: {error:?}");
+    for unknown in [
+        "mish",
+        "relu6",
+        "laplace",
+        "SiLU",
+        "",
+        " silu",
+        "swish(",
+        "swish()",
+        "swish(nan)",
+        "swish(inf)",
+        "swish(1e99)",
+    ] {
+        let error = FfnConfig::from_json(
+            &json!({"hidden_size": 8, "intermediate_size": 24, "hidden_act": unknown}),
+        )
+        .unwrap_err();
+        assert!(
+            matches!(&error, Error::UnknownActivation { name, .. } if name == unknown),
+            "{unknown}: {error:?}"
+        );
         let message = error.to_string();
-        assert!(message.contains(&format!("\"{unknown}\"")) && message.contains("silu, swish"), "{message}");
+        assert!(
+            message.contains(&format!("\"{unknown}\"")) && message.contains("silu, swish"),
+            "{message}"
+        );
     }
 }
 
@@ -287,7 +340,10 @@ fn a_missing_size_is_named() {
         (Value::Null, "hidden_size"),
     ] {
         let error = FfnConfig::from_json(&json).unwrap_err();
-        assert!(matches!(error, Error::MissingField { field: found } if found == field), "{json}: {error:?}");
+        assert!(
+            matches!(error, Error::MissingField { field: found } if found == field),
+            "{json}: {error:?}"
+        );
         assert_eq!(error.to_string(), format!("config: missing field {field}"));
     }
 }
@@ -295,7 +351,8 @@ fn a_missing_size_is_named() {
 #[test]
 fn a_field_of_the_wrong_type_or_range_is_named() {
     let sizes = ["hidden_size", "intermediate_size"].into_iter().flat_map(|name| {
-        [json!(0), json!(-8), json!(8.5), json!("8"), json!([]), json!(true), json!(1e30)].map(move |value| (name, value))
+        [json!(0), json!(-8), json!(8.5), json!("8"), json!([]), json!(true), json!(1e30)]
+            .map(move |value| (name, value))
     });
     let others = [
         ("hidden_act", json!(1)),
@@ -314,29 +371,50 @@ fn a_field_of_the_wrong_type_or_range_is_named() {
     ];
     for (name, value) in sizes.chain(others) {
         let error = FfnConfig::from_json(&patched(json!({name: value.clone()}))).unwrap_err();
-        assert!(matches!(&error, Error::InvalidField { field, .. } if field == name), "{name} = {value}: {error:?}");
+        assert!(
+            matches!(&error, Error::InvalidField { field, .. } if field == name),
+            "{name} = {value}: {error:?}"
+        );
         let message = error.to_string();
         assert!(message.starts_with(&format!("config: {name}: expected ")), "{message}");
     }
     for (fields, name) in [
         (json!({"dim": 4096, "multiple_of": 0}), "multiple_of"),
-        (json!({"dim": 4096, "multiple_of": 256, "ffn_dim_multiplier": "1.3"}), "ffn_dim_multiplier"),
-        (json!({"dim": 4096, "multiple_of": 256, "ffn_dim_multiplier": -1.3}), "ffn_dim_multiplier"),
+        (
+            json!({"dim": 4096, "multiple_of": 256, "ffn_dim_multiplier": "1.3"}),
+            "ffn_dim_multiplier",
+        ),
+        (
+            json!({"dim": 4096, "multiple_of": 256, "ffn_dim_multiplier": -1.3}),
+            "ffn_dim_multiplier",
+        ),
         (json!({"dim": 4096, "multiple_of": 256, "ffn_dim_multiplier": 0}), "ffn_dim_multiplier"),
         (json!({"dim": u64::MAX, "multiple_of": 256}), "dim"),
         (json!({"dim": u64::MAX / 8, "multiple_of": u64::MAX / 2, "ffn_dim_multiplier": 4}), "dim"),
-        (json!({"model_type": "gpt_oss", "hidden_size": 8, "intermediate_size": 24, "swiglu_limit": "7"}), "swiglu_limit"),
-        (json!({"model_type": "gpt_oss", "hidden_size": 8, "intermediate_size": 24, "swiglu_alpha": [1]}), "swiglu_alpha"),
+        (
+            json!({"model_type": "gpt_oss", "hidden_size": 8, "intermediate_size": 24, "swiglu_limit": "7"}),
+            "swiglu_limit",
+        ),
+        (
+            json!({"model_type": "gpt_oss", "hidden_size": 8, "intermediate_size": 24, "swiglu_alpha": [1]}),
+            "swiglu_alpha",
+        ),
     ] {
         let error = FfnConfig::from_json(&fields).unwrap_err();
-        assert!(matches!(&error, Error::InvalidField { field, .. } if field == name), "{fields}: {error:?}");
+        assert!(
+            matches!(&error, Error::InvalidField { field, .. } if field == name),
+            "{fields}: {error:?}"
+        );
     }
 }
 
 #[test]
 fn what_would_change_the_formula_is_refused() {
     for (fields, name) in [
-        (json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), "quantization_config"),
+        (
+            json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+            "quantization_config",
+        ),
         (json!({"swiglu_limit": 7.0}), "swiglu_limit"),
         (json!({"swiglu_alpha": 1.702}), "swiglu_alpha"),
         (json!({"swiglu_limits": [0.0, 7.0]}), "swiglu_limits"),
@@ -360,18 +438,25 @@ fn what_would_change_the_formula_is_refused() {
         (json!({"feed_forward_proj": "gelu"}), "feed_forward_proj"),
     ] {
         let error = FfnConfig::from_json(&patched(fields.clone())).unwrap_err();
-        assert!(matches!(&error, Error::Unsupported { field, .. } if field == name), "{fields}: {error:?}");
+        assert!(
+            matches!(&error, Error::Unsupported { field, .. } if field == name),
+            "{fields}: {error:?}"
+        );
         let message = error.to_string();
-        let named = message.starts_with(&format!("config: {name} = ")) && message.contains(" is not supported: ");
+        let named = message.starts_with(&format!("config: {name} = "))
+            && message.contains(" is not supported: ");
         assert!(named, "{message}");
     }
     // also beside a text_config
-    let json =
-        json!({"text_config": {"hidden_size": 8, "intermediate_size": 24}, "quantization_config": {"quant_method": "awq"}});
+    let json = json!({"text_config": {"hidden_size": 8, "intermediate_size": 24}, "quantization_config": {"quant_method": "awq"}});
     let error = FfnConfig::from_json(&json).unwrap_err();
-    assert!(matches!(&error, Error::Unsupported { field, .. } if field == "quantization_config"), "{error:?}");
+    assert!(
+        matches!(&error, Error::Unsupported { field, .. } if field == "quantization_config"),
+        "{error:?}"
+    );
     // an unknown activation of the gate
-    let error = FfnConfig::from_json(&patched(json!({"feed_forward_proj": "gated-mish"}))).unwrap_err();
+    let error =
+        FfnConfig::from_json(&patched(json!({"feed_forward_proj": "gated-mish"}))).unwrap_err();
     assert!(matches!(&error, Error::UnknownActivation { name, .. } if name == "mish"), "{error:?}");
 }
 
@@ -394,7 +479,11 @@ fn bias_flags() {
         (json!({"model_type": "qwen2_5_vl_vision"}), Biases::ALL),
         (json!({"use_bias": true}), Biases::NONE), // concerns other parts in most models
     ] {
-        assert_eq!(FfnConfig::from_json(&patched(fields.clone())).unwrap().biases, biases, "{fields}");
+        assert_eq!(
+            FfnConfig::from_json(&patched(fields.clone())).unwrap().biases,
+            biases,
+            "{fields}"
+        );
     }
 }
 
@@ -409,6 +498,8 @@ fn fields_that_change_nothing_are_no_errors() {
         assert_eq!(FfnConfig::from_json(&json).unwrap(), FfnConfig::new(64, 176), "{fields}");
     }
     let gte = json!({"model_type": "new", "hidden_size": 64, "intermediate_size": 176});
-    let expected = FfnConfig::new(64, 176).with_activation(GluActivation::Gelu).with_biases(Biases::new(false, false, true));
+    let expected = FfnConfig::new(64, 176)
+        .with_activation(GluActivation::Gelu)
+        .with_biases(Biases::new(false, false, true));
     assert_eq!(FfnConfig::from_json(&gte).unwrap(), expected);
 }

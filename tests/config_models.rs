@@ -12,7 +12,8 @@ fn config(fields: Value) -> Value {
 }
 
 fn read(fields: Value) -> FfnConfig {
-    FfnConfig::from_json(&config(fields.clone())).unwrap_or_else(|error| panic!("{fields}: {error}"))
+    FfnConfig::from_json(&config(fields.clone()))
+        .unwrap_or_else(|error| panic!("{fields}: {error}"))
 }
 
 fn plain() -> FfnConfig {
@@ -52,12 +53,23 @@ fn the_activation_field_of_each_model_type() {
         ("a_model_of_its_own", "hidden_activation", Silu),
     ] {
         assert_eq!(read(json!({"model_type": model})).activation, default, "{model}");
-        assert_eq!(read(json!({"model_type": model, field: "sigmoid"})).activation, Sigmoid, "{model}");
+        assert_eq!(
+            read(json!({"model_type": model, field: "sigmoid"})).activation,
+            Sigmoid,
+            "{model}"
+        );
         // Every other field must agree.
-        for other in ["hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "act_fn"] {
+        for other in
+            ["hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "act_fn"]
+        {
             if other != field {
-                let fields = |value| config(json!({"model_type": model, field: "sigmoid", other: value}));
-                assert_eq!(FfnConfig::from_json(&fields("sigmoid")).unwrap().activation, Sigmoid, "{model} {other}");
+                let fields =
+                    |value| config(json!({"model_type": model, field: "sigmoid", other: value}));
+                assert_eq!(
+                    FfnConfig::from_json(&fields("sigmoid")).unwrap().activation,
+                    Sigmoid,
+                    "{model} {other}"
+                );
                 let named = refused(FfnConfig::from_json(&fields("relu")));
                 assert!([other, field].contains(&named.as_str()), "{model} {other}: {named}");
                 if model != "a_model_of_its_own" {
@@ -83,14 +95,21 @@ fn a_field_that_transformers_does_not_read_is_refused_where_it_disagrees() {
     }
     // No field changes what the code of a model fixes.
     for model in ["lfm2_moe", "gpt_oss", "minimax_m3_vl"] {
-        let fields = json!({"model_type": model, "hidden_act": "swigluoai", "dense_intermediate_size": 48});
+        let fields =
+            json!({"model_type": model, "hidden_act": "swigluoai", "dense_intermediate_size": 48});
         assert!(FfnConfig::from_json(&config(fields)).is_ok(), "{model}");
     }
 }
 
 #[test]
 fn dense_act_fn_of_pix2struct_and_kosmos() {
-    for model in ["pix2struct_vision_model", "pix2struct", "kosmos-2.5", "kosmos_2_5_vision_model", "unknown"] {
+    for model in [
+        "pix2struct_vision_model",
+        "pix2struct",
+        "kosmos-2.5",
+        "kosmos_2_5_vision_model",
+        "unknown",
+    ] {
         let cfg = read(json!({"model_type": model, "dense_act_fn": "gelu_new"}));
         assert_eq!(cfg, plain().with_activation(GluActivation::GeluTanh), "{model}");
     }
@@ -105,7 +124,11 @@ fn t5_and_its_relatives() {
     };
     let tanh = plain().with_activation(GluActivation::GeluTanh);
     for model in ["t5", "mt5", "umt5", "longt5", "udop"] {
-        assert_eq!(t5(model, json!({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"})).unwrap(), tanh);
+        assert_eq!(
+            t5(model, json!({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}))
+                .unwrap(),
+            tanh
+        );
         assert_eq!(t5(model, json!({"feed_forward_proj": "gated-silu"})).unwrap(), plain());
         let disagrees = json!({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"});
         assert_eq!(refused(t5(model, disagrees)), "dense_act_fn");
@@ -124,8 +147,14 @@ fn a_nested_text_model() {
         (json!({"model_type": "gemma3", "text_config": inner}), tanh.clone()),
         (json!({"model_type": "paligemma", "text_config": inner}), tanh.clone()),
         // Otherwise the inner model type counts.
-        (json!({"model_type": "llava", "text_config": config(json!({"model_type": "gemma2"}))}), tanh.clone()),
-        (json!({"model_type": "gemma3", "text_config": config(json!({"model_type": "qwen3"}))}), plain()),
+        (
+            json!({"model_type": "llava", "text_config": config(json!({"model_type": "gemma2"}))}),
+            tanh.clone(),
+        ),
+        (
+            json!({"model_type": "gemma3", "text_config": config(json!({"model_type": "qwen3"}))}),
+            plain(),
+        ),
         // Sizes beside the inner config do not count.
         (
             json!({"model_type": "paligemma", "hidden_size": 64, "projection_dim": 64,
@@ -137,7 +166,10 @@ fn a_nested_text_model() {
                    "text_config": config(json!({"model_type": "llama", "hidden_act": "silu"}))}),
             plain(),
         ),
-        (json!({"model_type": "internvl_chat", "llm_config": config(json!({"model_type": "qwen2"}))}), plain()),
+        (
+            json!({"model_type": "internvl_chat", "llm_config": config(json!({"model_type": "qwen2"}))}),
+            plain(),
+        ),
         // A complete model with a part that does not describe the block.
         (config(json!({"model_type": "llama", "text_config": {"vocab_size": 99}})), plain()),
     ] {
@@ -148,21 +180,32 @@ fn a_nested_text_model() {
 #[test]
 fn the_limited_units() {
     let limited = |limit| plain().with_limit(limit);
-    let oai = |beta, limit| limited(limit).with_activation(GluActivation::Swish { beta }).with_up_offset(1.0);
+    let oai = |beta, limit| {
+        limited(limit).with_activation(GluActivation::Swish { beta }).with_up_offset(1.0)
+    };
     for (fields, expected) in [
-        (json!({"model_type": "deepseek_v4", "moe_intermediate_size": 48, "swiglu_limit": 7.5}), limited(7.5)),
+        (
+            json!({"model_type": "deepseek_v4", "moe_intermediate_size": 48, "swiglu_limit": 7.5}),
+            limited(7.5),
+        ),
         (json!({"model_type": "deepseek_v4"}), limited(10.0)),
         (json!({"model_type": "glm5_next_text", "swiglu_limit": 3.0}), limited(3.0)),
         (json!({"model_type": "glm5_next_text"}), limited(10.0)),
         (json!({"model_type": "hy_v4", "swiglu_limit": 10.0}), plain()), // its dense block has no limit
-        (json!({"model_type": "minimax_m3_vl_text", "dense_intermediate_size": 48, "intermediate_size": 16}), oai(1.702, 7.0)),
+        (
+            json!({"model_type": "minimax_m3_vl_text", "dense_intermediate_size": 48, "intermediate_size": 16}),
+            oai(1.702, 7.0),
+        ),
         (
             json!({"model_type": "minimax_m3_vl_text", "dense_intermediate_size": 48, "swiglu_alpha": 1.5,
                    "swiglu_limit": 5.0, "hidden_act": "swigluoai"}),
             oai(1.5, 5.0),
         ),
         (json!({"model_type": "openai_privacy_filter"}), oai(1.702, 7.0).with_bias(true)),
-        (json!({"model_type": "gpt_oss"}), oai(1.702, 7.0).with_bias(true).with_family(Family::Interleaved)),
+        (
+            json!({"model_type": "gpt_oss"}),
+            oai(1.702, 7.0).with_bias(true).with_family(Family::Interleaved),
+        ),
     ] {
         assert_eq!(read(fields.clone()), expected, "{fields}");
     }
@@ -180,7 +223,9 @@ fn limits_of_each_layer() {
     assert_eq!(FfnConfig::from_json_layer(&step, 0).unwrap(), cfg);
     assert_eq!(refused(FfnConfig::from_json_layer(&step, 1)), "swiglu_limits"); // a limit on the result of the activation
     assert_eq!(refused(FfnConfig::from_json_layer(&step, 2)), "swiglu_limits"); // no such layer
-    for (list, named) in [(json!([null, 16.0]), true), (json!([null, 0.0]), false), (json!([]), false)] {
+    for (list, named) in
+        [(json!([null, 16.0]), true), (json!([null, 0.0]), false), (json!([]), false)]
+    {
         let fields = config(json!({"model_type": "step3p7", "swiglu_limits_shared": list}));
         match FfnConfig::from_json(&fields) {
             Ok(cfg) => assert_eq!((cfg, named), (plain(), false)),
@@ -205,10 +250,15 @@ fn sizes_of_each_layer() {
     // The same value for all layers.
     assert_eq!(read(json!({"intermediate_size": [48, 48, 48]})), plain());
     for list in [json!([48, 64]), json!([])] {
-        assert_eq!(refused(FfnConfig::from_json(&config(json!({"intermediate_size": list})))), "intermediate_size");
+        assert_eq!(
+            refused(FfnConfig::from_json(&config(json!({"intermediate_size": list})))),
+            "intermediate_size"
+        );
     }
-    let wide = config(json!({"model_type": "gemma4_text", "intermediate_size": 24, "use_double_wide_mlp": true,
-                             "num_hidden_layers": 5, "num_kv_shared_layers": 2}));
+    let wide = config(
+        json!({"model_type": "gemma4_text", "intermediate_size": 24, "use_double_wide_mlp": true,
+                             "num_hidden_layers": 5, "num_kv_shared_layers": 2}),
+    );
     assert_eq!(refused(FfnConfig::from_json(&wide)), "use_double_wide_mlp");
     let width = |layer| FfnConfig::from_json_layer(&wide, layer).unwrap().intermediate_size;
     assert_eq!([width(2), width(3), width(4)], [24, 48, 48]);
@@ -219,20 +269,34 @@ fn sizes_that_a_model_type_computes() {
     for (fields, expected) in [
         // int(2·12288/3) = 8192
         (json!({"model_type": "lfm2", "intermediate_size": 12288}), 8192),
-        (json!({"model_type": "lfm2", "block_ff_dim": 6656, "block_auto_adjust_ff_dim": true, "block_multiple_of": 256}), 4608),
-        (json!({"model_type": "lfm2", "block_ff_dim": 6656, "block_ffn_dim_multiplier": 1.3, "block_multiple_of": 64}), 5824),
+        (
+            json!({"model_type": "lfm2", "block_ff_dim": 6656, "block_auto_adjust_ff_dim": true, "block_multiple_of": 256}),
+            4608,
+        ),
+        (
+            json!({"model_type": "lfm2", "block_ff_dim": 6656, "block_ffn_dim_multiplier": 1.3, "block_multiple_of": 64}),
+            5824,
+        ),
         (json!({"model_type": "lfm2", "block_auto_adjust_ff_dim": false}), 48),
         (json!({"model_type": "granitemoehybrid", "shared_intermediate_size": 16}), 16),
         (json!({"model_type": "recurrent_gemma"}), 24),
         (json!({"model_type": "dinov2", "mlp_ratio": 4, "use_swiglu_ffn": true}), 88), // int(128·2/3) = 85
         (json!({"model_type": "moshi", "ffn_dim": 96}), 48),
         // With dense layers among those with experts, and without.
-        (json!({"model_type": "llama4_text", "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}), 96),
-        (json!({"model_type": "llama4_text", "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1}), 48),
+        (
+            json!({"model_type": "llama4_text", "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}),
+            96,
+        ),
+        (
+            json!({"model_type": "llama4_text", "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1}),
+            48,
+        ),
     ] {
         assert_eq!(read(fields.clone()).intermediate_size, expected, "{fields}");
     }
-    let llama4 = config(json!({"model_type": "llama4_text", "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}));
+    let llama4 = config(
+        json!({"model_type": "llama4_text", "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}),
+    );
     let size = |layer| FfnConfig::from_json_layer(&llama4, layer).unwrap().intermediate_size;
     assert_eq!([size(0), size(1), size(2)], [96, 48, 96]);
 }
@@ -271,13 +335,25 @@ fn an_expert() {
 #[test]
 fn blocks_with_other_parts_are_refused_by_model_type() {
     for model in ["bitnet", "inkling_text", "inkling2_text", "zamba2", "phi4_multimodal_audio"] {
-        assert_eq!(refused(FfnConfig::from_json(&config(json!({"model_type": model})))), "model_type", "{model}");
+        assert_eq!(
+            refused(FfnConfig::from_json(&config(json!({"model_type": model})))),
+            "model_type",
+            "{model}"
+        );
     }
     for model in ["dinov2", "radio", "videomt"] {
-        assert_eq!(refused(FfnConfig::from_json(&config(json!({"model_type": model})))), "use_swiglu_ffn", "{model}");
+        assert_eq!(
+            refused(FfnConfig::from_json(&config(json!({"model_type": model})))),
+            "use_swiglu_ffn",
+            "{model}"
+        );
     }
     for model in ["dinov3_vit", "eomt_dinov3"] {
-        assert_eq!(refused(FfnConfig::from_json(&config(json!({"model_type": model})))), "use_gated_mlp", "{model}");
+        assert_eq!(
+            refused(FfnConfig::from_json(&config(json!({"model_type": model})))),
+            "use_gated_mlp",
+            "{model}"
+        );
     }
 }
 

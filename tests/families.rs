@@ -32,7 +32,11 @@ enum Outcome {
 }
 
 /// Builds the block as a user does, and returns its output.
-fn compute(pair: &Pair, tensors: &HashMap<String, Tensor>, x: &Tensor) -> candle_swiglu::Result<Tensor> {
+fn compute(
+    pair: &Pair,
+    tensors: &HashMap<String, Tensor>,
+    x: &Tensor,
+) -> candle_swiglu::Result<Tensor> {
     let cfg = if pair.kind == "expert" {
         // The width of a shared expert is one of several fields, so the caller chooses the block.
         let mut cfg = FfnConfig::from_json_expert(&pair.config)?;
@@ -44,7 +48,9 @@ fn compute(pair: &Pair, tensors: &HashMap<String, Tensor>, x: &Tensor) -> candle
     let prefix = format!("{}.block.", pair.pair);
     let block: HashMap<String, Tensor> = tensors
         .iter()
-        .filter_map(|(name, tensor)| Some((format!("mlp.{}", name.strip_prefix(&prefix)?), tensor.clone())))
+        .filter_map(|(name, tensor)| {
+            Some((format!("mlp.{}", name.strip_prefix(&prefix)?), tensor.clone()))
+        })
         .collect();
     let vb = VarBuilder::from_tensors(block, DType::F32, &Device::Cpu);
     Ok(SwiGluFfn::new(&cfg, vb.pp("mlp"))?.forward(x)?)
@@ -58,7 +64,8 @@ fn outcome(pair: &Pair, tensors: &HashMap<String, Tensor>) -> Result<Outcome> {
     };
     let exact = values(tensor(&format!("{}.y_f64", pair.pair))?)?;
     let module = values(tensor(&format!("{}.y", pair.pair))?)?;
-    let largest = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    let largest =
+        |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
     let size = exact.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
     // Both sum the same terms in f32, in different orders. The error relative to f64 may be four
     // times that of the module itself, which may happen to be near zero. Therefore the bound also
@@ -83,7 +90,8 @@ fn expected_refusals() -> Result<BTreeMap<String, String>> {
 #[test]
 fn the_config_of_every_class_gives_its_output() -> Result<()> {
     let folder = golden_dir().join("families");
-    let pairs: Vec<Pair> = serde_json::from_str(&std::fs::read_to_string(folder.join("classes.json"))?)?;
+    let pairs: Vec<Pair> =
+        serde_json::from_str(&std::fs::read_to_string(folder.join("classes.json"))?)?;
     let tensors = candle_core::safetensors::load(folder.join("blocks.safetensors"), &Device::Cpu)?;
     let expected = expected_refusals()?;
     let (mut equal, mut problems, mut refused) = (0, vec![], BTreeMap::new());
@@ -91,7 +99,9 @@ fn the_config_of_every_class_gives_its_output() -> Result<()> {
         let name = format!("{} {}", pair.class, pair.variant).trim().to_string();
         match outcome(pair, &tensors)? {
             Outcome::Equal => equal += 1,
-            Outcome::Wrong(error) => problems.push(format!("{name}: SILENTLY WRONG, relative error {error:.1e}")),
+            Outcome::Wrong(error) => {
+                problems.push(format!("{name}: SILENTLY WRONG, relative error {error:.1e}"))
+            }
             Outcome::Refused(message) => drop(refused.insert(name, message)),
         }
     }
@@ -100,8 +110,12 @@ fn the_config_of_every_class_gives_its_output() -> Result<()> {
             problems.push(format!("{name}: refused: {message}"));
         }
     }
-    problems
-        .extend(expected.keys().filter(|name| !refused.contains_key(*name)).map(|name| format!("{name}: no longer refused")));
+    problems.extend(
+        expected
+            .keys()
+            .filter(|name| !refused.contains_key(*name))
+            .map(|name| format!("{name}: no longer refused")),
+    );
     println!("{} pairs: {equal} equal, {} refused", pairs.len(), refused.len());
     ensure!(problems.is_empty(), "{} problems:\n{}", problems.len(), problems.join("\n"));
     ensure!(equal >= 200, "{equal} of {} pairs are equal", pairs.len());

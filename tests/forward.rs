@@ -10,12 +10,15 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
 use candle_nn::VarBuilder;
-use candle_swiglu::{FfnConfig, FusedOrder, GateUp, Glu, GluActivation, Linear, SwiGluFfn, Weights, glu_mul, reference};
+use candle_swiglu::{
+    FfnConfig, FusedOrder, GateUp, Glu, GluActivation, Linear, SwiGluFfn, Weights, glu_mul,
+    reference,
+};
 
 mod common;
 use common::{
-    ACTIVATIONS, Block, FLOATS, Numbers, bits, check_within, composed, glu_of, integers, pack, rms_error, unit_roundoff,
-    values, weights,
+    ACTIVATIONS, Block, FLOATS, Numbers, bits, check_within, composed, glu_of, integers, pack,
+    rms_error, unit_roundoff, values, weights,
 };
 
 const H: usize = 33;
@@ -29,7 +32,8 @@ fn build(cfg: &FfnConfig, weights: &HashMap<String, Tensor>) -> Result<SwiGluFfn
 
 /// A contiguous copy with a storage of its own.
 fn copy(tensor: &Tensor) -> Result<Tensor> {
-    Ok(Tensor::from_vec(values(tensor)?, tensor.dims(), tensor.device())?.to_dtype(tensor.dtype())?)
+    Ok(Tensor::from_vec(values(tensor)?, tensor.dims(), tensor.device())?
+        .to_dtype(tensor.dtype())?)
 }
 
 // ---------------------------------------------------------------- 1. x
@@ -79,7 +83,8 @@ fn x_of_any_rank_and_layout() -> Result<()> {
 #[test]
 fn no_rows_in_no_rows_out() -> Result<()> {
     let cfg = FfnConfig::new(H, I);
-    let dims: [&[usize]; 7] = [&[0, H], &[0, 3, H], &[2, 0, H], &[0, 0, H], &[0, 2, 3, H], &[2, 0, 3, H], &[2, 3, 0, H]];
+    let dims: [&[usize]; 7] =
+        [&[0, H], &[0, 3, H], &[2, 0, H], &[0, 0, H], &[0, 2, 3, H], &[2, 0, 3, H], &[2, 3, 0, H]];
     for dtype in FLOATS {
         let ffn = build(&cfg, &weights(&cfg, &mut Numbers::new(3), dtype)?)?;
         for dims in dims {
@@ -104,7 +109,11 @@ fn rows_do_not_depend_on_their_neighbours() -> Result<()> {
         let x = integers(&mut numbers, &[11, H], dtype)?;
         let together = ffn.forward(&x)?;
         for row in 0..11 {
-            assert_eq!(bits(&ffn.forward(&x.i(row)?)?)?, bits(&together.i(row)?)?, "{dtype:?} row {row}");
+            assert_eq!(
+                bits(&ffn.forward(&x.i(row)?)?)?,
+                bits(&together.i(row)?)?,
+                "{dtype:?} row {row}"
+            );
         }
     }
     for dtype in [DType::F64, DType::F32] {
@@ -112,7 +121,9 @@ fn rows_do_not_depend_on_their_neighbours() -> Result<()> {
         let weights = weights(&cfg, &mut numbers, dtype)?;
         let (ffn, x) = (build(&cfg, &weights)?, numbers.tensor(&[11, H], 2.0, dtype)?);
         let near = Block::new(&cfg, &weights)?.forward(&x, unit_roundoff(dtype))?;
-        let alone = (0..11).map(|row| ffn.forward(&x.i(row..row + 1)?)).collect::<candle_core::Result<Vec<_>>>()?;
+        let alone = (0..11)
+            .map(|row| ffn.forward(&x.i(row..row + 1)?))
+            .collect::<candle_core::Result<Vec<_>>>()?;
         for y in [ffn.forward(&x)?, Tensor::cat(&alone, 0)?] {
             check_within("rows", &y, &near.values(), &twice(near.errors()))?;
         }
@@ -135,7 +146,11 @@ fn integer_weights(numbers: &mut Numbers, dtype: DType) -> Result<Weights> {
 
 /// Views (rows, columns) of a storage that is larger or arranged differently, and that is a
 /// variable if `tracked`.
-fn weight_views(numbers: &mut Numbers, [rows, columns]: [usize; 2], tracked: bool) -> Result<Vec<(&'static str, Tensor)>> {
+fn weight_views(
+    numbers: &mut Numbers,
+    [rows, columns]: [usize; 2],
+    tracked: bool,
+) -> Result<Vec<(&'static str, Tensor)>> {
     let mut t = |dims: &[usize]| {
         let tensor = integers(numbers, dims, DType::F32)?;
         anyhow::Ok(if tracked { Var::from_tensor(&tensor)?.into_inner() } else { tensor })
@@ -144,7 +159,10 @@ fn weight_views(numbers: &mut Numbers, [rows, columns]: [usize; 2], tracked: boo
         ("rows of a fused matrix", t(&[2 * rows, columns])?.narrow(0, rows, rows)?),
         ("columns of a wider matrix", t(&[rows, 3 * columns])?.narrow(1, columns, columns)?),
         ("transposed", t(&[columns, rows])?.t()?),
-        ("columns of a transposed", t(&[2 * columns, 2 * rows])?.t()?.narrow(1, 3, columns)?.narrow(0, 1, rows)?),
+        (
+            "columns of a transposed",
+            t(&[2 * columns, 2 * rows])?.t()?.narrow(1, 3, columns)?.narrow(0, 1, rows)?,
+        ),
         ("every second row", t(&[rows, 2, columns])?.i((.., 1))?),
         ("every second column", t(&[rows, columns, 2])?.i((.., .., 1))?),
         ("every second row of a transposed", t(&[columns, rows, 2])?.i((.., .., 0))?.t()?),
@@ -176,10 +194,17 @@ fn weights_may_be_views() -> Result<()> {
                 let x = x.as_ref().map_err(|error| anyhow::anyhow!("{error}"))?;
                 let what = format!("{dtype:?} {layout}, {}, M = {}", ffn.kernel(), x.dim(0)?);
                 let y = ffn.forward(x)?;
-                assert!(values(&y)?.iter().all(|y| y.is_finite()), "{what}: the integers are too large");
+                assert!(
+                    values(&y)?.iter().all(|y| y.is_finite()),
+                    "{what}: the integers are too large"
+                );
                 assert_eq!(bits(&y)?, bits(&ffn_of_copies.forward(x)?)?, "{what}");
                 let h = x.narrow(1, 0, 1)?.broadcast_as((x.dim(0)?, I))?;
-                assert_eq!(bits(&linear.forward(&h)?)?, bits(&linear_of_copies.forward(&h)?)?, "{what}");
+                assert_eq!(
+                    bits(&linear.forward(&h)?)?,
+                    bits(&linear_of_copies.forward(&h)?)?,
+                    "{what}"
+                );
             }
         }
     }
@@ -195,14 +220,25 @@ fn fused_and_separate_projections_agree() -> Result<()> {
         let [gate, up, down] = [t(&[I, H])?, t(&[I, H])?, t(&[H, I])?];
         let [gate_bias, up_bias, down_bias] = [t(&[I])?, t(&[I])?, t(&[H])?];
         let weights = |gate_up| Weights::new(gate_up, down.clone(), Some(down_bias.clone()));
-        let separate = GateUp::separate(gate.clone(), up.clone(), Some(gate_bias.clone()), Some(up_bias.clone()));
+        let separate = GateUp::separate(
+            gate.clone(),
+            up.clone(),
+            Some(gate_bias.clone()),
+            Some(up_bias.clone()),
+        );
         let separate = SwiGluFfn::from_weights(&cfg, weights(separate))?;
         for order in [FusedOrder::GateFirst, FusedOrder::UpFirst, FusedOrder::Interleaved] {
-            let (gate_up_proj, bias) = (pack(&gate, &up, order)?, Some(pack(&gate_bias, &up_bias, order)?));
-            let fused = SwiGluFfn::from_weights(&cfg, weights(GateUp::fused(gate_up_proj, bias, order)))?;
+            let (gate_up_proj, bias) =
+                (pack(&gate, &up, order)?, Some(pack(&gate_bias, &up_bias, order)?));
+            let fused =
+                SwiGluFfn::from_weights(&cfg, weights(GateUp::fused(gate_up_proj, bias, order)))?;
             for m in [1, 2, 9] {
                 let x = t(&[m, H])?;
-                assert_eq!(bits(&fused.forward(&x)?)?, bits(&separate.forward(&x)?)?, "{dtype:?} {order:?} M = {m}");
+                assert_eq!(
+                    bits(&fused.forward(&x)?)?,
+                    bits(&separate.forward(&x)?)?,
+                    "{dtype:?} {order:?} M = {m}"
+                );
             }
         }
     }
@@ -229,7 +265,11 @@ fn definition(cfg: &FfnConfig, weights: &HashMap<String, Tensor>, x: &Tensor) ->
     let column = |matrix: &Tensor, column: &[f64]| -> Result<Vec<f64>> {
         let rows = values(matrix)?;
         let width = rows.len() / column.len();
-        Ok(rows.chunks(width).zip(column).flat_map(|(row, &last)| row.iter().copied().chain([last])).collect())
+        Ok(rows
+            .chunks(width)
+            .zip(column)
+            .flat_map(|(row, &last)| row.iter().copied().chain([last]))
+            .collect())
     };
     let bias = |name: &str, n: usize| weights.get(name).map_or(Ok(vec![0.0; n]), values);
     let gate = column(&weights["gate_proj.weight"], &bias("gate_proj.bias", I)?)?;
@@ -238,12 +278,16 @@ fn definition(cfg: &FfnConfig, weights: &HashMap<String, Tensor>, x: &Tensor) ->
     let x = column(x, &vec![1.0; x.dim(0)?])?;
     let y = reference::ffn(&glu_of(cfg), &x, &gate, &up, &down, H + 1);
     let d = f64::from(cfg.down_multiplier);
-    Ok(y.chunks(H).flat_map(|row| row.iter().zip(&down_bias).map(|(y, b)| d * (y + b)).collect::<Vec<_>>()).collect())
+    Ok(y.chunks(H)
+        .flat_map(|row| row.iter().zip(&down_bias).map(|(y, b)| d * (y + b)).collect::<Vec<_>>())
+        .collect())
 }
 
 #[test]
 fn the_family_follows_the_definition() -> Result<()> {
-    for (cfg, dtype) in configs().into_iter().flat_map(|cfg| [(cfg.clone(), DType::F64), (cfg, DType::F32)]) {
+    for (cfg, dtype) in
+        configs().into_iter().flat_map(|cfg| [(cfg.clone(), DType::F64), (cfg, DType::F32)])
+    {
         let (mut numbers, u) = (Numbers::new(8), unit_roundoff(dtype));
         let weights = weights(&cfg, &mut numbers, dtype)?;
         let x = numbers.tensor(&[5, H], 3.0, dtype)?;
@@ -251,7 +295,12 @@ fn the_family_follows_the_definition() -> Result<()> {
         let errors = Block::new(&cfg, &weights)?.forward(&x, u)?.errors();
         let bounds = if dtype == DType::F64 { twice(errors) } else { errors };
         let what = format!("{dtype:?} {cfg:?}");
-        let worst = check_within(&what, &build(&cfg, &weights)?.forward(&x)?, &definition(&cfg, &weights, &x)?, &bounds)?;
+        let worst = check_within(
+            &what,
+            &build(&cfg, &weights)?.forward(&x)?,
+            &definition(&cfg, &weights, &x)?,
+            &bounds,
+        )?;
         eprintln!("{:.4} of the bound: {what}", worst);
     }
     Ok(())
@@ -260,8 +309,11 @@ fn the_family_follows_the_definition() -> Result<()> {
 /// The documented accuracy: at most twice the error of candle's own operations in the same dtype.
 #[test]
 fn no_less_accurate_than_candle() -> Result<()> {
-    for (activation, dtype) in ACTIVATIONS.into_iter().flat_map(|a| FLOATS[1..].iter().map(move |&dtype| (a, dtype))) {
-        let (cfg, mut numbers) = (FfnConfig::new(64, 160).with_activation(activation), Numbers::new(9));
+    for (activation, dtype) in
+        ACTIVATIONS.into_iter().flat_map(|a| FLOATS[1..].iter().map(move |&dtype| (a, dtype)))
+    {
+        let (cfg, mut numbers) =
+            (FfnConfig::new(64, 160).with_activation(activation), Numbers::new(9));
         let weights = weights(&cfg, &mut numbers, dtype)?;
         let x = numbers.tensor(&[16, 64], 3.0, dtype)?;
         let project = |x: &Tensor, name: &str| x.matmul(&weights[&format!("{name}.weight")].t()?);
@@ -271,7 +323,10 @@ fn no_less_accurate_than_candle() -> Result<()> {
         let ours = rms_error(&values(&build(&cfg, &weights)?.forward(&x)?)?, &exact);
         let theirs = rms_error(&values(&candle)?, &exact);
         eprintln!("{:.3} of candle's error: {activation} {dtype:?}", ours / theirs);
-        assert!(ours <= 2.0 * theirs, "{activation} {dtype:?}: error {ours:e}, candle's {theirs:e}");
+        assert!(
+            ours <= 2.0 * theirs,
+            "{activation} {dtype:?}: error {ours:e}, candle's {theirs:e}"
+        );
     }
     Ok(())
 }
@@ -281,23 +336,36 @@ fn no_less_accurate_than_candle() -> Result<()> {
 #[test]
 fn the_pair_takes_any_layout() -> Result<()> {
     for dtype in FLOATS {
-        for (op, n) in [(Glu::new(GluActivation::Silu), 33), (Glu::new(GluActivation::Relu).with_limit(0.5), 130)] {
+        for (op, n) in [
+            (Glu::new(GluActivation::Silu), 33),
+            (Glu::new(GluActivation::Relu).with_limit(0.5), 130),
+        ] {
             let views = views(n, dtype)?;
-            for ((layout, gate), (other, up)) in views.iter().flat_map(|a| views.iter().map(move |b| (a, b))) {
+            for ((layout, gate), (other, up)) in
+                views.iter().flat_map(|a| views.iter().map(move |b| (a, b)))
+            {
                 if gate.dims() != up.dims() {
                     continue;
                 }
                 let expected = bits(&op.mul(&copy(gate)?, &copy(up)?)?)?;
                 assert_eq!(bits(&op.mul(gate, up)?)?, expected, "{dtype:?} {layout}, {other}");
                 let (gate, up) = (Var::from_tensor(&copy(gate)?)?, Var::from_tensor(&copy(up)?)?);
-                assert_eq!(bits(&op.mul(&gate, &up)?)?, expected, "{dtype:?} {layout}, {other}, tracked");
+                assert_eq!(
+                    bits(&op.mul(&gate, &up)?)?,
+                    expected,
+                    "{dtype:?} {layout}, {other}, tracked"
+                );
             }
         }
         // A tensor that is large enough for several threads, and a scalar.
         let large = Numbers::new(10).tensor(&[331, 2, 331], 4.0, dtype)?;
         let (gate, up) = (large.i((.., 0))?, large.i((.., 1))?.t()?);
         let expected = glu_mul(GluActivation::Gelu, &copy(&gate)?, &copy(&up)?)?;
-        assert_eq!(bits(&glu_mul(GluActivation::Gelu, &gate, &up)?)?, bits(&expected)?, "{dtype:?}");
+        assert_eq!(
+            bits(&glu_mul(GluActivation::Gelu, &gate, &up)?)?,
+            bits(&expected)?,
+            "{dtype:?}"
+        );
         let scalar = large.i((7, 1, 9))?;
         assert_eq!(glu_mul(GluActivation::Gelu, &scalar, &scalar)?.dims(), [0usize; 0]);
     }
@@ -310,7 +378,9 @@ fn the_pair_takes_any_layout() -> Result<()> {
 #[test]
 fn clones_share_the_weights() -> Result<()> {
     let (cfg, mut numbers) = (FfnConfig::new(H, I), Numbers::new(11));
-    let vars = weights(&cfg, &mut numbers, DType::F32)?.into_iter().map(|(name, t)| Ok((name, Var::from_tensor(&t)?)));
+    let vars = weights(&cfg, &mut numbers, DType::F32)?
+        .into_iter()
+        .map(|(name, t)| Ok((name, Var::from_tensor(&t)?)));
     let vars = vars.collect::<Result<HashMap<String, Var>>>()?;
     let x = numbers.tensor(&[3, H], 1.0, DType::F32)?;
     let seen = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
@@ -337,8 +407,11 @@ fn concurrent_forwards_agree() -> Result<()> {
         let x = numbers.tensor(&[8, 16], 1.0, dtype)?;
         let expected = bits(&ffn.forward(&x)?)?;
         std::thread::scope(|scope| {
-            let run = |ffn: SwiGluFfn| (0..5).map(|_| bits(&ffn.forward(&x)?)).collect::<Result<Vec<_>>>();
-            let workers: Vec<_> = (0..4).map(|_| ffn.clone()).map(|ffn| scope.spawn(move || run(ffn))).collect();
+            let run = |ffn: SwiGluFfn| {
+                (0..5).map(|_| bits(&ffn.forward(&x)?)).collect::<Result<Vec<_>>>()
+            };
+            let workers: Vec<_> =
+                (0..4).map(|_| ffn.clone()).map(|ffn| scope.spawn(move || run(ffn))).collect();
             for worker in workers {
                 let results = worker.join().ok().context("a worker panicked")??;
                 assert!(results.iter().all(|y| *y == expected), "{dtype:?}");
@@ -354,12 +427,14 @@ fn the_kernel_has_a_name() -> Result<()> {
     let cfg = FfnConfig::new(H, I);
     for dtype in FLOATS {
         let ffn = build(&cfg, &weights(&cfg, &mut Numbers::new(13), dtype)?)?;
-        let (kernel, plain) = (ffn.kernel().trim_start_matches("plain-"), ffn.kernel().starts_with("plain-"));
+        let (kernel, plain) =
+            (ffn.kernel().trim_start_matches("plain-"), ffn.kernel().starts_with("plain-"));
         assert!(candle_swiglu::cpu_kernels().contains(&kernel), "{}", ffn.kernel());
         assert_eq!(plain, dtype == DType::F64);
         if let Ok(forced) = std::env::var("CANDLE_SWIGLU_KERNEL") {
             // `avx512bf16` and `neonbf16` are `avx512` and `neon` with products in bf16.
-            let expected = if dtype == DType::BF16 { &forced } else { forced.trim_end_matches("bf16") };
+            let expected =
+                if dtype == DType::BF16 { &forced } else { forced.trim_end_matches("bf16") };
             assert_eq!(kernel, expected);
         }
         assert_eq!(ffn.clone().kernel(), ffn.kernel());

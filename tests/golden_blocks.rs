@@ -16,10 +16,16 @@ use std::collections::HashMap;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_nn::{Module, VarBuilder};
-use candle_swiglu::{Biases, Family, FfnConfig, FusedOrder, GateUp, Glu, GluActivation, SwiGluFfn, Weights, reference};
+use candle_swiglu::{
+    Biases, Family, FfnConfig, FusedOrder, GateUp, Glu, GluActivation, SwiGluFfn, Weights,
+    reference,
+};
 
 mod common;
-use common::{Block, Golden, bits, check_within, glu_units, max_error, rms_error, slope_size, unit_roundoff, values};
+use common::{
+    Block, Golden, bits, check_within, glu_units, max_error, rms_error, slope_size, unit_roundoff,
+    values,
+};
 
 type Tensors = HashMap<String, Tensor>;
 
@@ -31,7 +37,8 @@ const PROJECTIONS: [&str; 4] = ["gate_proj.", "up_proj.", "down_proj.", "gate_up
 fn llama_blocks() -> Result<()> {
     for golden in Golden::folder("mlp", 29)? {
         let ffn = check_named(&golden, "model.layers.0.mlp")?;
-        let [h, i] = ["hidden_size", "intermediate_size"].map(|key| golden.text(key).map(str::to_string));
+        let [h, i] =
+            ["hidden_size", "intermediate_size"].map(|key| golden.text(key).map(str::to_string));
         assert_eq!([ffn.hidden_size().to_string(), ffn.intermediate_size().to_string()], [h?, i?]);
     }
     Ok(())
@@ -39,7 +46,11 @@ fn llama_blocks() -> Result<()> {
 
 #[test]
 fn blocks_of_other_families() -> Result<()> {
-    let cases = [("phi3", 1, "model.layers.31.mlp"), ("gemma", 1, "mlp"), ("falcon_h1", 2, "model.layers.3.feed_forward")];
+    let cases = [
+        ("phi3", 1, "model.layers.31.mlp"),
+        ("gemma", 1, "mlp"),
+        ("falcon_h1", 2, "model.layers.3.feed_forward"),
+    ];
     for (folder, files, prefix) in cases {
         for golden in Golden::folder(folder, files)? {
             check_named(&golden, prefix)?;
@@ -55,13 +66,22 @@ fn mixtral_experts() -> Result<()> {
     for golden in Golden::folder("mixtral", 1)? {
         let cfg = FfnConfig::from_json(&golden.config()?)?;
         let prefix = "model.layers.0.block_sparse_moe";
-        let file = golden.tensors.iter().map(|(name, tensor)| (format!("{prefix}.{name}"), tensor.clone())).collect();
+        let file = golden
+            .tensors
+            .iter()
+            .map(|(name, tensor)| (format!("{prefix}.{name}"), tensor.clone()))
+            .collect();
         let vb = VarBuilder::from_tensors(file, DType::F32, &Device::Cpu);
         for (expert, y) in [(0, "y_f64"), (1, "y_expert1_f64")] {
             let ffn = SwiGluFfn::new(&cfg, vb.pp(prefix).pp("experts").pp(expert))?;
-            let weight = |from: &str| golden.tensor(&format!("experts.{expert}.{from}.weight")).cloned();
-            let names = [("gate_proj.weight", "w1"), ("up_proj.weight", "w3"), ("down_proj.weight", "w2")];
-            let weights = names.iter().map(|(to, from)| Ok((to.to_string(), weight(from)?))).collect::<Result<Tensors>>()?;
+            let weight =
+                |from: &str| golden.tensor(&format!("experts.{expert}.{from}.weight")).cloned();
+            let names =
+                [("gate_proj.weight", "w1"), ("up_proj.weight", "w3"), ("down_proj.weight", "w2")];
+            let weights = names
+                .iter()
+                .map(|(to, from)| Ok((to.to_string(), weight(from)?)))
+                .collect::<Result<Tensors>>()?;
             let what = format!("{} expert {expert}", golden.name);
             let found = Found { y: ffn.forward(golden.tensor("x")?)?, gradients: Tensors::new() };
             check_block(&what, &golden, &cfg, &weights, y, &found)?;
@@ -81,7 +101,8 @@ fn gpt_oss_expert() -> Result<()> {
         let x = Var::from_tensor(golden.tensor("x")?)?;
         let copies = projections(&golden.tensors);
         let named = vb(&copies, "model.layers.0.mlp", DType::F32);
-        let vars: [Var; 4] = vars(&golden, ["gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"])?;
+        let vars: [Var; 4] =
+            vars(&golden, ["gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"])?;
         let views = vars.each_ref().map(|var| var.get(0)); // (H,2I), (2I), (I,H), (H)
         let [gate_up, gate_up_bias, down, down_bias] = views;
         let viewed = interleaved(gate_up?.t()?, gate_up_bias?, down?.t()?, down_bias?);
@@ -92,8 +113,11 @@ fn gpt_oss_expert() -> Result<()> {
             copy("down_proj.weight")?,
             copy("down_proj.bias")?,
         );
-        let ffns =
-            [SwiGluFfn::new(&cfg, named)?, SwiGluFfn::from_weights(&cfg, copied)?, SwiGluFfn::from_weights(&cfg, viewed)?];
+        let ffns = [
+            SwiGluFfn::new(&cfg, named)?,
+            SwiGluFfn::from_weights(&cfg, copied)?,
+            SwiGluFfn::from_weights(&cfg, viewed)?,
+        ];
         let weights = separate(&copies, FusedOrder::Interleaved)?;
         for (ffn, layout) in ffns.iter().zip(["names", "copies", "views"]) {
             let what = format!("{} {layout}", golden.name);
@@ -102,10 +126,18 @@ fn gpt_oss_expert() -> Result<()> {
             if layout == "views" {
                 let store = (&y * golden.tensor("dy")?)?.sum_all()?.backward()?;
                 gradients.insert("dx".into(), store.get(&x).context("dx")?.clone());
-                let names = ["gate_up_proj.weight", "gate_up_proj.bias", "down_proj.weight", "down_proj.bias"];
+                let names = [
+                    "gate_up_proj.weight",
+                    "gate_up_proj.bias",
+                    "down_proj.weight",
+                    "down_proj.bias",
+                ];
                 for (name, var) in names.iter().zip(&vars) {
                     let gradient = store.get(var).context("a weight without gradient")?.i(0)?;
-                    gradients.insert(format!("d{name}"), if gradient.rank() == 2 { gradient.t()? } else { gradient });
+                    gradients.insert(
+                        format!("d{name}"),
+                        if gradient.rank() == 2 { gradient.t()? } else { gradient },
+                    );
                 }
                 gradients = separate(&gradients, FusedOrder::Interleaved)?;
             }
@@ -116,18 +148,27 @@ fn gpt_oss_expert() -> Result<()> {
 }
 
 fn vars<const N: usize>(golden: &Golden, names: [&str; N]) -> Result<[Var; N]> {
-    let vars = names.iter().map(|name| Ok(Var::from_tensor(golden.tensor(name)?)?)).collect::<Result<Vec<_>>>()?;
+    let vars = names
+        .iter()
+        .map(|name| Ok(Var::from_tensor(golden.tensor(name)?)?))
+        .collect::<Result<Vec<_>>>()?;
     vars.try_into().ok().context("as many variables as names")
 }
 
-fn interleaved(gate_up_proj: Tensor, bias: Tensor, down_proj: Tensor, down_bias: Tensor) -> Weights {
+fn interleaved(
+    gate_up_proj: Tensor,
+    bias: Tensor,
+    down_proj: Tensor,
+    down_bias: Tensor,
+) -> Weights {
     let gate_up = GateUp::fused(gate_up_proj, Some(bias), FusedOrder::Interleaved);
     Weights::new(gate_up, down_proj, Some(down_bias))
 }
 
 /// A builder over a file that has `weights` under `prefix`, positioned at the prefix.
 fn vb(weights: &Tensors, prefix: &str, dtype: DType) -> VarBuilder<'static> {
-    let file = weights.iter().map(|(name, tensor)| (format!("{prefix}.{name}"), tensor.clone())).collect();
+    let file =
+        weights.iter().map(|(name, tensor)| (format!("{prefix}.{name}"), tensor.clone())).collect();
     VarBuilder::from_tensors(file, dtype, &Device::Cpu).pp(prefix)
 }
 
@@ -173,25 +214,38 @@ fn check_named(golden: &Golden, prefix: &str) -> Result<SwiGluFfn> {
         tracked.insert(name.clone(), Var::from_tensor(tensor)?.into_inner());
     }
     let x = Var::from_tensor(golden.tensor("x")?)?;
-    let by_name: Tensors = tracked.clone().into_iter().chain([("x".to_string(), x.as_tensor().clone())]).collect();
+    let by_name: Tensors =
+        tracked.clone().into_iter().chain([("x".to_string(), x.as_tensor().clone())]).collect();
     let only_x = Tensors::from([("x".to_string(), x.as_tensor().clone())]);
     let constant = SwiGluFfn::new(&cfg, vb(&weights, prefix, dtype))?;
     let plain = SwiGluFfn::new(&cfg, vb(&tracked, prefix, dtype))?;
     for (ffn, inputs) in [(&plain, by_name), (&constant, only_x)] {
         let what = format!("{} {}", golden.name, ffn.kernel());
         let y = ffn.forward(&x)?;
-        assert_eq!(bits(&ffn.forward(golden.tensor("x")?)?)?, bits(&y)?, "{what}: x with and without tracking");
+        assert_eq!(
+            bits(&ffn.forward(golden.tensor("x")?)?)?,
+            bits(&y)?,
+            "{what}: x with and without tracking"
+        );
         let mut gradients = Tensors::new();
         if let Ok(dy) = golden.tensor("dy") {
             let store = (&y * dy)?.sum_all()?.backward()?;
             for (name, tensor) in &inputs {
-                let gradient = store.get(tensor).with_context(|| format!("{what}: no gradient of {name}"))?;
+                let gradient =
+                    store.get(tensor).with_context(|| format!("{what}: no gradient of {name}"))?;
                 gradients.insert(format!("d{name}"), gradient.clone());
             }
         }
         let found = Found { y, gradients: separate(&gradients, FusedOrder::GateFirst)? };
         let expected = if dtype == DType::F64 { "y" } else { "y_f64" };
-        check_block(&what, golden, &cfg, &separate(&weights, FusedOrder::GateFirst)?, expected, &found)?;
+        check_block(
+            &what,
+            golden,
+            &cfg,
+            &separate(&weights, FusedOrder::GateFirst)?,
+            expected,
+            &found,
+        )?;
     }
     Ok(constant)
 }
@@ -202,17 +256,27 @@ struct Found {
     gradients: Tensors,
 }
 
-fn check_block(what: &str, golden: &Golden, cfg: &FfnConfig, weights: &Tensors, y: &str, found: &Found) -> Result<()> {
+fn check_block(
+    what: &str,
+    golden: &Golden,
+    cfg: &FfnConfig,
+    weights: &Tensors,
+    y: &str,
+    found: &Found,
+) -> Result<()> {
     let (dtype, x, exact) = (golden.dtype()?, golden.tensor("x")?, golden.tensor(y)?);
     ensure!(found.y.dtype() == dtype && found.y.dims() == x.dims(), "{what}: {:?}", found.y);
     let u = unit_roundoff(dtype);
     let block = Block::new(cfg, weights)?;
     // Checks the oracle itself against transformers in f64. gpt-oss's β = 1.702 is rounded to f32
     // here.
-    let oracle_dtype = if matches!(cfg.activation, GluActivation::Swish { .. }) { DType::F32 } else { DType::F64 };
+    let oracle_dtype =
+        if matches!(cfg.activation, GluActivation::Swish { .. }) { DType::F32 } else { DType::F64 };
     let oracle = block.forward(x, unit_roundoff(oracle_dtype))?;
     check_within(what, exact, &oracle.values(), &doubled(oracle.errors()))?;
-    if let Some(theirs) = golden.tensors.get("y_eager").or(golden.tensors.get("y")).filter(|_| y == "y_f64") {
+    if let Some(theirs) =
+        golden.tensors.get("y_eager").or(golden.tensors.get("y")).filter(|_| y == "y_f64")
+    {
         check_ratio(what, rms_error, &found.y, theirs, &values(exact)?)?;
         if dtype != DType::F32 {
             check_ratio(what, max_error, &found.y, theirs, &values(exact)?)?;
@@ -228,14 +292,20 @@ fn check_block(what: &str, golden: &Golden, cfg: &FfnConfig, weights: &Tensors, 
     if found.gradients.is_empty() {
         return Ok(());
     }
-    let order = if what.contains("gpt_oss") { FusedOrder::Interleaved } else { FusedOrder::GateFirst };
+    let order =
+        if what.contains("gpt_oss") { FusedOrder::Interleaved } else { FusedOrder::GateFirst };
     let expected = separate(&golden_gradients(golden)?, order)?;
     let oracle = block.gradients(x, golden.tensor("dy")?, u)?;
     let complete = found.gradients.len() == oracle.len() || found.gradients.keys().eq(["dx"]);
     ensure!(complete && oracle.len() == expected.len(), "{what}: {:?}", found.gradients.keys());
     for (name, near) in oracle.iter().filter(|(name, _)| found.gradients.contains_key(*name)) {
         let (what, expected) = (format!("{what} {name}"), &expected[name]);
-        let worst = check_within(&what, &found.gradients[name], &values(expected)?, &doubled(near.errors()))?;
+        let worst = check_within(
+            &what,
+            &found.gradients[name],
+            &values(expected)?,
+            &doubled(near.errors()),
+        )?;
         eprintln!("{what}: {worst:.4} of the bound");
         if dtype == DType::F32 {
             check_ratio(&what, rms_error, &found.gradients[name], expected, &near.values())?;
@@ -253,9 +323,9 @@ fn doubled(bounds: Vec<f64>) -> Vec<f64> {
 fn golden_gradients(golden: &Golden) -> Result<Tensors> {
     let mut all = Tensors::new();
     for (name, tensor) in &golden.tensors {
-        let Some(of) =
-            name.strip_prefix('d').filter(|of| *of == "x" || PROJECTIONS.iter().any(|p| of.starts_with(&p[..p.len() - 1])))
-        else {
+        let Some(of) = name.strip_prefix('d').filter(|of| {
+            *of == "x" || PROJECTIONS.iter().any(|p| of.starts_with(&p[..p.len() - 1]))
+        }) else {
             continue;
         };
         match (of.strip_suffix("_bias"), tensor.rank()) {
@@ -268,7 +338,13 @@ fn golden_gradients(golden: &Golden) -> Result<Tensors> {
 }
 
 /// Checks that the error is at most twice that of transformers in the same dtype.
-fn check_ratio(what: &str, norm: fn(&[f64], &[f64]) -> f64, found: &Tensor, theirs: &Tensor, exact: &[f64]) -> Result<()> {
+fn check_ratio(
+    what: &str,
+    norm: fn(&[f64], &[f64]) -> f64,
+    found: &Tensor,
+    theirs: &Tensor,
+    exact: &[f64],
+) -> Result<()> {
     let (ours, theirs) = (norm(&values(found)?, exact), norm(&values(theirs)?, exact));
     eprintln!("{what}: error {:.3} of transformers'", ours / theirs);
     ensure!(ours <= 2.0 * theirs, "{what}: error {ours:e}, transformers' {theirs:e}");
@@ -283,7 +359,8 @@ fn pair_operations() -> Result<()> {
         let op = pair_op(&golden)?;
         let suffix = if golden.dtype()? == DType::F64 { "" } else { "_f64" };
         for set in ["", "special_"] {
-            let [gate, up, dy] = ["gate", "up", "dy"].map(|name| golden.tensor(&format!("{set}{name}")));
+            let [gate, up, dy] =
+                ["gate", "up", "dy"].map(|name| golden.tensor(&format!("{set}{name}")));
             let (gate, up, dy) = (Var::from_tensor(gate?)?, Var::from_tensor(up?)?, dy?);
             let out = op.mul(&gate, &up)?;
             let store = (&out * dy)?.sum_all()?.backward()?;
@@ -298,7 +375,14 @@ fn pair_operations() -> Result<()> {
         let (gate, up) = (golden.tensor("inf_gate")?, golden.tensor("inf_up")?);
         let inputs = [values(gate)?, values(up)?, vec![]];
         let exact = golden.tensor(&format!("inf_out{suffix}"))?;
-        check_pair(&format!("{} inf_out", golden.name), &op, "out", &inputs, &op.mul(gate, up)?, exact)?;
+        check_pair(
+            &format!("{} inf_out", golden.name),
+            &op,
+            "out",
+            &inputs,
+            &op.mul(gate, up)?,
+            exact,
+        )?;
     }
     Ok(())
 }
@@ -313,16 +397,30 @@ fn pair_op(golden: &Golden) -> Result<Glu> {
         "gelu" => Glu::new(GluActivation::Gelu),
         "gelu_tanh" => Glu::new(GluActivation::GeluTanh),
         "identity" => Glu::new(GluActivation::Identity),
-        "gpt_oss" => Glu::new(GluActivation::Swish { beta: number("alpha")? }).with_limit(number("limit")?).with_up_offset(1.0),
+        "gpt_oss" => Glu::new(GluActivation::Swish { beta: number("alpha")? })
+            .with_limit(number("limit")?)
+            .with_up_offset(1.0),
         other => anyhow::bail!("no activation for {other}"),
     })
 }
 
 /// `inputs`: gate, up, dy. NaN and ∞ must be found where they are expected. ∞ is allowed where the
 /// dtype may overflow. Other values must be within [`pair_bound`].
-fn check_pair(what: &str, op: &Glu, name: &str, inputs: &[Vec<f64>; 3], found: &Tensor, exact: &Tensor) -> Result<()> {
+fn check_pair(
+    what: &str,
+    op: &Glu,
+    name: &str,
+    inputs: &[Vec<f64>; 3],
+    found: &Tensor,
+    exact: &Tensor,
+) -> Result<()> {
     let (dtype, found, exact) = (found.dtype(), values(found)?, values(exact)?);
-    ensure!(!exact.is_empty() && found.len() == exact.len(), "{what}: {} elements, expected {}", found.len(), exact.len());
+    ensure!(
+        !exact.is_empty() && found.len() == exact.len(),
+        "{what}: {} elements, expected {}",
+        found.len(),
+        exact.len()
+    );
     let mut worst = 0f64;
     for (i, (&found, &exact)) in found.iter().zip(&exact).enumerate() {
         let at = inputs.each_ref().map(|values| values.get(i).copied().unwrap_or(f64::NAN));
@@ -338,13 +436,18 @@ fn check_pair(what: &str, op: &Glu, name: &str, inputs: &[Vec<f64>; 3], found: &
         let close = if exact.is_nan() || theirs_alone {
             found.is_nan() || theirs_alone
         } else if found.is_infinite() || exact.is_infinite() {
-            found.is_infinite() && found.signum() == exact.signum() && (exact.is_infinite() || overflows)
+            found.is_infinite()
+                && found.signum() == exact.signum()
+                && (exact.is_infinite() || overflows)
         } else {
             ensure!(bound.is_finite(), "{what} at gate, up, dy = {at:?}: the bound is not finite");
             worst = worst.max((found - exact).abs() / bound);
             (found - exact).abs() <= bound
         };
-        ensure!(close, "{what} at gate, up, dy = {at:?}: {found:e}, expected {exact:e}, bound {bound:e}");
+        ensure!(
+            close,
+            "{what} at gate, up, dy = {at:?}: {found:e}, expected {exact:e}, bound {bound:e}"
+        );
     }
     eprintln!("{what}: {worst:.3} of the bound");
     Ok(())
@@ -365,22 +468,36 @@ fn pair_bound(op: &Glu, name: &str, [gate, up, dy]: [f64; 3], exact: f64, dtype:
         _ => (dy, reference::activation(op.activation, g).0.abs()),
     };
     let plain = op.limit.is_none();
-    let units = glu_units(op.activation, g) + if plain { 0.0 } else { 2.0 } + if name == "dgate" { 4.0 } else { 0.0 };
+    let units = glu_units(op.activation, g)
+        + if plain { 0.0 } else { 2.0 }
+        + if name == "dgate" { 4.0 } else { 0.0 };
     let rounding = if dtype == wide { 0.0 } else { unit_roundoff(dtype) * exact.abs() };
     let computing = units * unit_roundoff(wide) * others.abs() * size;
     // candle adds gradients up, and its bf16 sum flushes denormals to 0.
     let flushed = if dtype == DType::BF16 && name != "out" { 2f64.powi(-126) } else { 0.0 };
-    let denormal = flushed + smallest(dtype) + smallest(wide) * (2.0 + g.abs().min(750.0)) * (1.0 + others.abs());
+    let denormal = flushed
+        + smallest(dtype)
+        + smallest(wide) * (2.0 + g.abs().min(750.0)) * (1.0 + others.abs());
     let x = g.abs().min(40.0); // above, PyTorch's σ, erf and tanh are exactly 0 or ±1
     let theirs = 2f64.powi(-52)
         * others.abs()
         * match op.activation {
-            GluActivation::Gelu | GluActivation::GeluTanh => (1.0 + x.min(10.0)) * (1.0 + x.min(10.0).powi(2)),
-            GluActivation::Silu | GluActivation::Swish { .. } | GluActivation::Sigmoid if name == "dgate" => 1.0 + x,
+            GluActivation::Gelu | GluActivation::GeluTanh => {
+                (1.0 + x.min(10.0)) * (1.0 + x.min(10.0).powi(2))
+            }
+            GluActivation::Silu | GluActivation::Swish { .. } | GluActivation::Sigmoid
+                if name == "dgate" =>
+            {
+                1.0 + x
+            }
             _ => 0.0,
         };
     // β = 1.702 is rounded to f32, which is visible in f64.
-    let beta = if dtype == DType::F64 && !plain { 2f64.powi(-24) * (1.0 + g * g) * others.abs() } else { 0.0 };
+    let beta = if dtype == DType::F64 && !plain {
+        2f64.powi(-24) * (1.0 + g * g) * others.abs()
+    } else {
+        0.0
+    };
     rounding + 1.01 * (computing + denormal) + theirs + beta
 }
 

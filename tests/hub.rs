@@ -56,7 +56,10 @@ impl Hub {
     /// The number of requests for the content of a file.
     fn downloads(&self) -> usize {
         let requests = self.requests.lock().unwrap();
-        requests.iter().filter(|request| request.starts_with("GET") && request.contains("/resolve/")).count()
+        requests
+            .iter()
+            .filter(|request| request.starts_with("GET") && request.contains("/resolve/"))
+            .count()
     }
 }
 
@@ -68,18 +71,23 @@ fn answer(
 ) -> Option<()> {
     let mut lines = BufReader::new(stream.try_clone().ok()?).lines();
     let request = lines.next()?.ok()?;
-    let headers: Vec<String> = lines.map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+    let headers: Vec<String> =
+        lines.map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
     let mut words = request.split(' ');
     let (method, target) = (words.next()?, words.next()?);
     let path = target.split('?').next()?;
     log.lock().unwrap().push(format!("{method} {path}"));
 
-    let token = headers.iter().find_map(|line| Some(line.to_lowercase().strip_prefix("authorization: bearer ")?.to_string()));
+    let token = headers.iter().find_map(|line| {
+        Some(line.to_lowercase().strip_prefix("authorization: bearer ")?.to_string())
+    });
     let mut send = |status: &str, body: &[u8], sent: usize| {
         let head = format!(
             "HTTP/1.1 {status}\r\nContent-Length: {}\r\nETag: \"{:x}\"\r\nX-Repo-Commit: {COMMIT}\r\nConnection: close\r\n\r\n",
             body.len(),
-            body.iter().fold(body.len() as u64, |sum, &byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte))),
+            body.iter().fold(body.len() as u64, |sum, &byte| sum
+                .wrapping_mul(31)
+                .wrapping_add(u64::from(byte))),
         );
         stream.write_all(head.as_bytes()).ok()?;
         if method == "GET" {
@@ -119,7 +127,9 @@ fn golden() -> PathBuf {
 /// The files of the golden model with four shards, and some that must not be downloaded.
 fn files() -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(golden()).unwrap().map(|entry| entry.unwrap().path());
-    let read = |path: PathBuf| (path.file_name().unwrap().to_str().unwrap().to_string(), std::fs::read(path).unwrap());
+    let read = |path: PathBuf| {
+        (path.file_name().unwrap().to_str().unwrap().to_string(), std::fs::read(path).unwrap())
+    };
     let mut files: BTreeMap<String, Vec<u8>> = entries.map(read).collect();
     files.remove("reference.safetensors");
     files.insert("pytorch_model.bin".into(), vec![0; 100]);
@@ -135,7 +145,8 @@ fn process() {
     let Ok(model_id) = std::env::var("DOWNLOAD") else { return };
     let last = Arc::new(Mutex::new((0, 0)));
     let seen = last.clone();
-    match hub::download(&model_id, "main", move |done, total| *seen.lock().unwrap() = (done, total)) {
+    match hub::download(&model_id, "main", move |done, total| *seen.lock().unwrap() = (done, total))
+    {
         Ok(dir) => println!("\nDIR {}\nPROGRESS {:?}", dir.display(), last.lock().unwrap()),
         Err(error) => {
             assert!(matches!(error, Error::Hub { .. }), "{error:?}");
@@ -156,22 +167,40 @@ impl User {
     fn run(&self, endpoint: &str, model_id: &str, variables: &[(&str, &str)]) -> Output {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "process", "--nocapture"]).env("DOWNLOAD", model_id);
-        for name in ["HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY"] {
+        for name in [
+            "HF_TOKEN",
+            "HF_HUB_CACHE",
+            "HUGGINGFACE_HUB_CACHE",
+            "HF_HUB_OFFLINE",
+            "http_proxy",
+            "HTTP_PROXY",
+        ] {
             command.env_remove(name);
         }
-        command.env("HF_ENDPOINT", endpoint).env("HF_HOME", self.home.path()).envs(variables.iter().copied());
+        command
+            .env("HF_ENDPOINT", endpoint)
+            .env("HF_HOME", self.home.path())
+            .envs(variables.iter().copied());
         command.output().unwrap()
     }
 
     /// The directory of the checkpoint, or the error.
-    fn download(&self, endpoint: &str, model_id: &str, variables: &[(&str, &str)]) -> Result<PathBuf, String> {
+    fn download(
+        &self,
+        endpoint: &str,
+        model_id: &str,
+        variables: &[(&str, &str)],
+    ) -> Result<PathBuf, String> {
         let output = self.run(endpoint, model_id, variables);
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
-        let line = |start: &str| Some(text.lines().find_map(|line| line.strip_prefix(start))?.to_string());
+        let line =
+            |start: &str| Some(text.lines().find_map(|line| line.strip_prefix(start))?.to_string());
         match line("DIR ") {
             Some(dir) => Ok(PathBuf::from(dir)),
-            None => Err(line("ERROR ").unwrap_or_else(|| panic!("neither result nor error: {text}"))),
+            None => {
+                Err(line("ERROR ").unwrap_or_else(|| panic!("neither result nor error: {text}")))
+            }
         }
     }
 
@@ -213,7 +242,11 @@ fn a_model_arrives_once_and_serves_offline() {
     assert_eq!(user.download(&nowhere(), MODEL, &[]).unwrap(), dir, "no server");
     let troubled = Hub::start(files(), Behaviour { in_trouble: true, ..Behaviour::default() });
     assert_eq!(user.download(&troubled.endpoint, MODEL, &[]).unwrap(), dir, "503");
-    assert_eq!(user.download(&hub.endpoint, MODEL, &[("HF_HUB_OFFLINE", "1")]).unwrap(), dir, "offline");
+    assert_eq!(
+        user.download(&hub.endpoint, MODEL, &[("HF_HUB_OFFLINE", "1")]).unwrap(),
+        dir,
+        "offline"
+    );
 
     let shard = dir.join(SHARD);
     std::fs::remove_file(&shard).unwrap();
@@ -238,20 +271,32 @@ fn progress_counts_the_weights() {
     let (hub, user) = (Hub::start(files(), Behaviour::default()), User::new());
     let output = user.run(&hub.endpoint, MODEL, &[]);
     let text = String::from_utf8(output.stdout).unwrap();
-    let shards: usize = files().iter().filter(|(name, _)| name.ends_with(".safetensors")).map(|(_, bytes)| bytes.len()).sum();
+    let shards: usize = files()
+        .iter()
+        .filter(|(name, _)| name.ends_with(".safetensors"))
+        .map(|(_, bytes)| bytes.len())
+        .sum();
     assert!(text.contains(&format!("PROGRESS ({shards}, {shards})")), "{text}");
 }
 
 #[test]
 fn one_file_or_metas_files() {
-    for names in [&["model.safetensors"][..], &["consolidated.00.safetensors", "consolidated.01.safetensors"]] {
+    for names in [
+        &["model.safetensors"][..],
+        &["consolidated.00.safetensors", "consolidated.01.safetensors"],
+    ] {
         let mut files = files();
-        let shards: Vec<Vec<u8>> =
-            (1..=4).map(|n| files.remove(&format!("model-0000{n}-of-00004.safetensors")).unwrap()).collect();
+        let shards: Vec<Vec<u8>> = (1..=4)
+            .map(|n| files.remove(&format!("model-0000{n}-of-00004.safetensors")).unwrap())
+            .collect();
         files.remove("model.safetensors.index.json");
         files.extend(names.iter().map(|name| name.to_string()).zip(shards));
         let dir = User::new();
-        let dir = (dir.download(&Hub::start(files, Behaviour::default()).endpoint, MODEL, &[]).unwrap(), dir).0;
+        let dir = (
+            dir.download(&Hub::start(files, Behaviour::default()).endpoint, MODEL, &[]).unwrap(),
+            dir,
+        )
+            .0;
         assert!(dir.ends_with(COMMIT), "{}", dir.display());
     }
 }
@@ -265,7 +310,12 @@ fn what_is_not_there() {
     }
     let mut without = files();
     without.remove(SHARD);
-    user.fails(&Hub::start(without, Behaviour::default()).endpoint, MODEL, &[], &[SHARD, "not in the repository"]);
+    user.fails(
+        &Hub::start(without, Behaviour::default()).endpoint,
+        MODEL,
+        &[],
+        &[SHARD, "not in the repository"],
+    );
 
     let pickles = files().into_iter().filter(|(name, _)| !name.contains(".safetensors")).collect();
     let parts = ["expected model.safetensors", "found", "pytorch_model.bin"];
@@ -286,7 +336,12 @@ fn no_server_and_no_copy() {
     let user = User::new();
     let cache = user.home.path().join("hub").display().to_string();
     let endpoint = nowhere();
-    user.fails(&endpoint, MODEL, &[], &[&endpoint, "refused", "nothing of revision main in the cache", &cache]);
+    user.fails(
+        &endpoint,
+        MODEL,
+        &[],
+        &[&endpoint, "refused", "nothing of revision main in the cache", &cache],
+    );
     user.fails(&endpoint, MODEL, &[("HF_HUB_OFFLINE", "1")], &["HF_HUB_OFFLINE is set", &cache]);
     user.fails("no url", MODEL, &[], &["URL"]);
 }
@@ -308,5 +363,10 @@ fn a_cache_that_cannot_be_written() {
     let file = user.home.path().join("a file");
     std::fs::write(&file, "").unwrap();
     let cache = file.join("hub").display().to_string();
-    user.fails(&hub.endpoint, MODEL, &[("HF_HUB_CACHE", &cache)], &["the cache", &cache, "cannot be used"]);
+    user.fails(
+        &hub.endpoint,
+        MODEL,
+        &[("HF_HUB_CACHE", &cache)],
+        &["the cache", &cache, "cannot be used"],
+    );
 }

@@ -61,9 +61,14 @@ fn run(role: &str, environment: &[(&str, &str)]) -> Result<Vec<String>> {
         std::thread::sleep(Duration::from_millis(5));
     }
     let output = child.wait_with_output()?;
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     ensure!(output.status.success(), "{role} {environment:?}: {out}{err}");
-    Ok(out.lines().filter_map(|line| line.split_once("> ")).map(|(_, said)| said.to_string()).collect())
+    Ok(out
+        .lines()
+        .filter_map(|line| line.split_once("> "))
+        .map(|(_, said)| said.to_string())
+        .collect())
 }
 
 fn say(line: impl std::fmt::Display) {
@@ -104,7 +109,12 @@ fn every_kernel_of_this_machine_can_be_forced_by_name() -> Result<()> {
     let promised = [
         ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
         ("avx512", is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq")),
-        ("avx2", is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")),
+        (
+            "avx2",
+            is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c"),
+        ),
         ("scalar", true),
     ];
     #[cfg(target_arch = "aarch64")]
@@ -115,10 +125,15 @@ fn every_kernel_of_this_machine_can_be_forced_by_name() -> Result<()> {
     ];
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let promised = [("scalar", true)];
-    let promised: Vec<&str> = promised.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect();
+    let promised: Vec<&str> =
+        promised.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect();
     assert_eq!(available, promised);
     let listed: Vec<&str> = available.iter().copied().chain(["plain"]).collect();
-    assert_eq!(run("names", &[(FORCED, "sse9")])?, listed, "the error for an unknown name lists the kernels");
+    assert_eq!(
+        run("names", &[(FORCED, "sse9")])?,
+        listed,
+        "the error for an unknown name lists the kernels"
+    );
     for name in &available {
         assert_eq!(run("names", &[(FORCED, name)])?, [*name]);
     }
@@ -130,9 +145,16 @@ fn every_kernel_of_this_machine_can_be_forced_by_name() -> Result<()> {
 
 /// `plain` is the block by candle's own operations: their bits, and gradients twice.
 fn plain() -> Result<()> {
-    for (dtype, bound) in [(DType::F64, 1e-14), (DType::F32, 1e-6), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
+    for (dtype, bound) in
+        [(DType::F64, 1e-14), (DType::F32, 1e-6), (DType::F16, 4e-3), (DType::BF16, 3e-2)]
+    {
         let tensor = |dims, scale| numbers(dims, dtype, scale);
-        let (x, gate, up, down) = (tensor((3, 8), 1.0)?, tensor((24, 8), 0.5)?, tensor((24, 8), 0.4)?, tensor((8, 24), 0.3)?);
+        let (x, gate, up, down) = (
+            tensor((3, 8), 1.0)?,
+            tensor((24, 8), 0.5)?,
+            tensor((24, 8), 0.4)?,
+            tensor((8, 24), 0.3)?,
+        );
         let ffn = SwiGluFfn::from_tensors(gate.clone(), up.clone(), down.clone())?;
         ensure!(ffn.kernel() == "plain", "{}", ffn.kernel());
         let linear = Linear::new(gate.clone(), None)?;
@@ -140,8 +162,11 @@ fn plain() -> Result<()> {
         ensure!(exact(linear.forward(&x)?)? == exact(x.matmul(&gate.t()?)?)?);
         let (g, u) = (x.matmul(&gate.t()?)?, x.matmul(&up.t()?)?);
         let h = (&g * candle_nn::ops::sigmoid(&g)? * &u)?;
-        let difference =
-            (ffn.forward(&x)? - h.matmul(&down.t()?)?)?.to_dtype(DType::F64)?.abs()?.max_all()?.to_scalar::<f64>()?;
+        let difference = (ffn.forward(&x)? - h.matmul(&down.t()?)?)?
+            .to_dtype(DType::F64)?
+            .abs()?
+            .max_all()?
+            .to_scalar::<f64>()?;
         ensure!(difference <= bound, "{dtype:?}: {difference}");
         // candle's operations have a second derivative, the fused gate has none. (A conversion ends
         // the graph of a gradient.)
@@ -149,8 +174,12 @@ fn plain() -> Result<()> {
             continue;
         }
         let x = candle_core::Var::from_tensor(&x)?;
-        let first = silu_mul(&x, &x)?.sum_all()?.backward()?.get(&x).context("no gradient")?.clone();
-        ensure!(first.sqr()?.sum_all()?.backward()?.get(&x).is_some(), "{dtype:?}: the gate is not composed");
+        let first =
+            silu_mul(&x, &x)?.sum_all()?.backward()?.get(&x).context("no gradient")?.clone();
+        ensure!(
+            first.sqr()?.sum_all()?.backward()?.get(&x).is_some(),
+            "{dtype:?}: the gate is not composed"
+        );
     }
     say("plain");
     Ok(())
@@ -241,7 +270,9 @@ fn concurrent() -> Result<()> {
     let threads: Vec<_> = (0..6)
         .map(|start| {
             let cases = cases.clone();
-            std::thread::spawn(move || (0..60).try_for_each(|i| check(&cases[(start + i) % cases.len()])))
+            std::thread::spawn(move || {
+                (0..60).try_for_each(|i| check(&cases[(start + i) % cases.len()]))
+            })
         })
         .collect();
     (0..200usize).into_par_iter().try_for_each(|i| {
@@ -259,7 +290,12 @@ fn nested() -> Result<()> {
     let cases = cases()?;
     let (a, (b, c)) = rayon::join(
         || cases.iter().try_for_each(check),
-        || rayon::join(|| cases.par_iter().try_for_each(check), || cases.iter().rev().try_for_each(check)),
+        || {
+            rayon::join(
+                || cases.par_iter().try_for_each(check),
+                || cases.iter().rev().try_for_each(check),
+            )
+        },
     );
     a.and(b).and(c)
 }
@@ -268,7 +304,9 @@ fn nested() -> Result<()> {
 /// locked permanently.
 fn after_a_panic() -> Result<()> {
     let cases = cases()?;
-    let panicked = std::panic::catch_unwind(|| barrier_pool().execute_chunked(64, |_| panic!("somebody else's panic")));
+    let panicked = std::panic::catch_unwind(|| {
+        barrier_pool().execute_chunked(64, |_| panic!("somebody else's panic"))
+    });
     ensure!(panicked.is_err());
     // Enough elements for several threads, compared with parts that one thread computes. (candle's
     // own backward pass adds gradients of this size on its threads and would panic.)

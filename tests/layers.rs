@@ -13,15 +13,16 @@ use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, Module, VarBuilder, VarMap};
 use candle_swiglu::{
-    Biases, Embedding, Error, FfnConfig, FusedOrder, GateUp, Linear, Names, SwiGluFfn, Weights, embedding, linear,
-    linear_no_bias, swiglu_ffn,
+    Biases, Embedding, Error, FfnConfig, FusedOrder, GateUp, Linear, Names, SwiGluFfn, Weights,
+    embedding, linear, linear_no_bias, swiglu_ffn,
 };
 use common::{Numbers, bits, check_within, pack, unit_roundoff, values};
 
 const H: usize = 32;
 const I: usize = 48;
 
-const ORDERS: [FusedOrder; 3] = [FusedOrder::GateFirst, FusedOrder::UpFirst, FusedOrder::Interleaved];
+const ORDERS: [FusedOrder; 3] =
+    [FusedOrder::GateFirst, FusedOrder::UpFirst, FusedOrder::Interleaved];
 
 fn all_biases() -> impl Iterator<Item = Biases> {
     (0..8).map(|n| Biases::new(n & 1 > 0, n & 2 > 0, n & 4 > 0))
@@ -30,10 +31,12 @@ fn all_biases() -> impl Iterator<Item = Biases> {
 /// Weights with these biases: gate_proj, up_proj, down_proj and their biases.
 fn parts(biases: Biases, dtype: DType) -> Result<([Tensor; 3], [Option<Tensor>; 3])> {
     let mut numbers = Numbers::new(7);
-    let mut weight = |out: usize, k: usize| numbers.tensor(&[out, k], (3.0 / k as f64).sqrt(), dtype);
+    let mut weight =
+        |out: usize, k: usize| numbers.tensor(&[out, k], (3.0 / k as f64).sqrt(), dtype);
     let weights = [weight(I, H)?, weight(I, H)?, weight(H, I)?];
     let mut numbers = Numbers::new(8);
-    let mut bias = |n: usize, there: bool| there.then(|| numbers.tensor(&[n], 0.5, dtype)).transpose();
+    let mut bias =
+        |n: usize, there: bool| there.then(|| numbers.tensor(&[n], 0.5, dtype)).transpose();
     Ok((weights, [bias(I, biases.gate)?, bias(I, biases.up)?, bias(H, biases.down)?]))
 }
 
@@ -84,10 +87,17 @@ fn names_of_the_caller_with_each_bias_by_itself() -> Result<()> {
             ];
             let ffn = swiglu_ffn(&named, builder(&fused, DType::F32));
             if biases.gate == biases.up {
-                assert_eq!(bits(&ffn?.forward(&x(DType::F32)?)?)?, expected, "{biases:?} {order:?}");
+                assert_eq!(
+                    bits(&ffn?.forward(&x(DType::F32)?)?)?,
+                    expected,
+                    "{biases:?} {order:?}"
+                );
             } else {
                 let error = ffn.unwrap_err();
-                assert!(matches!(&error, Error::InvalidField { field, .. } if field == "biases"), "{error}");
+                assert!(
+                    matches!(&error, Error::InvalidField { field, .. } if field == "biases"),
+                    "{error}"
+                );
             }
         }
     }
@@ -97,11 +107,16 @@ fn names_of_the_caller_with_each_bias_by_itself() -> Result<()> {
 #[test]
 fn names_that_are_not_there() -> Result<()> {
     let ([gate, up, down], _) = parts(Biases::NONE, DType::F32)?;
-    let tensors =
-        [("Wi.weight".to_string(), Some(pack(&gate, &up, FusedOrder::GateFirst)?)), ("Wo.weight".to_string(), Some(down))];
+    let tensors = [
+        ("Wi.weight".to_string(), Some(pack(&gate, &up, FusedOrder::GateFirst)?)),
+        ("Wo.weight".to_string(), Some(down)),
+    ];
     let cfg = FfnConfig::new(H, I).with_fused_names("Wi", "Wout", FusedOrder::GateFirst);
     let error = swiglu_ffn(&cfg, builder(&tensors, DType::F32)).unwrap_err();
-    assert!(matches!(&error, Error::MissingTensor { tried, .. } if tried == &["Wout.weight"]), "{error}");
+    assert!(
+        matches!(&error, Error::MissingTensor { tried, .. } if tried == &["Wout.weight"]),
+        "{error}"
+    );
     assert_eq!(cfg.names, Some(Names::fused("Wi", "Wout", FusedOrder::GateFirst)));
     Ok(())
 }
@@ -114,18 +129,27 @@ fn the_weights_of_a_block_make_the_block_again() -> Result<()> {
             let ffn = block(&cfg, dtype)?;
             let weights = ffn.weights()?;
             let (expected, expected_biases) = parts(biases, dtype)?;
-            let GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias, .. } = &weights.gate_up else {
+            let GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias, .. } = &weights.gate_up
+            else {
                 panic!("expected gate and up as two tensors");
             };
-            for (found, expected) in [gate_proj, up_proj, &weights.down_proj].into_iter().zip(&expected) {
+            for (found, expected) in
+                [gate_proj, up_proj, &weights.down_proj].into_iter().zip(&expected)
+            {
                 assert_eq!(bits(found)?, bits(expected)?, "{dtype:?} {biases:?}");
             }
-            for (found, expected) in [gate_bias, up_bias, &weights.down_bias].into_iter().zip(&expected_biases) {
+            for (found, expected) in
+                [gate_bias, up_bias, &weights.down_bias].into_iter().zip(&expected_biases)
+            {
                 let of = |bias: &Option<Tensor>| bias.as_ref().map(bits).transpose();
                 assert_eq!(of(found)?, of(expected)?, "{dtype:?} {biases:?}");
             }
             let again = SwiGluFfn::from_weights(ffn.config(), weights)?;
-            assert_eq!(bits(&again.forward(&x(dtype)?)?)?, bits(&ffn.forward(&x(dtype)?)?)?, "{dtype:?} {biases:?}");
+            assert_eq!(
+                bits(&again.forward(&x(dtype)?)?)?,
+                bits(&ffn.forward(&x(dtype)?)?)?,
+                "{dtype:?} {biases:?}"
+            );
         }
     }
     Ok(())
@@ -139,7 +163,11 @@ fn freezing_a_trained_block_packs_it() -> Result<()> {
     let trained = swiglu_ffn(&cfg, vb.pp("mlp"))?;
     let head = linear(H, 7, vb.pp("head"))?;
     let (frozen, frozen_head) = (trained.freeze()?, head.freeze()?);
-    assert!(trained.kernel().starts_with("plain") && !frozen.kernel().starts_with("plain"), "{}", frozen.kernel());
+    assert!(
+        trained.kernel().starts_with("plain") && !frozen.kernel().starts_with("plain"),
+        "{}",
+        frozen.kernel()
+    );
     assert_eq!((head.kernel() == "plain", frozen_head.kernel() == "plain"), (true, false));
 
     let x = x(DType::F32)?;
@@ -150,7 +178,10 @@ fn freezing_a_trained_block_packs_it() -> Result<()> {
     check_within("frozen", &y, &values(&expected)?, &bounds)?;
 
     let gradients = frozen_head.forward(&y)?.sum_all()?.backward()?;
-    assert!(vars.all_vars().iter().all(|var| gradients.get(var).is_none()), "frozen weights have no gradient");
+    assert!(
+        vars.all_vars().iter().all(|var| gradients.get(var).is_none()),
+        "frozen weights have no gradient"
+    );
     let gradients = head.forward(&expected)?.sum_all()?.backward()?;
     assert!(vars.all_vars().iter().all(|var| gradients.get(var).is_some()));
 
@@ -189,7 +220,10 @@ fn x_in_another_dtype_is_computed_in_the_wider_one() -> Result<()> {
         for integer in [DType::U32, DType::U8, DType::I64] {
             let x = Tensor::zeros((5, H), integer, &Device::Cpu)?;
             for error in [ffn.forward(&x).unwrap_err(), layer.forward(&x).unwrap_err()] {
-                assert!(matches!(Error::find(&error), Some(Error::DTypeUnsupported { .. })), "{error}");
+                assert!(
+                    matches!(Error::find(&error), Some(Error::DTypeUnsupported { .. })),
+                    "{error}"
+                );
             }
         }
     }
@@ -214,11 +248,26 @@ fn the_dtype_is_that_of_the_tensors() -> Result<()> {
 struct Careless(HashMap<&'static str, Tensor>);
 
 impl SimpleBackend for Careless {
-    fn get(&self, _: Shape, name: &str, _: Init, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        self.0.get(name).cloned().ok_or_else(|| candle_core::Error::CannotFindTensor { path: name.to_string() }.bt())
+    fn get(
+        &self,
+        _: Shape,
+        name: &str,
+        _: Init,
+        _: DType,
+        _: &Device,
+    ) -> candle_core::Result<Tensor> {
+        self.0
+            .get(name)
+            .cloned()
+            .ok_or_else(|| candle_core::Error::CannotFindTensor { path: name.to_string() }.bt())
     }
 
-    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+    fn get_unchecked(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
         self.get(().into(), name, Init::Const(0.0), dtype, device)
     }
 
@@ -251,10 +300,16 @@ fn a_backend_that_checks_nothing_is_checked() -> Result<()> {
         ("down_proj.weight", vec![1, H, I]),
     ] {
         let error = load(name, zeros(&shape, f32)?)?;
-        assert!(matches!(&error, Error::Shape { name: n, found, .. } if n == name && *found == shape), "{error}");
+        assert!(
+            matches!(&error, Error::Shape { name: n, found, .. } if n == name && *found == shape),
+            "{error}"
+        );
     }
     let error = load("up_proj.weight", zeros(&[I, H], DType::BF16)?)?;
-    assert!(matches!(error, Error::DTypeMismatch { name: "up_proj", found: DType::BF16, .. }), "{error}");
+    assert!(
+        matches!(error, Error::DTypeMismatch { name: "up_proj", found: DType::BF16, .. }),
+        "{error}"
+    );
     let error = load("gate_proj.weight", zeros(&[I, H], DType::U8)?)?;
     assert!(matches!(error, Error::DTypeUnsupported { .. }), "{error}");
     Ok(())
@@ -292,13 +347,18 @@ fn ids_of_every_integer_dtype() -> Result<()> {
         assert_eq!(rows.dims(), [2, 2, H]);
         assert_eq!(bits(&rows)?, expected, "{dtype:?}");
     }
-    for (ids, row) in [(Tensor::new(&[11u32], &Device::Cpu)?, 11), (Tensor::new(&[0i64, -1], &Device::Cpu)?, -1)] {
+    for (ids, row) in
+        [(Tensor::new(&[11u32], &Device::Cpu)?, 11), (Tensor::new(&[0i64, -1], &Device::Cpu)?, -1)]
+    {
         let error = table.forward(&ids).unwrap_err();
         let found = Error::find(&error).expect("our error");
         assert!(matches!(found, Error::RowOutOfRange { row: r, rows: 11 } if *r == row), "{error}");
     }
     let error = table.forward(&Tensor::new(&[1f32], &Device::Cpu)?).unwrap_err();
-    assert_eq!(Error::find(&error).expect("our error").to_string(), "ids: expected dtype u8, u32 or i64, found f32");
+    assert_eq!(
+        Error::find(&error).expect("our error").to_string(),
+        "ids: expected dtype u8, u32 or i64, found f32"
+    );
     Ok(())
 }
 
@@ -308,7 +368,10 @@ fn an_embedding_is_its_tied_head() -> Result<()> {
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let trained = embedding(11, H, vb.pp("embed_tokens"))?;
     assert_eq!((trained.hidden_size(), trained.embeddings()?.dims()), (H, &[11, H][..]));
-    let loss = trained.as_linear().forward(&trained.forward(&Tensor::new(&[1u32, 2], &Device::Cpu)?)?)?.sum_all()?;
+    let loss = trained
+        .as_linear()
+        .forward(&trained.forward(&Tensor::new(&[1u32, 2], &Device::Cpu)?)?)?
+        .sum_all()?;
     assert!(loss.backward()?.get(&vars.all_vars()[0]).is_some(), "one variable for both");
 
     let weight = trained.embeddings()?.detach();
@@ -326,7 +389,9 @@ fn an_embedding_is_its_tied_head() -> Result<()> {
 #[test]
 fn a_block_of_constants_and_a_variable() -> Result<()> {
     const NAMES: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
-    for (biases, variable) in all_biases().flat_map(|biases| [0, 1, 2].map(|variable| (biases, variable))) {
+    for (biases, variable) in
+        all_biases().flat_map(|biases| [0, 1, 2].map(|variable| (biases, variable)))
+    {
         let cfg = FfnConfig::new(H, I).with_biases(biases);
         let (mut weights, given) = parts(biases, DType::F32)?;
         let var = Var::from_tensor(&weights[variable])?;
@@ -370,7 +435,9 @@ fn the_packed_memory_holds_the_weights() -> Result<()> {
         expected = words.fold(expected, u32::wrapping_add);
     }
     let block = SwiGluFfn::from_tensors(gate, up, down)?;
-    for (kernel, streams) in candle_swiglu::cpu_kernels().into_iter().flat_map(|kernel| [(kernel, 1), (kernel, 4)]) {
+    for (kernel, streams) in
+        candle_swiglu::cpu_kernels().into_iter().flat_map(|kernel| [(kernel, 1), (kernel, 4)])
+    {
         let sum = memory::read_all(kernel, &block.packed_bytes(), streams);
         assert_eq!(sum, expected, "{kernel}, {streams} streams");
     }

@@ -64,7 +64,13 @@ fn row(tokens: &[u32]) -> Result<Tensor> {
 }
 
 /// The token with the largest logit, for each of `count` steps; stops after a token of `ends`.
-fn greedy(model: &Llama, prompt: &[u32], count: usize, use_kv_cache: bool, ends: &[u32]) -> Result<Vec<u32>> {
+fn greedy(
+    model: &Llama,
+    prompt: &[u32],
+    count: usize,
+    use_kv_cache: bool,
+    ends: &[u32],
+) -> Result<Vec<u32>> {
     let mut cache = Cache::new(use_kv_cache, model.config());
     let mut tokens = prompt.to_vec();
     while tokens.len() < prompt.len() + count {
@@ -86,8 +92,10 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
 
 #[test]
 fn every_reference_is_tested() -> Result<()> {
-    let entries = std::fs::read_dir(common::golden_dir().join("models"))?.collect::<std::io::Result<Vec<_>>>()?;
-    let mut names: Vec<String> = entries.into_iter().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let entries = std::fs::read_dir(common::golden_dir().join("models"))?
+        .collect::<std::io::Result<Vec<_>>>()?;
+    let mut names: Vec<String> =
+        entries.into_iter().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     names.sort();
     assert_eq!(names, MODELS);
     Ok(())
@@ -101,11 +109,13 @@ fn f32_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     for name in MODELS {
         let golden = Golden::load(&dir(name).join("reference.safetensors"))?;
         let model = load(&dir(name), DType::F32)?;
-        let with_whole = PROMPTS.into_iter().chain(golden.tensor("whole_prompt").is_ok().then_some("whole_"));
+        let with_whole =
+            PROMPTS.into_iter().chain(golden.tensor("whole_prompt").is_ok().then_some("whole_"));
         for prompt in with_whole {
             let tokens = ids(golden.tensor(&format!("{prompt}prompt"))?)?;
             let logits = model.forward_all(&row(&tokens)?)?;
-            let difference = largest_difference(&logits, golden.tensor(&format!("{prompt}logits_f32"))?)?;
+            let difference =
+                largest_difference(&logits, golden.tensor(&format!("{prompt}logits_f32"))?)?;
             println!("{name} {prompt}: logits within {difference:.1e}");
             assert!(difference < 1e-4, "{name} {prompt}: {difference}");
         }
@@ -133,11 +143,19 @@ fn native_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
         for prompt in PROMPTS {
             let tokens = ids(golden.tensor(&format!("{prompt}prompt"))?)?;
             let logits = model.forward_all(&row(&tokens)?)?;
-            let error = largest_difference(&logits, golden.tensor(&format!("{prompt}logits_f32"))?)?;
-            println!("{name} {prompt}: off f32 by {error:.1e}, transformers by {:.1e}", bound / 2.0);
+            let error =
+                largest_difference(&logits, golden.tensor(&format!("{prompt}logits_f32"))?)?;
+            println!(
+                "{name} {prompt}: off f32 by {error:.1e}, transformers by {:.1e}",
+                bound / 2.0
+            );
             assert!(error <= bound, "{name} {prompt}: {error} > {bound}");
             let expected = ids(golden.tensor(&format!("{prompt}greedy_native"))?)?;
-            assert_eq!(greedy(&model, &tokens, expected.len(), true, &[])?, expected, "{name} {prompt}");
+            assert_eq!(
+                greedy(&model, &tokens, expected.len(), true, &[])?,
+                expected,
+                "{name} {prompt}"
+            );
         }
     }
     Ok(())
@@ -152,7 +170,10 @@ fn attention_in_one_pass_is_that_of_the_composition() -> Result<()> {
         let (f32_model, f64_model) = (load(&dir(name), DType::F32)?, load(&dir(name), DType::F64)?);
         let vocab = f32_model.config().vocab_size as u32;
         let tokens: Vec<u32> = (0..200).map(|i| (i * i * 7 + i) % vocab).collect();
-        let difference = largest_difference(&f32_model.forward_all(&row(&tokens)?)?, &f64_model.forward_all(&row(&tokens)?)?)?;
+        let difference = largest_difference(
+            &f32_model.forward_all(&row(&tokens)?)?,
+            &f64_model.forward_all(&row(&tokens)?)?,
+        )?;
         println!("{name}: f32 within {difference:.1e} of f64");
         assert!(difference < 1e-4, "{name}: {difference}");
     }
@@ -162,7 +183,9 @@ fn attention_in_one_pass_is_that_of_the_composition() -> Result<()> {
 /// Of halves, too: a logit of 10 in bf16 would be a multiple of 1/16.
 #[test]
 fn logits_are_not_rounded_to_the_weights_dtype() -> Result<()> {
-    for (name, dtype) in [("qwen3_tied_bf16", DType::BF16), ("odd_f16", DType::F16), ("granite_bf16", DType::BF16)] {
+    for (name, dtype) in
+        [("qwen3_tied_bf16", DType::BF16), ("odd_f16", DType::F16), ("granite_bf16", DType::BF16)]
+    {
         let logits = load(&dir(name), dtype)?.forward_all(&row(&[5, 6, 7])?)?;
         assert_eq!(logits.dtype(), DType::F32);
         let rounded = logits.to_dtype(dtype)?;
@@ -182,7 +205,9 @@ fn every_variable_has_a_gradient() -> Result<()> {
         let model = Llama::load(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu), &cfg)?;
         // each logit with a weight of its own
         let logits = model.forward_all(&row(&[5, 6, 7, 8, 9, 10, 11])?)?;
-        let gradients = (&logits * Tensor::randn(0f32, 1.0, logits.shape(), &Device::Cpu)?)?.sum_all()?.backward()?;
+        let gradients = (&logits * Tensor::randn(0f32, 1.0, logits.shape(), &Device::Cpu)?)?
+            .sum_all()?
+            .backward()?;
         let vars = vars.data().lock().map_err(|error| anyhow::anyhow!("{error}"))?;
         let created: BTreeSet<&str> = vars.keys().map(String::as_str).collect();
         assert_eq!(created, checkpoint.names().collect(), "{name}");
@@ -203,7 +228,11 @@ fn any_of_several_end_tokens_ends_the_text() -> Result<()> {
         let expected = ids(golden.tensor("greedy_stopped")?)?;
         let ends = model.config().eos_token_ids.clone();
         assert!(ends.len() > 1, "{name}: {ends:?}");
-        assert_eq!(greedy(&model, &ids(golden.tensor("prompt")?)?, 24, true, &ends)?, expected, "{name}");
+        assert_eq!(
+            greedy(&model, &ids(golden.tensor("prompt")?)?, 24, true, &ends)?,
+            expected,
+            "{name}"
+        );
     }
     Ok(())
 }
@@ -235,7 +264,8 @@ fn prefill_in_pieces_gives_the_same_logits() -> Result<()> {
 #[test]
 fn tokens_and_positions_out_of_range_are_errors() -> Result<()> {
     let model = load(&dir("bias_f32"), DType::F32)?;
-    let (vocab, context) = (model.config().vocab_size as u32, model.config().max_position_embeddings);
+    let (vocab, context) =
+        (model.config().vocab_size as u32, model.config().max_position_embeddings);
     let error = |tokens: &[u32], start| -> Result<String> {
         let found = model.forward(&row(tokens)?, start, &mut Cache::new(true, model.config()));
         Ok(found.err().context("expected an error")?.to_string())
@@ -255,10 +285,15 @@ fn stories_are_those_of_transformers() -> Result<()> {
     let weights = Path::new(env!("CARGO_MANIFEST_DIR")).join("weights");
     let model = load(&weights, DType::F32)?;
     let ends = model.config().eos_token_ids.clone();
-    let tokenizer = Tokenizer::from_file(weights.join("tokenizer.json")).map_err(anyhow::Error::msg)?;
-    let encode =
-        |text: &str| Ok::<_, anyhow::Error>(tokenizer.encode(text, true).map_err(anyhow::Error::msg)?.get_ids().to_vec());
-    let stories: Vec<Story> = serde_json::from_slice(&std::fs::read(common::golden_dir().join("stories.json"))?)?;
+    let tokenizer =
+        Tokenizer::from_file(weights.join("tokenizer.json")).map_err(anyhow::Error::msg)?;
+    let encode = |text: &str| {
+        Ok::<_, anyhow::Error>(
+            tokenizer.encode(text, true).map_err(anyhow::Error::msg)?.get_ids().to_vec(),
+        )
+    };
+    let stories: Vec<Story> =
+        serde_json::from_slice(&std::fs::read(common::golden_dir().join("stories.json"))?)?;
     ensure!(stories.len() == 4);
     for story in stories {
         // Two programs' f32 logits differ by less than 1e-4 each.

@@ -10,15 +10,25 @@ use candle_swiglu::{Error, Linear};
 use common::{Numbers, bits, check_within, unit_roundoff, values};
 
 /// (rows, in, out): edges of tiles for every kernel, more rows than a chunk, an odd k.
-const CASES: [(usize, usize, usize); 7] =
-    [(1, 64, 32), (2, 33, 31), (5, 129, 65), (12, 257, 40), (13, 96, 1), (25, 7, 130), (515, 48, 17)];
+const CASES: [(usize, usize, usize); 7] = [
+    (1, 64, 32),
+    (2, 33, 31),
+    (5, 129, 65),
+    (12, 257, 40),
+    (13, 96, 1),
+    (25, 7, 130),
+    (515, 48, 17),
+];
 
 #[test]
 fn rounding_the_f32_output_gives_the_output() -> Result<()> {
     let mut numbers = Numbers::new(1);
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         for (rows, k, columns) in CASES {
-            let (x, w) = (numbers.tensor(&[rows, k], 1.0, dtype)?, numbers.tensor(&[columns, k], 1.0, dtype)?);
+            let (x, w) = (
+                numbers.tensor(&[rows, k], 1.0, dtype)?,
+                numbers.tensor(&[columns, k], 1.0, dtype)?,
+            );
             for bias in [None, Some(numbers.tensor(&[columns], 1.0, dtype)?)] {
                 let what = format!("{dtype:?} ({rows}, {k}, {columns}), bias {}", bias.is_some());
                 let layer = Linear::new(w.clone(), bias.clone())?;
@@ -33,7 +43,10 @@ fn rounding_the_f32_output_gives_the_output() -> Result<()> {
                 let exact = wide(&x)?.matmul(&wide(&w)?.t()?)?;
                 let size = wide(&x)?.abs()?.matmul(&wide(&w)?.abs()?.t()?)?;
                 let (exact, size) = match &bias {
-                    Some(bias) => (exact.broadcast_add(&wide(bias)?)?, size.broadcast_add(&wide(bias)?.abs()?)?),
+                    Some(bias) => (
+                        exact.broadcast_add(&wide(bias)?)?,
+                        size.broadcast_add(&wide(bias)?.abs()?)?,
+                    ),
                     None => (exact, size),
                 };
                 let gamma = (k + 1) as f64 * unit_roundoff(DType::F32);
@@ -86,7 +99,8 @@ fn gradient_of_x() -> Result<()> {
 #[test]
 fn errors() -> Result<()> {
     let f64_layer = Linear::new(Tensor::ones((3, 4), DType::F64, &Device::Cpu)?, None)?;
-    let error = f64_layer.forward_f32(&Tensor::ones((1, 4), DType::F64, &Device::Cpu)?).unwrap_err();
+    let error =
+        f64_layer.forward_f32(&Tensor::ones((1, 4), DType::F64, &Device::Cpu)?).unwrap_err();
     assert!(matches!(Error::find(&error), Some(Error::DTypeUnsupported { .. })), "{error}");
     let layer = Linear::new(Tensor::ones((3, 4), DType::F32, &Device::Cpu)?, None)?;
     let error = layer.forward_f32(&Tensor::ones((1, 5), DType::F32, &Device::Cpu)?).unwrap_err();
@@ -99,9 +113,13 @@ fn x_in_a_wider_dtype_is_not_rounded() -> Result<()> {
     let weight = Tensor::randn(0f32, 1.0, (7, 33), &Device::Cpu)?.to_dtype(DType::BF16)?;
     let layer = Linear::new(weight, None)?;
     let x = Tensor::randn(0f32, 1.0, (3, 33), &Device::Cpu)?;
-    let difference = (layer.forward_f32(&x)? - layer.forward(&x)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    let difference =
+        (layer.forward_f32(&x)? - layer.forward(&x)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
     assert_eq!(difference, 0.0);
     let error = layer.forward_f32(&Tensor::zeros((1, 33), DType::U32, &Device::Cpu)?).unwrap_err();
-    assert!(error.to_string().contains("x: expected one of f16, bf16, f32, f64, found U32"), "{error}");
+    assert!(
+        error.to_string().contains("x: expected one of f16, bf16, f32, f64, found U32"),
+        "{error}"
+    );
     Ok(())
 }

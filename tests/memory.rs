@@ -83,7 +83,9 @@ fn the_heap() {
 fn forward() {
     const TENSOR: usize = 2 << 10; // the record of a tensor, its shape and strides
     for dtype in [DType::F32, DType::BF16, DType::F16] {
-        let weight = |dims: [usize; 2]| Tensor::full(0.01f32, &dims, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let weight = |dims: [usize; 2]| {
+            Tensor::full(0.01f32, &dims, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+        };
         let ffn = SwiGluFfn::from_tensors(weight([I, H]), weight([I, H]), weight([H, I])).unwrap();
         let threads = candle_core::utils::get_num_threads();
         let row_bytes = H * dtype.size_in_bytes();
@@ -96,7 +98,10 @@ fn forward() {
             let chunk = rows.min(512);
             let scratch = chunk * (H + I + 256) * 4 + threads * (chunk * 256 + (256 << 10));
             let output = rows * row_bytes;
-            assert!(peak <= output + scratch + TENSOR, "{dtype:?} {rows} rows: {peak} B, output {output}, bound {scratch}");
+            assert!(
+                peak <= output + scratch + TENSOR,
+                "{dtype:?} {rows} rows: {peak} B, output {output}, bound {scratch}"
+            );
         }
         let before = NOW.load(SeqCst);
         for rows in [1usize, 512, 3, 1500, 1].repeat(5) {
@@ -104,7 +109,10 @@ fn forward() {
             let total = TOTAL.load(SeqCst);
             let y = ffn.forward(&x).unwrap();
             let allocated = TOTAL.load(SeqCst) - total;
-            assert!(allocated <= rows * row_bytes + TENSOR, "{dtype:?} {rows} rows: {allocated} B allocated");
+            assert!(
+                allocated <= rows * row_bytes + TENSOR,
+                "{dtype:?} {rows} rows: {allocated} B allocated"
+            );
             drop(y);
         }
         assert!(NOW.load(SeqCst) <= before, "{dtype:?}: repeated calls must not keep more memory");
@@ -135,8 +143,14 @@ fn loading() {
         let weights = LAYERS * 3 * H * I * element;
         let largest = if fused { 2 } else { 1 } * H * I * element;
         assert!(largest > MIB, "{case}: a chunk must be smaller than a tensor");
-        assert!((weights..weights + SMALL).contains(&after), "{case}: {after} B remain for {weights} B of weights");
-        assert!(peak <= weights + largest + MIB + SMALL, "{case}: {peak} B at the peak for {weights} B of weights");
+        assert!(
+            (weights..weights + SMALL).contains(&after),
+            "{case}: {after} B remain for {weights} B of weights"
+        );
+        assert!(
+            peak <= weights + largest + MIB + SMALL,
+            "{case}: {peak} B at the peak for {weights} B of weights"
+        );
         drop((blocks, checkpoint));
         assert!(NOW.load(SeqCst) < before + SMALL, "{case}: all memory must be freed");
     }

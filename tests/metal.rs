@@ -1,8 +1,10 @@
-//! The Metal kernels through the public API, against f64: `cargo test --features metal` on a Mac. (Without one, the same kernels run
-//! on the CPU in `tests/metal_shim`, and this file is type-checked by `scripts/metal-check.sh`.)
+//! The Metal kernels through the public API, against f64: `cargo test --features metal` on a Mac.
+//! (Without one, the same kernels run on the CPU in `tests/metal_shim`, and this file is
+//! type-checked by `scripts/metal-check.sh`.)
 //!
-//! Sizes are from the edges of the kernels: 8 | 9 rows (decode, tile), 32 | 33 and 64 | 65 (tiles), k with and without whole 16 B
-//! chunks. f16 and bf16 must lie within the bound from norms and be at most twice as far from f64 as candle's CPU operations are.
+//! Sizes are from the edges of the kernels: 8 | 9 rows (decode, tile), 32 | 33 and 64 | 65 (tiles),
+//! k with and without whole 16 B chunks. f16 and bf16 must lie within the bound from norms and be
+//! at most twice as far from f64 as candle's CPU operations are.
 #![cfg(feature = "metal")]
 
 use std::collections::HashMap;
@@ -14,8 +16,8 @@ use candle_swiglu::{FfnConfig, Glu, GluActivation, Linear, SwiGluFfn, glu_mul, r
 
 mod common;
 use common::{
-    ACTIVATIONS, Block, Numbers, check_within, composed, glu_of, glu_units, rms_error, slope_size, unit_roundoff, values,
-    weights,
+    ACTIVATIONS, Block, Numbers, check_within, composed, glu_of, glu_units, rms_error, slope_size,
+    unit_roundoff, values, weights,
 };
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -33,7 +35,9 @@ fn cpu(tensor: &Tensor) -> Result<Tensor> {
 /// Every activation, plain and with all that may surround it.
 fn configs((h, i): (usize, usize)) -> Vec<FfnConfig> {
     let plain = ACTIVATIONS.map(|activation| FfnConfig::new(h, i).with_activation(activation));
-    let modified = plain.clone().map(|cfg| cfg.with_bias(true).with_multipliers(-0.7, 0.3).with_limit(0.5).with_up_offset(1.0));
+    let modified = plain.clone().map(|cfg| {
+        cfg.with_bias(true).with_multipliers(-0.7, 0.3).with_limit(0.5).with_up_offset(1.0)
+    });
     plain.into_iter().chain(modified).collect()
 }
 
@@ -51,7 +55,12 @@ fn build(cfg: &FfnConfig, weights: &HashMap<String, Tensor>, device: &Device) ->
 #[test]
 fn the_block_follows_the_definition() -> Result<()> {
     let device = gpu()?;
-    for (n, (cfg, dtype)) in SIZES.into_iter().flat_map(configs).flat_map(|cfg| DTYPES.map(|t| (cfg.clone(), t))).enumerate() {
+    for (n, (cfg, dtype)) in SIZES
+        .into_iter()
+        .flat_map(configs)
+        .flat_map(|cfg| DTYPES.map(|t| (cfg.clone(), t)))
+        .enumerate()
+    {
         let mut numbers = Numbers::new(n as u64);
         let weights = weights(&cfg, &mut numbers, dtype)?;
         let (ffn, oracle) = (build(&cfg, &weights, &device)?, Block::new(&cfg, &weights)?);
@@ -60,7 +69,12 @@ fn the_block_follows_the_definition() -> Result<()> {
             let x = numbers.tensor(&[rows, cfg.hidden_size], 3.0, dtype)?;
             let near = oracle.forward(&x, unit_roundoff(dtype))?;
             let y = cpu(&ffn.forward(&x.to_device(&device)?)?)?;
-            check_within(&format!("{dtype:?} {rows} rows {cfg:?}"), &y, &near.values(), &near.errors())?;
+            check_within(
+                &format!("{dtype:?} {rows} rows {cfg:?}"),
+                &y,
+                &near.values(),
+                &near.errors(),
+            )?;
         }
     }
     Ok(())
@@ -69,20 +83,27 @@ fn the_block_follows_the_definition() -> Result<()> {
 #[test]
 fn no_less_accurate_than_candle_on_the_cpu() -> Result<()> {
     let device = gpu()?;
-    for (activation, dtype) in ACTIVATIONS.into_iter().flat_map(|activation| DTYPES.map(|dtype| (activation, dtype))) {
-        let (cfg, mut numbers) = (FfnConfig::new(64, 160).with_activation(activation), Numbers::new(9));
+    for (activation, dtype) in
+        ACTIVATIONS.into_iter().flat_map(|activation| DTYPES.map(|dtype| (activation, dtype)))
+    {
+        let (cfg, mut numbers) =
+            (FfnConfig::new(64, 160).with_activation(activation), Numbers::new(9));
         let weights = weights(&cfg, &mut numbers, dtype)?;
         let (ffn, oracle) = (build(&cfg, &weights, &device)?, Block::new(&cfg, &weights)?);
         for rows in [4, 16, 100] {
             let x = numbers.tensor(&[rows, 64], 3.0, dtype)?;
-            let project = |x: &Tensor, name: &str| x.matmul(&weights[&format!("{name}.weight")].t()?);
+            let project =
+                |x: &Tensor, name: &str| x.matmul(&weights[&format!("{name}.weight")].t()?);
             let (gate, up) = (project(&x, "gate_proj")?, project(&x, "up_proj")?);
             let candle = project(&composed(activation, &gate, &up)?, "down_proj")?;
             let exact = oracle.forward(&x, 0.0)?.values();
             let ours = rms_error(&values(&cpu(&ffn.forward(&x.to_device(&device)?)?)?)?, &exact);
             let theirs = rms_error(&values(&candle)?, &exact);
             eprintln!("{:.3} of candle's error: {activation} {dtype:?} {rows} rows", ours / theirs);
-            assert!(ours <= 2.0 * theirs, "{activation} {dtype:?} {rows} rows: error {ours:e}, candle's {theirs:e}");
+            assert!(
+                ours <= 2.0 * theirs,
+                "{activation} {dtype:?} {rows} rows: error {ours:e}, candle's {theirs:e}"
+            );
         }
     }
     Ok(())
@@ -104,7 +125,12 @@ fn the_projection_follows_the_definition() -> Result<()> {
                 let x = numbers.tensor(&[rows, in_dim], 3.0, dtype)?;
                 let y = cpu(&layer.forward(&x.to_device(&device)?)?)?;
                 let (exact, bounds) = projected(&x, &weight, b.as_ref())?;
-                check_within(&format!("{dtype:?} {rows} x {in_dim} -> {out_dim}"), &y, &exact, &bounds)?;
+                check_within(
+                    &format!("{dtype:?} {rows} x {in_dim} -> {out_dim}"),
+                    &y,
+                    &exact,
+                    &bounds,
+                )?;
             }
         }
     }
@@ -123,7 +149,11 @@ fn projected(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<(Vec<
     let n = (x.dim(1)? + 1) as f64 * unit_roundoff(DType::F32);
     let (exact, gamma) = (values(&sum)?, n / (1.0 - n));
     let round = if x.dtype() == DType::F32 { 0.0 } else { unit_roundoff(x.dtype()) };
-    let bounds = values(&size)?.iter().zip(&exact).map(|(s, y)| gamma * s + round * (y.abs() + gamma * s)).collect();
+    let bounds = values(&size)?
+        .iter()
+        .zip(&exact)
+        .map(|(s, y)| gamma * s + round * (y.abs() + gamma * s))
+        .collect();
     Ok((exact, bounds))
 }
 
@@ -133,7 +163,9 @@ fn x_of_any_layout() -> Result<()> {
     let (cfg, mut numbers) = (FfnConfig::new(64, 96), Numbers::new(2));
     for dtype in DTYPES {
         let ffn = build(&cfg, &weights(&cfg, &mut numbers, dtype)?, &device)?;
-        let mut t = |dims: &[usize]| Ok::<_, anyhow::Error>(numbers.tensor(dims, 2.0, dtype)?.to_device(&device)?);
+        let mut t = |dims: &[usize]| {
+            Ok::<_, anyhow::Error>(numbers.tensor(dims, 2.0, dtype)?.to_device(&device)?)
+        };
         let views = [
             ("vector", t(&[64])?),
             ("transposed", t(&[64, 6])?.t()?),
@@ -147,13 +179,18 @@ fn x_of_any_layout() -> Result<()> {
             let copy = cpu(&x)?.contiguous()?.to_device(&device)?;
             let (y, of_copy) = (ffn.forward(&x)?, ffn.forward(&copy)?);
             assert_eq!(y.dims(), x.dims(), "{layout}");
-            assert_eq!(common::bits(&cpu(&y)?)?, common::bits(&cpu(&of_copy)?)?, "{dtype:?} {layout}");
+            assert_eq!(
+                common::bits(&cpu(&y)?)?,
+                common::bits(&cpu(&of_copy)?)?,
+                "{dtype:?} {layout}"
+            );
         }
     }
     Ok(())
 }
 
-/// Dispatches run concurrently unless candle is told what they read and write: h and y of many calls in flight.
+/// Dispatches run concurrently unless candle is told what they read and write: h and y of many
+/// calls in flight.
 #[test]
 fn calls_in_flight_do_not_disturb_each_other() -> Result<()> {
     let device = gpu()?;
@@ -185,11 +222,16 @@ fn gradients_follow_the_definition() -> Result<()> {
     for (cfg, rows) in configs((33, 45)).into_iter().flat_map(|cfg| [(cfg.clone(), 3), (cfg, 70)]) {
         let mut numbers = Numbers::new(4);
         let weights = weights(&cfg, &mut numbers, DType::F32)?;
-        let (x, dy) = (numbers.tensor(&[rows, 33], 2.0, DType::F32)?, numbers.tensor(&[rows, 33], 1.0, DType::F32)?);
+        let (x, dy) = (
+            numbers.tensor(&[rows, 33], 2.0, DType::F32)?,
+            numbers.tensor(&[rows, 33], 1.0, DType::F32)?,
+        );
         let near = Block::new(&cfg, &weights)?.gradients(&x, &dy, u)?;
-        let vars = on(&device, &weights)?.into_iter().map(|(name, t)| Ok((name, Var::from_tensor(&t)?)));
+        let vars =
+            on(&device, &weights)?.into_iter().map(|(name, t)| Ok((name, Var::from_tensor(&t)?)));
         let vars = vars.collect::<Result<HashMap<_, _>>>()?;
-        let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+        let tensors =
+            vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
         let tracked = SwiGluFfn::new(&cfg, VarBuilder::from_tensors(tensors, DType::F32, &device))?;
         let x = Var::from_tensor(&x.to_device(&device)?)?;
         for ffn in [tracked, build(&cfg, &weights, &device)?] {
@@ -220,8 +262,13 @@ fn ragged(numbers: &mut Numbers, dims: &[usize], dtype: DType) -> Result<Tensor>
 }
 
 /// gate, up and dy of each layout that candle's views make of `(rows, columns)`.
-fn operands(numbers: &mut Numbers, dtype: DType, device: &Device) -> Result<Vec<(&'static str, Tensor)>> {
-    let mut t = |dims: &[usize]| Ok::<_, anyhow::Error>(ragged(numbers, dims, dtype)?.to_device(device)?);
+fn operands(
+    numbers: &mut Numbers,
+    dtype: DType,
+    device: &Device,
+) -> Result<Vec<(&'static str, Tensor)>> {
+    let mut t =
+        |dims: &[usize]| Ok::<_, anyhow::Error>(ragged(numbers, dims, dtype)?.to_device(device)?);
     Ok(vec![
         ("contiguous", t(&[9, 36])?),
         ("first half", t(&[9, 72])?.narrow(1, 0, 36)?),
@@ -240,7 +287,9 @@ fn the_gate_and_its_gradient_follow_the_definition() -> Result<()> {
     for (dtype, op) in DTYPES.into_iter().flat_map(|dtype| ops.iter().map(move |op| (dtype, op))) {
         let mut numbers = Numbers::new(6);
         let views = operands(&mut numbers, dtype, &device)?;
-        for ((layout, gate), (other, up)) in views.iter().flat_map(|a| views.iter().map(move |b| (a, b))) {
+        for ((layout, gate), (other, up)) in
+            views.iter().flat_map(|a| views.iter().map(move |b| (a, b)))
+        {
             let what = format!("{dtype:?} {op:?} {layout}, {other}");
             let dy = ragged(&mut numbers, &[9, 36], dtype)?;
             check_gate(&what, op, [gate, up], &dy, &device)?;
@@ -249,15 +298,27 @@ fn the_gate_and_its_gradient_follow_the_definition() -> Result<()> {
     Ok(())
 }
 
-/// The documented units of the formula; for its modifiers three more, and the rounding of m·g times act's own slope; one rounding
-/// to the dtype, which has denormals. A slope's terms are of the sizes that `slope_size` gives.
-fn check_gate(what: &str, op: &Glu, [gate, up]: [&Tensor; 2], dy: &Tensor, device: &Device) -> Result<()> {
+/// The documented units of the formula; for its modifiers three more, and the rounding of m·g times
+/// act's own slope; one rounding to the dtype, which has denormals. A slope's terms are of the
+/// sizes that `slope_size` gives.
+fn check_gate(
+    what: &str,
+    op: &Glu,
+    [gate, up]: [&Tensor; 2],
+    dy: &Tensor,
+    device: &Device,
+) -> Result<()> {
     let (dtype, u) = (dy.dtype(), unit_roundoff(DType::F32));
     let smallest = if dtype == DType::F16 { 2f64.powi(-24) } else { 2f64.powi(-126) };
-    let round = |exact: f64, error: f64| error + unit_roundoff(dtype) * (exact.abs() + error) + smallest;
+    let round =
+        |exact: f64, error: f64| error + unit_roundoff(dtype) * (exact.abs() + error) + smallest;
     let [g, v] = [Var::from_tensor(gate)?, Var::from_tensor(up)?];
     let store = (op.mul(&g, &v)? * dy.to_device(device)?)?.sum_all()?.backward()?;
-    let found = [op.mul(gate, up)?, store.get(&g).context("dgate")?.clone(), store.get(&v).context("dup")?.clone()];
+    let found = [
+        op.mul(gate, up)?,
+        store.get(&g).context("dgate")?.clone(),
+        store.get(&v).context("dup")?.clone(),
+    ];
 
     let all = values(&cpu(gate)?)?.into_iter().zip(values(&cpu(up)?)?).zip(values(dy)?);
     let (mut exact, mut bounds) = (vec![vec![]; 3], vec![vec![]; 3]);
@@ -265,7 +326,10 @@ fn check_gate(what: &str, op: &Glu, [gate, up]: [&Tensor; 2], dy: &Tensor, devic
         let (value, gradient) = (reference::glu(op, g, v), reference::glu_grad(op, g, v, d));
         let (inner, d) = (f64::from(op.gate_multiplier) * g, d.abs());
         let units = u * (glu_units(op.activation, inner) + 3.0);
-        let (act, slope) = reference::activation(op.activation, inner.min(op.limit.map_or(f64::INFINITY, f64::from)));
+        let (act, slope) = reference::activation(
+            op.activation,
+            inner.min(op.limit.map_or(f64::INFINITY, f64::from)),
+        );
         let act_error = units * act.abs() + u * (inner * slope).abs();
         let factor = v.abs() + f64::from(op.up_offset);
         let size = slope_size(op.activation, inner).max(slope.abs()) + 1.0 + inner.abs().min(8.0); // beyond 8 act is straight
@@ -285,7 +349,10 @@ fn check_gate(what: &str, op: &Glu, [gate, up]: [&Tensor; 2], dy: &Tensor, devic
 #[test]
 fn special_values() -> Result<()> {
     let device = gpu()?;
-    let gate = Tensor::new(&[f32::NEG_INFINITY, f32::INFINITY, f32::NAN, -3.4e38, 3.4e38, -200.0, -0.0], &device)?;
+    let gate = Tensor::new(
+        &[f32::NEG_INFINITY, f32::INFINITY, f32::NAN, -3.4e38, 3.4e38, -200.0, -0.0],
+        &device,
+    )?;
     let up = Tensor::full(2f32, 7, &device)?;
     let out = cpu(&glu_mul(GluActivation::Silu, &gate, &up)?)?.to_vec1::<f32>()?;
     assert!(out[0] == 0.0 && out[0].is_sign_negative(), "{out:?}");
@@ -301,7 +368,9 @@ fn special_values() -> Result<()> {
     for rows in [3, 40] {
         let mut x = values(&numbers.tensor(&[rows, 64], 1.0, DType::F32)?)?;
         x[64 + 5] = f64::NAN;
-        let x = Tensor::from_vec(x, (rows, 64), &Device::Cpu)?.to_dtype(DType::F32)?.to_device(&device)?;
+        let x = Tensor::from_vec(x, (rows, 64), &Device::Cpu)?
+            .to_dtype(DType::F32)?
+            .to_device(&device)?;
         for (row, y) in cpu(&ffn.forward(&x)?)?.to_vec2::<f32>()?.iter().enumerate() {
             assert!(y.iter().all(|y| y.is_nan() == (row == 1)), "row {row} of {rows}");
         }

@@ -37,7 +37,8 @@ fn laid(matrix: &Tensor, lie: Lie) -> Result<Tensor> {
     Ok(match lie {
         Lie::Contiguous => matrix.copy()?,
         Lie::Transposed => matrix.t()?.contiguous()?.t()?,
-        Lie::Narrowed => Tensor::cat(&[&zeros((rows, 3))?, matrix, &zeros((rows, 2))?], 1)?.narrow(1, 3, columns)?,
+        Lie::Narrowed => Tensor::cat(&[&zeros((rows, 3))?, matrix, &zeros((rows, 2))?], 1)?
+            .narrow(1, 3, columns)?,
         Lie::Skipping => {
             let pairs = Tensor::stack(&[matrix, &zeros((rows, columns))?], 1)?; // (rows, 2, columns)
             pairs.narrow(1, 0, 1)?.squeeze(1)?
@@ -107,18 +108,33 @@ fn passes(result: Result<()>) -> TestCaseResult {
 }
 
 /// Builds a block from the weights in the layout and order of `input`.
-fn build(cfg: &FfnConfig, all: &std::collections::HashMap<String, Tensor>, input: &Input) -> Result<SwiGluFfn> {
+fn build(
+    cfg: &FfnConfig,
+    all: &std::collections::HashMap<String, Tensor>,
+    input: &Input,
+) -> Result<SwiGluFfn> {
     let weight = |name: &str| laid(&all[&format!("{name}.weight")], input.weights);
     let bias = |name: &str| all.get(&format!("{name}.bias")).cloned();
     let gate_up = match input.order {
-        None => GateUp::separate(weight("gate_proj")?, weight("up_proj")?, bias("gate_proj"), bias("up_proj")),
+        None => GateUp::separate(
+            weight("gate_proj")?,
+            weight("up_proj")?,
+            bias("gate_proj"),
+            bias("up_proj"),
+        ),
         Some(order) => {
             let both = pack(&all["gate_proj.weight"], &all["up_proj.weight"], order)?;
-            let bias = bias("gate_proj").zip(bias("up_proj")).map(|(gate, up)| pack(&gate, &up, order)).transpose()?;
+            let bias = bias("gate_proj")
+                .zip(bias("up_proj"))
+                .map(|(gate, up)| pack(&gate, &up, order))
+                .transpose()?;
             GateUp::fused(laid(&both, input.weights)?, bias, order)
         }
     };
-    Ok(SwiGluFfn::from_weights(cfg, Weights::new(gate_up, weight("down_proj")?, bias("down_proj")))?)
+    Ok(SwiGluFfn::from_weights(
+        cfg,
+        Weights::new(gate_up, weight("down_proj")?, bias("down_proj")),
+    )?)
 }
 
 proptest! {

@@ -57,9 +57,9 @@ use candle_core::{DType, Device};
 use systems::{Case, System};
 use timing::Ceilings;
 
-const HEADER: &str =
-    "system,dtype,shape,hidden,intermediate,rows,us,min_us,max_us,gb_per_s,tflops,floor_us,floor_share,rel_error,over_ours";
-const SHAPES: [(&str, usize, usize); 3] = [("1b", 2048, 8192), ("8b", 4096, 14336), ("70b", 8192, 28672)];
+const HEADER: &str = "system,dtype,shape,hidden,intermediate,rows,us,min_us,max_us,gb_per_s,tflops,floor_us,floor_share,rel_error,over_ours";
+const SHAPES: [(&str, usize, usize); 3] =
+    [("1b", 2048, 8192), ("8b", 4096, 14336), ("70b", 8192, 28672)];
 
 struct Options {
     shapes: Vec<(&'static str, usize, usize)>,
@@ -85,10 +85,17 @@ fn options() -> Result<Options> {
         match arg.as_str() {
             "--shapes" => {
                 let names = value()?;
-                options.shapes = SHAPES.into_iter().filter(|(name, ..)| names.split(',').any(|n| n == *name)).collect();
+                options.shapes = SHAPES
+                    .into_iter()
+                    .filter(|(name, ..)| names.split(',').any(|n| n == *name))
+                    .collect();
             }
-            "--rows" => options.rows = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
-            "--dtypes" => options.dtypes = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--rows" => {
+                options.rows = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?
+            }
+            "--dtypes" => {
+                options.dtypes = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?
+            }
             "--systems" => options.systems = value()?.split(',').map(String::from).collect(),
             "--budget" => options.budget = Duration::from_secs_f64(value()?.parse()?),
             "--csv" => options.csv = Some(value()?),
@@ -115,8 +122,10 @@ fn main() -> Result<()> {
         "{:>20} {:>5} {:>5} {:>5} {:>10} {:>8} {:>8} {:>9}",
         "system", "dtype", "shape", "rows", "us", "of floor", "/ ours", "error"
     );
-    for (&dtype, &(shape, h, i)) in
-        options.dtypes.iter().flat_map(|dtype| options.shapes.iter().map(move |shape| (dtype, shape)))
+    for (&dtype, &(shape, h, i)) in options
+        .dtypes
+        .iter()
+        .flat_map(|dtype| options.shapes.iter().map(move |shape| (dtype, shape)))
     {
         let weights = systems::Weights::new(&device, dtype, h, i)?;
         for &rows in &options.rows {
@@ -135,20 +144,48 @@ fn main() -> Result<()> {
 }
 
 /// Times the systems of a case alternately, prints the results and appends them to `csv`.
-fn write_case(case: &Case<'_>, wanted: &[String], ceilings: &Ceilings, csv: &mut String) -> Result<()> {
+fn write_case(
+    case: &Case<'_>,
+    wanted: &[String],
+    ceilings: &Ceilings,
+    csv: &mut String,
+) -> Result<()> {
     let systems: Vec<System<'_>> = case.systems(wanted)?;
     let times = timing::in_turn(&case.device()?, &systems)?;
     for (system, time) in systems.iter().zip(&times) {
         let us = time.median;
-        let floor = (case.bytes() / ceilings.gb_per_s * 1e-3).max(case.operations() / ceilings.tflops * 1e-6);
+        let floor = (case.bytes() / ceilings.gb_per_s * 1e-3)
+            .max(case.operations() / ceilings.tflops * 1e-6);
         let ours = if system.name.ends_with("+graph") { "ours+graph" } else { "ours" };
-        let ours = systems.iter().position(|system| system.name == ours).map_or(f64::NAN, |at| times[at].median);
+        let ours = systems
+            .iter()
+            .position(|system| system.name == ours)
+            .map_or(f64::NAN, |at| times[at].median);
         let (error, share, over) = (system.rel_error, floor / us, us / ours);
         let (dtype, shape, rows) = (case.dtype().as_str(), case.shape, case.rows);
-        println!("{:>20} {dtype:>5} {shape:>5} {rows:>5} {us:>10.2} {share:>8.3} {over:>8.2} {error:>9.1e}", system.name);
-        let _ = write!(csv, "{},{dtype},{shape},{},{},{rows},", system.name, case.hidden_size(), case.intermediate_size());
-        let _ = write!(csv, "{us:.2},{:.2},{:.2},{:.0},", time.least, time.most, case.bytes() / us * 1e-3);
-        let _ = writeln!(csv, "{:.1},{floor:.2},{share:.3},{error:.2e},{over:.3}", case.operations() / us * 1e-6);
+        println!(
+            "{:>20} {dtype:>5} {shape:>5} {rows:>5} {us:>10.2} {share:>8.3} {over:>8.2} {error:>9.1e}",
+            system.name
+        );
+        let _ = write!(
+            csv,
+            "{},{dtype},{shape},{},{},{rows},",
+            system.name,
+            case.hidden_size(),
+            case.intermediate_size()
+        );
+        let _ = write!(
+            csv,
+            "{us:.2},{:.2},{:.2},{:.0},",
+            time.least,
+            time.most,
+            case.bytes() / us * 1e-3
+        );
+        let _ = writeln!(
+            csv,
+            "{:.1},{floor:.2},{share:.3},{error:.2e},{over:.3}",
+            case.operations() / us * 1e-6
+        );
     }
     Ok(())
 }

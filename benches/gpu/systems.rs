@@ -4,7 +4,8 @@ use anyhow::{Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::Module;
 use candle_swiglu::{
-    CudaPrefill, FfnConfig, FusedOrder, GateUp, Linear, SwiGluFfn, Weights as BlockWeights, force_cuda_prefill,
+    CudaPrefill, FfnConfig, FusedOrder, GateUp, Linear, SwiGluFfn, Weights as BlockWeights,
+    force_cuda_prefill,
 };
 
 /// The n-th call of a system, with the n-th set of weights.
@@ -38,7 +39,9 @@ impl Weights {
     pub(crate) fn new(device: &Device, dtype: DType, h: usize, i: usize) -> Result<Self> {
         let bytes = 3 * h * i * dtype.size_in_bytes();
         let count = 600_000_000usize.div_ceil(bytes).max(2);
-        let random = |rows: usize, k: usize| Tensor::randn(0f32, (k as f32).powf(-0.5), (rows, k), device)?.to_dtype(dtype);
+        let random = |rows: usize, k: usize| {
+            Tensor::randn(0f32, (k as f32).powf(-0.5), (rows, k), device)?.to_dtype(dtype)
+        };
         let set = |_| -> Result<Set> {
             let (gate_up, down) = (random(2 * i, h)?, random(h, i)?);
             let packed = GateUp::fused(gate_up.clone(), None, FusedOrder::GateFirst);
@@ -64,7 +67,9 @@ pub(crate) struct Case<'a> {
 
 impl<'a> Case<'a> {
     pub(crate) fn new(weights: &'a Weights, shape: &'static str, rows: usize) -> Result<Self> {
-        let random = |columns: usize| Tensor::randn(0f32, 1.0, (rows, columns), &weights.device)?.to_dtype(weights.dtype);
+        let random = |columns: usize| {
+            Tensor::randn(0f32, 1.0, (rows, columns), &weights.device)?.to_dtype(weights.dtype)
+        };
         Ok(Self { weights, shape, rows, x: random(weights.h)?, h: random(weights.i)? })
     }
 
@@ -99,15 +104,27 @@ impl<'a> Case<'a> {
     pub(crate) fn systems(&'a self, wanted: &[String]) -> Result<Vec<System<'a>>> {
         let exact = self.exact()?;
         let mut systems = vec![];
-        let mut add = |name: &str, block: &'a dyn Fn(&Case<'a>, &Set) -> Result<Tensor>, checked: bool| -> Result<()> {
+        let mut add = |name: &str,
+                       block: &'a dyn Fn(&Case<'a>, &Set) -> Result<Tensor>,
+                       checked: bool|
+         -> Result<()> {
             if !wanted.is_empty() && !wanted.iter().any(|system| system == name) {
                 return Ok(());
             }
-            let rel_error = if checked { rel_error(&block(self, &self.weights.sets[0])?, &exact)? } else { f64::NAN };
+            let rel_error = if checked {
+                rel_error(&block(self, &self.weights.sets[0])?, &exact)?
+            } else {
+                f64::NAN
+            };
             let sets = &self.weights.sets;
             for suffix in ["", "+graph"] {
                 let call = Box::new(move |n: usize| block(self, &sets[n % sets.len()]).map(drop));
-                systems.push(System { name: format!("{name}{suffix}"), call, sets: sets.len(), rel_error });
+                systems.push(System {
+                    name: format!("{name}{suffix}"),
+                    call,
+                    sets: sets.len(),
+                    rel_error,
+                });
             }
             Ok(())
         };
@@ -126,7 +143,11 @@ impl<'a> Case<'a> {
         let candle = rel_error(&candle(self, &self.weights.sets[0])?, &exact)?;
         for system in &systems {
             let error = system.rel_error;
-            ensure!(error.is_nan() || error <= 4.0 * candle, "{}: error {error:e}, candle's {candle:e}", system.name);
+            ensure!(
+                error.is_nan() || error <= 4.0 * candle,
+                "{}: error {error:e}, candle's {candle:e}",
+                system.name
+            );
         }
         Ok(systems)
     }
@@ -136,7 +157,8 @@ impl<'a> Case<'a> {
         let Set { gate_up, down, .. } = &self.weights.sets[0];
         let wide = |t: &Tensor| t.to_dtype(DType::F64);
         let p = wide(&self.x.narrow(0, 0, self.rows.min(256))?)?.matmul(&wide(gate_up)?.t()?)?;
-        let (gate, up) = (p.narrow(1, 0, self.weights.i)?, p.narrow(1, self.weights.i, self.weights.i)?);
+        let (gate, up) =
+            (p.narrow(1, 0, self.weights.i)?, p.narrow(1, self.weights.i, self.weights.i)?);
         let h = (&gate / (gate.neg()?.exp()? + 1.0)?)?.mul(&up)?;
         Ok(h.matmul(&wide(down)?.t()?)?)
     }

@@ -21,7 +21,11 @@ pub(crate) struct Time {
 impl Time {
     fn of(mut samples: Vec<f64>) -> Self {
         samples.sort_by(f64::total_cmp);
-        Self { median: samples[samples.len() / 2], least: samples[0], most: samples[samples.len() - 1] }
+        Self {
+            median: samples[samples.len() / 2],
+            least: samples[0],
+            most: samples[samples.len() - 1],
+        }
     }
 }
 
@@ -55,9 +59,13 @@ pub(crate) fn in_turn(device: &Device, systems: &[System<'_>]) -> Result<Vec<Tim
         }
         device.synchronize()?;
         let first = elapsed(device, || (0..4).try_for_each(call))? / 4.0;
-        let calls = ((SAMPLE_US / first).ceil() as usize).clamp(4, 200).next_multiple_of(system.sets);
-        let batch =
-            if system.name.ends_with("+graph") { Batch::Graph(capture(device, call, calls)?) } else { Batch::Calls(call) };
+        let calls =
+            ((SAMPLE_US / first).ceil() as usize).clamp(4, 200).next_multiple_of(system.sets);
+        let batch = if system.name.ends_with("+graph") {
+            Batch::Graph(capture(device, call, calls)?)
+        } else {
+            Batch::Calls(call)
+        };
         batches.push((batch, calls, vec![]));
     }
     for _ in 0..SAMPLES {
@@ -93,11 +101,18 @@ pub(crate) struct Ceilings {
 
 impl Ceilings {
     /// Measures both and appends a line for each to `csv`.
-    pub(crate) fn measure(device: &Device, shapes: &[(&'static str, usize, usize)], csv: &mut String) -> Result<Self> {
+    pub(crate) fn measure(
+        device: &Device,
+        shapes: &[(&'static str, usize, usize)],
+        csv: &mut String,
+    ) -> Result<Self> {
         let data = Tensor::zeros(4usize << 30, DType::U8, device)?;
         let mut line = |system: &str, shape: &str, time: &Time, gb_per_s: f64, tflops: f64| {
             let (us, least, most) = (time.median, time.least, time.most);
-            let _ = writeln!(csv, "{system},,{shape},,,,{us:.2},{least:.2},{most:.2},{gb_per_s:.0},{tflops:.1},,,,");
+            let _ = writeln!(
+                csv,
+                "{system},,{shape},,,,{us:.2},{least:.2},{most:.2},{gb_per_s:.0},{tflops:.1},,,,"
+            );
         };
         let whole = reads(device, &data, 4 << 30)?;
         let gb_per_s = (4u64 << 30) as f64 / whole.least * 1e-3;
@@ -110,7 +125,9 @@ impl Ceilings {
         drop(data);
         let a = Tensor::randn(0f32, 1.0, (8192, 8192), device)?.to_dtype(DType::BF16)?;
         a.matmul(&a.t()?)?;
-        let samples = (0..SAMPLES).map(|_| elapsed(device, || Ok(a.matmul(&a.t()?).map(drop)?))).collect::<Result<Vec<_>>>()?;
+        let samples = (0..SAMPLES)
+            .map(|_| elapsed(device, || Ok(a.matmul(&a.t()?).map(drop)?)))
+            .collect::<Result<Vec<_>>>()?;
         let product = Time::of(samples);
         let tflops = 2.0 * 8192f64.powi(3) / product.median * 1e-6;
         line("cublas", "8192", &product, 0.0, tflops);
@@ -123,11 +140,20 @@ fn reads(device: &Device, data: &Tensor, bytes: usize) -> Result<Time> {
     let device = device.as_cuda_device()?;
     let stream = device.cuda_stream();
     let read = device.get_or_load_custom_func("read_all", "gpu-bench", include_str!("read.ptx"))?;
-    let multiprocessors = stream.context().attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-    let config = LaunchConfig { grid_dim: (4 * multiprocessors, 1, 1), block_dim: (512, 1, 1), shared_mem_bytes: 0 };
+    let multiprocessors = stream
+        .context()
+        .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?
+        as u32;
+    let config = LaunchConfig {
+        grid_dim: (4 * multiprocessors, 1, 1),
+        block_dim: (512, 1, 1),
+        shared_mem_bytes: 0,
+    };
     let sink = device.alloc_zeros::<u32>(1)?;
     let (storage, _) = data.storage_and_layout();
-    let candle_core::Storage::Cuda(storage) = &*storage else { anyhow::bail!("not on a CUDA device") };
+    let candle_core::Storage::Cuda(storage) = &*storage else {
+        anyhow::bail!("not on a CUDA device")
+    };
     let slice = storage.as_cuda_slice::<u8>()?;
     let pieces = slice.len() / bytes;
     let vectors = (bytes / 16) as u64;
@@ -143,6 +169,7 @@ fn reads(device: &Device, data: &Tensor, bytes: usize) -> Result<Time> {
     let calls = (64 << 30 >> 3) / bytes + 1; // about 8 GB per sample
     once(0)?;
     let cuda = Device::Cuda(device.clone());
-    let samples = (0..SAMPLES).map(|_| Ok(elapsed(&cuda, || (0..calls).try_for_each(once))? / calls as f64));
+    let samples =
+        (0..SAMPLES).map(|_| Ok(elapsed(&cuda, || (0..calls).try_for_each(once))? / calls as f64));
     Ok(Time::of(samples.collect::<Result<Vec<_>>>()?))
 }

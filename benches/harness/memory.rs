@@ -66,9 +66,12 @@ fn sum_streams<V: Copy>(bytes: &[u8], streams: usize, add: impl Fn(V, *const u8)
         }
     }
     // SAFETY: vectors of integers have no padding.
-    let sums = unsafe { std::slice::from_raw_parts(sums.as_ptr().cast::<u8>(), size_of_val(&sums)) };
+    let sums =
+        unsafe { std::slice::from_raw_parts(sums.as_ptr().cast::<u8>(), size_of_val(&sums)) };
     let words = sums.chunks_exact(4).chain(bytes[streams * each..].chunks_exact(4));
-    words.fold(0, |sum, word| sum.wrapping_add(u32::from_ne_bytes([word[0], word[1], word[2], word[3]])))
+    words.fold(0, |sum, word| {
+        sum.wrapping_add(u32::from_ne_bytes([word[0], word[1], word[2], word[3]]))
+    })
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -80,12 +83,16 @@ mod x86 {
     #[target_feature(enable = "avx512f")]
     pub fn sum_512(bytes: &[u8], streams: usize) -> u32 {
         // SAFETY: `sum_streams` passes the address of 64 bytes of the slice.
-        sum_streams(bytes, streams, |sum: __m512i, at| unsafe { _mm512_add_epi32(sum, _mm512_loadu_si512(at.cast())) })
+        sum_streams(bytes, streams, |sum: __m512i, at| unsafe {
+            _mm512_add_epi32(sum, _mm512_loadu_si512(at.cast()))
+        })
     }
 
     #[target_feature(enable = "avx2")]
     pub fn sum_256(bytes: &[u8], streams: usize) -> u32 {
         // SAFETY: `sum_streams` passes the address of 32 bytes of the slice.
-        sum_streams(bytes, streams, |sum: __m256i, at| unsafe { _mm256_add_epi32(sum, _mm256_loadu_si256(at.cast())) })
+        sum_streams(bytes, streams, |sum: __m256i, at| unsafe {
+            _mm256_add_epi32(sum, _mm256_loadu_si256(at.cast()))
+        })
     }
 }

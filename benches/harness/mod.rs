@@ -20,7 +20,11 @@ pub use peak::peak_of;
 /// at least 5 rounds.
 pub fn interleaved(budget: Duration, competitors: &mut [&mut dyn FnMut()]) -> Vec<f64> {
     // A sample takes at least about a millisecond, so that the clock's resolution does not matter.
-    let repeats = competitors.iter_mut().map(|f| (1e-3 / seconds(f, 3)).ceil().max(1.0) as usize).max().unwrap_or(1);
+    let repeats = competitors
+        .iter_mut()
+        .map(|f| (1e-3 / seconds(f, 3)).ceil().max(1.0) as usize)
+        .max()
+        .unwrap_or(1);
     let mut samples = vec![vec![]; competitors.len()];
     let start = Instant::now();
     while samples[0].len() < 5 || start.elapsed() < budget {
@@ -49,19 +53,36 @@ pub fn machine_facts() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpu = read("/proc/cpuinfo");
     let line = |key: &str| {
-        cpu.lines().find(|l| l.starts_with(key)).and_then(|l| l.split(": ").nth(1)).unwrap_or("unknown").to_string()
+        cpu.lines()
+            .find(|l| l.starts_with(key))
+            .and_then(|l| l.split(": ").nth(1))
+            .unwrap_or("unknown")
+            .to_string()
     };
     let flags = format!("{} {}", line("flags"), line("Features")); // the field's name on x86 and on ARM
-    let wanted = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_bf16"];
+    let wanted =
+        ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_bf16"];
     let wanted = wanted.into_iter().chain(["asimd", "asimdhp", "bf16", "i8mm", "sve", "sve2"]);
     let flags: Vec<&str> = wanted.filter(|f| flags.split(' ').any(|g| g == *f)).collect();
     let mut facts = String::new();
-    let _ = writeln!(facts, "cpu      {} family {} model {}", line("model name"), line("cpu family"), line("model\t"));
+    let _ = writeln!(
+        facts,
+        "cpu      {} family {} model {}",
+        line("model name"),
+        line("cpu family"),
+        line("model\t")
+    );
     let _ = writeln!(facts, "features {}", flags.join(" "));
     let _ = writeln!(facts, "threads  {}", candle_core::utils::get_num_threads());
     let release = read("/proc/sys/kernel/osrelease");
-    let _ = writeln!(facts, "os       {} {}", std::env::consts::OS, release.split('-').next().unwrap_or_default().trim());
-    let _ = writeln!(facts, "crate    candle-swiglu {}, candle-core 0.11.1", env!("CARGO_PKG_VERSION"));
+    let _ = writeln!(
+        facts,
+        "os       {} {}",
+        std::env::consts::OS,
+        release.split('-').next().unwrap_or_default().trim()
+    );
+    let _ =
+        writeln!(facts, "crate    candle-swiglu {}, candle-core 0.11.1", env!("CARGO_PKG_VERSION"));
     facts
 }
 

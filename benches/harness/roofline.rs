@@ -32,7 +32,8 @@ pub fn draw(path: &Path, csv: &str) -> Result<()> {
     for ((dtype, colour), panel) in DTYPES.into_iter().zip(root.split_evenly((1, 3))) {
         let points: Vec<&Point> = points.iter().filter(|point| point.dtype == dtype).collect();
         if !points.is_empty() {
-            draw_panel(&panel, dtype, colour, &points).map_err(|error| failed(error.to_string()))?;
+            draw_panel(&panel, dtype, colour, &points)
+                .map_err(|error| failed(error.to_string()))?;
         }
     }
     root.present().map_err(|error| failed(error.to_string()))
@@ -46,7 +47,8 @@ fn draw_panel<'a>(
 ) -> Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>> {
     let most = |f: fn(&Point) -> f64| points.iter().map(|point| f(point)).fold(0.0, f64::max);
     // The small shape fits in cache. The memory roof is that of the large shapes.
-    let memory = points.iter().filter(|p| p.shape != "small").map(|p| p.bandwidth).fold(0.0, f64::max);
+    let memory =
+        points.iter().filter(|p| p.shape != "small").map(|p| p.bandwidth).fold(0.0, f64::max);
     let peak = most(|p| p.peak);
     let mut chart = ChartBuilder::on(panel)
         .caption(format!("{dtype}: the block under its limits"), ("sans-serif", 17))
@@ -54,8 +56,15 @@ fn draw_panel<'a>(
         .x_label_area_size(40)
         .y_label_area_size(60)
         .build_cartesian_2d((0.3f64..1500.0).log_scale(), (0.5f64..2000.0).log_scale())?;
-    chart.configure_mesh().x_desc("flop per byte of weights").y_desc("GFLOP/s").light_line_style(WHITE).draw()?;
-    let roof = (0..=200).map(|i| 0.3 * 5000f64.powf(f64::from(i) / 200.0)).map(|x| (x, peak.min(x * memory)));
+    chart
+        .configure_mesh()
+        .x_desc("flop per byte of weights")
+        .y_desc("GFLOP/s")
+        .light_line_style(WHITE)
+        .draw()?;
+    let roof = (0..=200)
+        .map(|i| 0.3 * 5000f64.powf(f64::from(i) / 200.0))
+        .map(|x| (x, peak.min(x * memory)));
     chart
         .draw_series(LineSeries::new(roof, BLACK.stroke_width(2)))?
         .label(format!("{memory:.0} GB/s, {peak:.0} GFLOP/s measured"))
@@ -67,8 +76,9 @@ fn draw_panel<'a>(
             .draw_series(ours)?
             .label(format!("candle-swiglu, {shape}"))
             .legend(move |(x, y)| Circle::new((x + 9, y), size, colour.filled()));
-        let candle =
-            of_shape().filter(|p| p.candle.is_finite()).map(|p| Cross::new((p.intensity, p.candle), size, BLACK.mix(0.5)));
+        let candle = of_shape()
+            .filter(|p| p.candle.is_finite())
+            .map(|p| Cross::new((p.intensity, p.candle), size, BLACK.mix(0.5)));
         chart
             .draw_series(candle)?
             .label(format!("candle, {shape}"))

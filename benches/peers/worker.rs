@@ -66,7 +66,8 @@ fn answer(line: &str, loaded: &mut Loaded) -> Result<String> {
         }
         ["time", seconds] => {
             let (ffn, x) = loaded.as_ref().context("`time` before `load`")?;
-            let (median, min, calls) = time(&|| drop(black_box(ffn.forward(black_box(x)))), seconds.parse()?);
+            let (median, min, calls) =
+                time(&|| drop(black_box(ffn.forward(black_box(x)))), seconds.parse()?);
             format!("ok {median:e} {min:e} {calls}")
         }
         _ => bail!("unknown line `{line}`"),
@@ -74,7 +75,8 @@ fn answer(line: &str, loaded: &mut Loaded) -> Result<String> {
 }
 
 fn make(dtype: DType, h: usize, i: usize, m: usize) -> Result<()> {
-    let weight = |dims: [usize; 2], seed| random(dims, (dims[1] as f32).powf(-0.5), seed)?.to_dtype(dtype);
+    let weight =
+        |dims: [usize; 2], seed| random(dims, (dims[1] as f32).powf(-0.5), seed)?.to_dtype(dtype);
     let tensors = HashMap::from([
         ("gate_proj", weight([i, h], 1)?),
         ("up_proj", weight([i, h], 2)?),
@@ -97,7 +99,8 @@ fn random(dims: [usize; 2], deviation: f32, seed: u64) -> candle_core::Result<Te
 
 fn load(m: usize) -> Result<(SwiGluFfn, Tensor)> {
     let mut tensors = safetensors::load(CASE, &Device::Cpu)?;
-    let mut take = |name: &str| tensors.remove(name).with_context(|| format!("no `{name}` in {CASE}"));
+    let mut take =
+        |name: &str| tensors.remove(name).with_context(|| format!("no `{name}` in {CASE}"));
     let x = take("x")?.narrow(0, 0, m)?.copy()?;
     Ok((SwiGluFfn::from_tensors(take("gate_proj")?, take("up_proj")?, take("down_proj")?)?, x))
 }
@@ -122,6 +125,7 @@ fn time(call: &dyn Fn(), seconds: f64) -> (f64, f64, usize) {
     while samples.len() < 3 || start.elapsed().as_secs_f64() < seconds {
         samples.push(sample(group));
     }
-    let (min, calls) = (samples.iter().copied().fold(f64::INFINITY, f64::min), samples.len() * group);
+    let (min, calls) =
+        (samples.iter().copied().fold(f64::INFINITY, f64::min), samples.len() * group);
     (harness::median(samples), min, calls)
 }

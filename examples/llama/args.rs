@@ -121,7 +121,8 @@ impl Args {
     /// The prompt, unchanged, from the command line, `--file` or `stdin`.
     pub fn prompt(&self, mut stdin: impl Read) -> Result<String> {
         if let Some(path) = &self.file {
-            return std::fs::read_to_string(path).with_context(|| format!("--file {}", path.display()));
+            return std::fs::read_to_string(path)
+                .with_context(|| format!("--file {}", path.display()));
         }
         match self.prompt.as_deref() {
             Some("-") => {
@@ -146,7 +147,11 @@ impl Args {
 }
 
 fn not_empty(text: &str) -> Result<String, String> {
-    if text.is_empty() { Err("expected a string of at least one character".to_string()) } else { Ok(text.to_string()) }
+    if text.is_empty() {
+        Err("expected a string of at least one character".to_string())
+    } else {
+        Ok(text.to_string())
+    }
 }
 
 fn at_least_zero(text: &str) -> Result<f64, String> {
@@ -165,6 +170,10 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     number(text, "a whole number of at least 1", |x: &usize| *x >= 1)
 }
 
-fn number<T: std::str::FromStr>(text: &str, expected: &str, valid: impl Fn(&T) -> bool) -> Result<T, String> {
+fn number<T: std::str::FromStr>(
+    text: &str,
+    expected: &str,
+    valid: impl Fn(&T) -> bool,
+) -> Result<T, String> {
     text.parse().ok().filter(valid).ok_or_else(|| format!("expected {expected}"))
 }

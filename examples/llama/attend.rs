@@ -1,5 +1,5 @@
-//! Attention on the CPU, in one pass: a task takes a block of queries through scores, softmax and values while their scores lie in the
-//! cache, and all tasks of a layer run at once.
+//! Attention on the CPU, in one pass: a task takes a block of queries through scores, softmax and
+//! values while their scores lie in the cache, and all tasks of a layer run at once.
 
 use std::marker::PhantomData;
 
@@ -10,7 +10,8 @@ use pulp::{Simd, WithSimd};
 use super::rows::{Real, in_parallel, simd_add, simd_dots, slice, vectorized};
 use super::softmax::{softmax, softmax_of, visible};
 
-/// Queries of a task. More of them repeat the keys less often; fewer compute less of what is not visible, and leave scores in the cache.
+/// Queries of a task. More of them repeat the keys less often; fewer compute less of what is not
+/// visible, and leave scores in the cache.
 const QUERIES: usize = 32;
 
 /// Keys that one query takes at once.
@@ -19,13 +20,25 @@ const KEYS: usize = 4;
 /// q (B,T,H,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H,D), all of one dtype: f32, bf16
 /// or f16, computed in f32. The queries stand at the last T of S positions and see the keys up to
 /// their own, or the last `window` of these.
-pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, window: Option<usize>) -> Result<Tensor> {
+pub fn attend(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
+    window: Option<usize>,
+) -> Result<Tensor> {
     let q = q.contiguous()?;
     let scale = scale as f32;
     match q.dtype() {
-        DType::F32 => q.apply_op3_no_bwd(k, v, &Attend::<f32> { scale, window, dtype: PhantomData }),
-        DType::BF16 => q.apply_op3_no_bwd(k, v, &Attend::<bf16> { scale, window, dtype: PhantomData }),
-        DType::F16 => q.apply_op3_no_bwd(k, v, &Attend::<f16> { scale, window, dtype: PhantomData }),
+        DType::F32 => {
+            q.apply_op3_no_bwd(k, v, &Attend::<f32> { scale, window, dtype: PhantomData })
+        }
+        DType::BF16 => {
+            q.apply_op3_no_bwd(k, v, &Attend::<bf16> { scale, window, dtype: PhantomData })
+        }
+        DType::F16 => {
+            q.apply_op3_no_bwd(k, v, &Attend::<f16> { scale, window, dtype: PhantomData })
+        }
         dtype => bail!("attention: expected f32, bf16 or f16, found {dtype:?}"),
     }
 }
@@ -54,28 +67,41 @@ impl<T: Real> CustomOp3 for Attend<T> {
         let (_, kv_heads, keys, _) = lk.shape().dims4()?;
         let q = slice::<T>(q, lq)?;
         let (k, v) = (Heads::<T>::new(k.as_slice()?, lk)?, Heads::<T>::new(v.as_slice()?, lv)?);
-        // a task is a block of queries; of one position, where there would be one task, it is a key head
+        // a task is a block of queries; of one position, where there would be one task, it is a key
+        // head
         let (group, past) = (heads / kv_heads, keys - len);
         let heads_of_task = if len == 1 { 1 } else { kv_heads };
         let row = heads_of_task * group * head_dim;
         let mut out = vec![T::zero(); batch * len * heads * head_dim];
         let texts = out.chunks_mut(len * row).enumerate();
         let mut tasks: Vec<_> = texts
-            .flat_map(|(text, out)| out.chunks_mut(QUERIES * row).enumerate().map(move |(i, out)| (text, i * QUERIES, out)))
+            .flat_map(|(text, out)| {
+                out.chunks_mut(QUERIES * row)
+                    .enumerate()
+                    .map(move |(i, out)| (text, i * QUERIES, out))
+            })
             .collect();
         tasks.reverse(); // of each text those with the most keys first
-        in_parallel(tasks, 2 * QUERIES.min(len) * row * keys, |(text, start, out): (usize, usize, &mut [T])| {
-            let queries = out.len() / row;
-            let q = &q[(text * len + start) * row..][..out.len()];
-            let seen = visible(0, queries, past + start + queries, self.window).start..past + start + queries;
-            let mut block = Block::new(queries, group, head_dim, seen.len(), self.window);
-            for head in 0..heads_of_task {
-                let kv = text * heads_of_task + head;
-                let (k, v) = (k.head(kv / kv_heads, kv % kv_heads), v.head(kv / kv_heads, kv % kv_heads));
-                let seen = seen.start * head_dim..seen.end * head_dim;
-                block.attend(q, (&k[seen.clone()], &v[seen]), (head, row), self.scale, out);
-            }
-        });
+        in_parallel(
+            tasks,
+            2 * QUERIES.min(len) * row * keys,
+            |(text, start, out): (usize, usize, &mut [T])| {
+                let queries = out.len() / row;
+                let q = &q[(text * len + start) * row..][..out.len()];
+                let seen = visible(0, queries, past + start + queries, self.window).start
+                    ..past + start + queries;
+                let mut block = Block::new(queries, group, head_dim, seen.len(), self.window);
+                for head in 0..heads_of_task {
+                    let kv = text * heads_of_task + head;
+                    let (k, v) = (
+                        k.head(kv / kv_heads, kv % kv_heads),
+                        v.head(kv / kv_heads, kv % kv_heads),
+                    );
+                    let seen = seen.start * head_dim..seen.end * head_dim;
+                    block.attend(q, (&k[seen.clone()], &v[seen]), (head, row), self.scale, out);
+                }
+            },
+        );
         Ok((T::to_cpu_storage_owned(out), lq.shape().clone()))
     }
 }
@@ -96,16 +122,30 @@ struct Block {
 }
 
 impl Block {
-    fn new(queries: usize, group: usize, head_dim: usize, keys: usize, window: Option<usize>) -> Self {
+    fn new(
+        queries: usize,
+        group: usize,
+        head_dim: usize,
+        keys: usize,
+        window: Option<usize>,
+    ) -> Self {
         let rows = queries * group;
         let wide = if queries == 1 { KEYS } else { keys } * head_dim;
-        let (x, scores, wide) = (vec![0.0; rows * head_dim], vec![0.0; rows * keys], vec![0.0; wide]);
+        let (x, scores, wide) =
+            (vec![0.0; rows * head_dim], vec![0.0; rows * keys], vec![0.0; wide]);
         Self { group, head_dim, keys, window, x, scores, wide }
     }
 
     /// q and out (T,H,D) of which `row` values are one position, k and v (keys,D) of key head
     /// `head`
-    fn attend<T: Real>(&mut self, q: &[T], (k, v): (&[T], &[T]), (head, row): (usize, usize), scale: f32, out: &mut [T]) {
+    fn attend<T: Real>(
+        &mut self,
+        q: &[T],
+        (k, v): (&[T], &[T]),
+        (head, row): (usize, usize),
+        scale: f32,
+        out: &mut [T],
+    ) {
         let width = self.group * self.head_dim;
         let q = q.chunks(row).map(|q| &q[head * width..][..width]);
         vectorized(
@@ -201,9 +241,11 @@ impl<'a, T> Heads<'a, T> {
     fn new(data: &'a [T], layout: &Layout) -> Result<Self> {
         let (_, _, keys, head_dim) = layout.shape().dims4()?;
         match *layout.stride() {
-            [batch, head, row, 1] if row == head_dim || keys == 1 => {
-                Ok(Self { data: &data[layout.start_offset()..], strides: (batch, head), len: keys * head_dim })
-            }
+            [batch, head, row, 1] if row == head_dim || keys == 1 => Ok(Self {
+                data: &data[layout.start_offset()..],
+                strides: (batch, head),
+                len: keys * head_dim,
+            }),
             _ => bail!("attention: expected contiguous heads, found strides {:?}", layout.stride()),
         }
     }
@@ -213,15 +255,24 @@ impl<'a, T> Heads<'a, T> {
     }
 }
 
-/// c (M,N) = a (M,K) · b (K,N), on this thread. a and c with their row's length; b with what lies between two rows and two columns of it.
-fn product((a, depth): (&[f32], usize), (b, b_row, b_column): (&[f32], usize, usize), (c, columns): (&mut [f32], usize)) {
+/// c (M,N) = a (M,K) · b (K,N), on this thread. a and c with their row's length; b with what lies
+/// between two rows and two columns of it.
+fn product(
+    (a, depth): (&[f32], usize),
+    (b, b_row, b_column): (&[f32], usize, usize),
+    (c, columns): (&mut [f32], usize),
+) {
     let rows = c.len() / columns;
-    assert!(a.len() == rows * depth && c.len() == rows * columns && b.len() > (depth - 1) * b_row + (columns - 1) * b_column);
+    assert!(
+        a.len() == rows * depth
+            && c.len() == rows * columns
+            && b.len() > (depth - 1) * b_row + (columns - 1) * b_column
+    );
     let (a_row, c_row) = (depth as isize, columns as isize);
     let (b_row, b_column) = (b_row as isize, b_column as isize);
     #[allow(unsafe_code, reason = "gemm has no safe interface")]
-    // SAFETY: by the assertion a, b and c reach as far as (M,K), (K,N) and (M,N) with these strides; c is ours alone, and all that it
-    // holds is written, not read.
+    // SAFETY: by the assertion a, b and c reach as far as (M,K), (K,N) and (M,N) with these
+    // strides; c is ours alone, and all that it holds is written, not read.
     unsafe {
         let (c, a, b) = (c.as_mut_ptr(), a.as_ptr(), b.as_ptr());
         gemm::gemm(
@@ -255,22 +306,40 @@ mod tests {
     use super::super::softmax::causal_mask;
     use super::*;
 
-    /// Against candle's operations and a mask, with and without positions before the queries; blocks of queries that come out even
-    /// and that do not.
+    /// Against candle's operations and a mask, with and without positions before the queries;
+    /// blocks of queries that come out even and that do not.
     #[test]
     fn attention_is_that_of_the_composition() -> Result<()> {
         let (batch, kv_heads, group, head_dim, scale) = (2, 2, 3, 20, 0.2);
-        let values = |count: usize, step: usize| (0..count).map(|i| (i * step % 31) as f32 / 8.0 - 2.0).collect::<Vec<_>>();
-        let lens = [(1, 0), (1, 3), (1, 50), (2, 0), (QUERIES, 0), (2 * QUERIES + 1, 0), (QUERIES + 3, 5), (3, 40)];
+        let values = |count: usize, step: usize| {
+            (0..count).map(|i| (i * step % 31) as f32 / 8.0 - 2.0).collect::<Vec<_>>()
+        };
+        let lens = [
+            (1, 0),
+            (1, 3),
+            (1, 50),
+            (2, 0),
+            (QUERIES, 0),
+            (2 * QUERIES + 1, 0),
+            (QUERIES + 3, 5),
+            (3, 40),
+        ];
         let windows = [None, Some(1), Some(4), Some(QUERIES), Some(1000)];
-        for ((len, past), window) in lens.into_iter().flat_map(|len| windows.map(|window| (len, window))) {
+        for ((len, past), window) in
+            lens.into_iter().flat_map(|len| windows.map(|window| (len, window)))
+        {
             let (heads, keys) = (kv_heads * group, past + len);
-            let q = Tensor::from_vec(values(batch * len * heads * head_dim, 7), (batch, len, heads, head_dim), &Device::Cpu)?;
+            let q = Tensor::from_vec(
+                values(batch * len * heads * head_dim, 7),
+                (batch, len, heads, head_dim),
+                &Device::Cpu,
+            )?;
             // as in the cache: views of longer buffers
             let cached = |step| {
                 let room = keys + 9;
                 let buffer = values(batch * kv_heads * room * head_dim, step);
-                Tensor::from_vec(buffer, (batch, kv_heads, room, head_dim), &Device::Cpu)?.narrow(2, 0, keys)
+                Tensor::from_vec(buffer, (batch, kv_heads, room, head_dim), &Device::Cpu)?
+                    .narrow(2, 0, keys)
             };
             let (k, v) = (cached(11)?, cached(13)?);
             let repeated = |x: &Tensor| {
@@ -279,20 +348,26 @@ mod tests {
             };
             let mask = causal_mask(len, keys, window, DType::F32, &Device::Cpu)?;
             let composed = |q: Tensor, k: Tensor, v: Tensor| {
-                let scores = (q.transpose(1, 2)?.contiguous()?.matmul(&repeated(&k)?.t()?)? * scale)?;
+                let scores =
+                    (q.transpose(1, 2)?.contiguous()?.matmul(&repeated(&k)?.t()?)? * scale)?;
                 let p = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
                 p.matmul(&repeated(&v)?)?.transpose(1, 2)
             };
             let largest = |x: Tensor| x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
             // |y| <= 2, so half a unit in its last place
-            for (dtype, bound) in [(DType::F32, 1e-5), (DType::BF16, 2f32.powi(-8)), (DType::F16, 2f32.powi(-11))] {
+            for (dtype, bound) in
+                [(DType::F32, 1e-5), (DType::BF16, 2f32.powi(-8)), (DType::F16, 2f32.powi(-11))]
+            {
                 let rounded = |x: &Tensor| x.to_dtype(dtype);
                 let exact = |x: &Tensor| x.to_dtype(dtype)?.to_dtype(DType::F32);
                 let expected = composed(exact(&q)?, exact(&k)?, exact(&v)?)?;
                 let found = attend(&rounded(&q)?, &rounded(&k)?, &rounded(&v)?, scale, window)?;
                 assert_eq!((found.dtype(), found.dims()), (dtype, expected.dims()));
                 let error = largest((found.to_dtype(DType::F32)? - &expected)?)?;
-                assert!(error <= bound + 1e-5, "{len} queries after {past}, window {window:?}, {dtype:?}: {error}");
+                assert!(
+                    error <= bound + 1e-5,
+                    "{len} queries after {past}, window {window:?}, {dtype:?}: {error}"
+                );
             }
         }
         Ok(())

@@ -1,4 +1,5 @@
-//! Causal self-attention with grouped queries: several query heads share one key and value head, without copies of it.
+//! Causal self-attention with grouped queries: several query heads share one key and value head,
+//! without copies of it.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
@@ -9,7 +10,8 @@ use super::config::{LayerConfig, LlamaConfig, ModelType};
 use super::norm::Norm;
 use super::{attend, rope, softmax};
 
-/// Queries are taken in blocks of this many positions, so that a long prompt needs heads * 128 * positions scores at a time.
+/// Queries are taken in blocks of this many positions, so that a long prompt needs heads * 128 *
+/// positions scores at a time.
 const QUERY_BLOCK: usize = 128;
 
 /// q, k, v, o of one layer.
@@ -51,7 +53,8 @@ pub struct Step {
     window_mask: Option<Tensor>,
 }
 
-/// The dtype that attention computes in. On the CPU that is f32 for halves; queries, keys and values stay halves until then.
+/// The dtype that attention computes in. On the CPU that is f32 for halves; queries, keys and
+/// values stay halves until then.
 pub fn attention_dtype(dtype: DType, device: &Device) -> DType {
     match dtype {
         DType::F16 | DType::BF16 if device.is_cpu() => DType::F32,
@@ -60,8 +63,14 @@ pub fn attention_dtype(dtype: DType, device: &Device) -> DType {
 }
 
 impl Step {
-    /// The step of `queries` tokens that end at position `end`, with the rotary tables of their positions.
-    pub fn new(queries: usize, end: usize, window: Option<usize>, (cos, sin): (Tensor, Tensor)) -> Result<Self> {
+    /// The step of `queries` tokens that end at position `end`, with the rotary tables of their
+    /// positions.
+    pub fn new(
+        queries: usize,
+        end: usize,
+        window: Option<usize>,
+        (cos, sin): (Tensor, Tensor),
+    ) -> Result<Self> {
         let (dtype, device) = (cos.dtype(), cos.device());
         let block = queries.min(QUERY_BLOCK);
         let mask = |keys, window| match softmax::needs_no_mask(queries, dtype, device) {
@@ -100,13 +109,17 @@ impl Attention {
     /// x (B,T,hidden) -> (B,T,hidden), after appending its keys and values to `cache`.
     pub fn forward(&self, x: &Tensor, step: &Step, cache: Option<KvSlot>) -> Result<Tensor> {
         let _span = tracing::trace_span!("attn").entered();
-        let (q, k, v) = self.qkv.forward(x, self.heads * self.head_dim, self.kv_heads * self.head_dim)?;
-        let (mut q, mut k) = (self.split_heads(q, self.heads)?, self.split_heads(k, self.kv_heads)?);
+        let (q, k, v) =
+            self.qkv.forward(x, self.heads * self.head_dim, self.kv_heads * self.head_dim)?;
+        let (mut q, mut k) =
+            (self.split_heads(q, self.heads)?, self.split_heads(k, self.kv_heads)?);
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
         let (q, k) = match self.rope {
-            true => (rope::rotate(&q, &step.cos, &step.sin)?, rope::rotate(&k, &step.cos, &step.sin)?),
+            true => {
+                (rope::rotate(&q, &step.cos, &step.sin)?, rope::rotate(&k, &step.cos, &step.sin)?)
+            }
             false => (q.transpose(1, 2)?, k.transpose(1, 2)?),
         };
         let v = self.split_heads(v, self.kv_heads)?.to_dtype(k.dtype())?.transpose(1, 2)?;
@@ -116,7 +129,8 @@ impl Attention {
         };
         let tracked = q.track_op() || k.track_op() || v.track_op();
         let y = match q.device().is_cpu() && q.dtype() != DType::F64 && !tracked {
-            true => attend::attend(&q.transpose(1, 2)?, &k, &v, self.scale, self.window)?.flatten_from(2)?,
+            true => attend::attend(&q.transpose(1, 2)?, &k, &v, self.scale, self.window)?
+                .flatten_from(2)?,
             false => self.attend(&q, &k, &v, step, x.dtype())?,
         };
         self.o_proj.forward(&y)
@@ -131,10 +145,18 @@ impl Attention {
     /// q (B,H,T,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H*D) in `dtype`. The queries
     /// stand at the last T of S positions. A block of them needs the keys from the start of the
     /// first one's window to the last one's position.
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, step: &Step, dtype: DType) -> Result<Tensor> {
+    fn attend(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        step: &Step,
+        dtype: DType,
+    ) -> Result<Tensor> {
         let (batch, heads, len, head_dim) = q.dims4()?;
         let computed_in = step.cos.dtype();
-        let (q, k, v) = (q.to_dtype(computed_in)?, k.to_dtype(computed_in)?, v.to_dtype(computed_in)?);
+        let (q, k, v) =
+            (q.to_dtype(computed_in)?, k.to_dtype(computed_in)?, v.to_dtype(computed_in)?);
         let group = heads / self.kv_heads;
         let past = k.dim(2)? - len;
         let mask = if self.window.is_some() { &step.window_mask } else { &step.mask };
@@ -143,9 +165,15 @@ impl Attention {
             let queries = QUERY_BLOCK.min(len - start);
             let end = past + start + queries;
             let first = softmax::visible(0, queries, end, self.window).start;
-            let q = q.narrow(2, start, queries)?.reshape((batch, self.kv_heads, group * queries, head_dim))?;
+            let q = q.narrow(2, start, queries)?.reshape((
+                batch,
+                self.kv_heads,
+                group * queries,
+                head_dim,
+            ))?;
             let scores = q.matmul(&k.narrow(2, first, end - first)?.t()?)?; // (B,KV,G*T,S)
-            let p = softmax::causal_softmax(scores, queries, self.scale, self.window, mask.as_ref())?;
+            let p =
+                softmax::causal_softmax(scores, queries, self.scale, self.window, mask.as_ref())?;
             let y = p.matmul(&v.narrow(2, first, end - first)?)?; // (B,KV,G*T,D)
             blocks.push(merge_heads(y.reshape((batch, heads, queries, head_dim))?, dtype)?);
         }
@@ -155,8 +183,10 @@ impl Attention {
 
 impl Qkv {
     fn load(cfg: &LlamaConfig, vb: &VarBuilder) -> Result<Self> {
-        let (q_dim, kv_dim) = (cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim);
-        let projection = |name, out_dim| linear_b(cfg.hidden_size, out_dim, cfg.qkv_bias, vb.pp(name));
+        let (q_dim, kv_dim) =
+            (cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim);
+        let projection =
+            |name, out_dim| linear_b(cfg.hidden_size, out_dim, cfg.qkv_bias, vb.pp(name));
         if cfg.model_type == ModelType::Phi3 {
             return Ok(Self::Packed(projection("qkv_proj", q_dim + 2 * kv_dim)?));
         }
@@ -170,7 +200,9 @@ impl Qkv {
     /// x (B,T,hidden) -> q (B,T,q_dim), k and v (B,T,kv_dim)
     fn forward(&self, x: &Tensor, q_dim: usize, kv_dim: usize) -> Result<(Tensor, Tensor, Tensor)> {
         match self {
-            Self::Separate { q_proj, k_proj, v_proj } => Ok((q_proj.forward(x)?, k_proj.forward(x)?, v_proj.forward(x)?)),
+            Self::Separate { q_proj, k_proj, v_proj } => {
+                Ok((q_proj.forward(x)?, k_proj.forward(x)?, v_proj.forward(x)?))
+            }
             Self::Packed(qkv_proj) => {
                 let qkv = qkv_proj.forward(x)?;
                 let part = |start, len| qkv.narrow(2, start, len);

@@ -1,4 +1,5 @@
-//! What is kept from one forward to the next: keys and values of every layer, and the rotary tables.
+//! What is kept from one forward to the next: keys and values of every layer, and the rotary
+//! tables.
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -23,7 +24,8 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// An empty cache. Without `use_kv_cache` every forward must bring the whole text, from position 0.
+    /// An empty cache. Without `use_kv_cache` every forward must bring the whole text, from
+    /// position 0.
     pub fn new(use_kv_cache: bool, cfg: &LlamaConfig) -> Self {
         Self {
             len: 0,
@@ -50,13 +52,18 @@ impl Cache {
     /// Checks that `len` tokens at `index_pos` continue what is held and fit into the context.
     pub(super) fn check(&self, index_pos: usize, len: usize) -> Result<()> {
         if index_pos != self.len {
-            bail!("index_pos: expected {}, the number of positions in the cache, found {index_pos}", self.len)
+            bail!(
+                "index_pos: expected {}, the number of positions in the cache, found {index_pos}",
+                self.len
+            )
         }
         match index_pos.checked_add(len) {
             Some(end) if end <= self.max_len => Ok(()),
             _ => {
                 let Self { max_len, context_field, .. } = self;
-                bail!("expected at most {max_len} positions ({context_field}), found {index_pos} + {len}")
+                bail!(
+                    "expected at most {max_len} positions ({context_field}), found {index_pos} + {len}"
+                )
             }
         }
     }
@@ -69,10 +76,13 @@ impl Cache {
             return Ok(tokens.clone());
         }
         let text = match &self.tokens {
-            Some(before) if self.len > 0 => Tensor::cat(&[&before.narrow(1, 0, self.len)?, tokens], 1)?,
+            Some(before) if self.len > 0 => {
+                Tensor::cat(&[&before.narrow(1, 0, self.len)?, tokens], 1)?
+            }
             _ => tokens.clone(),
         };
-        let starts_over = self.frequencies.is_long(text.dim(1)?) && !self.frequencies.is_long(self.len);
+        let starts_over =
+            self.frequencies.is_long(text.dim(1)?) && !self.frequencies.is_long(self.len);
         self.tokens = Some(text.clone());
         if self.len == 0 || !starts_over {
             return Ok(tokens.clone());
@@ -96,7 +106,8 @@ impl Cache {
             Some(tables) if tables.fit(end, is_long, dtype)? => self.tables.insert(tables),
             _ => {
                 let len = if self.use_kv_cache { capacity(end, self.max_len) } else { end };
-                let (cos, sin) = self.frequencies.tables(is_long, len, model_dtype, dtype, device)?;
+                let (cos, sin) =
+                    self.frequencies.tables(is_long, len, model_dtype, dtype, device)?;
                 self.tables.insert(Tables { is_long, cos, sin })
             }
         };
@@ -151,12 +162,19 @@ impl KvSlot<'_> {
         let batch = k.dim(0)?;
         let (keys, values) = match &self.layer.0 {
             Some((keys, _)) if self.len > 0 && keys.dim(0)? != batch => {
-                bail!("tokens: expected a batch of {}, as in the cache, found {batch}", keys.dim(0)?)
+                bail!(
+                    "tokens: expected a batch of {}, as in the cache, found {batch}",
+                    keys.dim(0)?
+                )
             }
-            Some((keys, values)) if self.len > 0 => {
-                (grown(keys, self.len, end, self.max_len)?, grown(values, self.len, end, self.max_len)?)
-            }
-            _ => (empty_like(k, capacity(end, self.max_len))?, empty_like(v, capacity(end, self.max_len))?),
+            Some((keys, values)) if self.len > 0 => (
+                grown(keys, self.len, end, self.max_len)?,
+                grown(values, self.len, end, self.max_len)?,
+            ),
+            _ => (
+                empty_like(k, capacity(end, self.max_len))?,
+                empty_like(v, capacity(end, self.max_len))?,
+            ),
         };
         keys.slice_set(&k.contiguous()?, 2, self.len)?;
         values.slice_set(&v.contiguous()?, 2, self.len)?;
@@ -165,7 +183,8 @@ impl KvSlot<'_> {
     }
 }
 
-/// `buffer`, or one of at least twice its size with the same front when it has no room for `end` positions.
+/// `buffer`, or one of at least twice its size with the same front when it has no room for `end`
+/// positions.
 fn grown(buffer: &Tensor, len: usize, end: usize, max_len: usize) -> Result<Tensor> {
     if end <= buffer.dim(2)? {
         return Ok(buffer.clone());
@@ -180,7 +199,8 @@ fn empty_like(like: &Tensor, capacity: usize) -> Result<Tensor> {
     Tensor::zeros((batch, heads, capacity, head_dim), like.dtype(), like.device())
 }
 
-/// Room for `end` positions: a power of two, so that growing copies each position about once in all.
+/// Room for `end` positions: a power of two, so that growing copies each position about once in
+/// all.
 fn capacity(end: usize, max_len: usize) -> usize {
     end.max(256).next_power_of_two().min(max_len)
 }

@@ -46,8 +46,12 @@ impl<'a> Chat<'a> {
     pub fn with_system(mut self, system: &str) -> Result<Self> {
         self.messages.push(Message { role: "system", content: system.to_string() });
         let user = Message { role: "user", content: "x".to_string() };
-        let text = self.template.render(&[self.messages[0].clone(), user], true).context("--system")?;
-        ensure!(text.contains(system.trim()), "--system: the chat template leaves the system message out");
+        let text =
+            self.template.render(&[self.messages[0].clone(), user], true).context("--system")?;
+        ensure!(
+            text.contains(system.trim()),
+            "--system: the chat template leaves the system message out"
+        );
         Ok(self)
     }
 
@@ -76,7 +80,8 @@ impl<'a> Chat<'a> {
             answer.push_str(&piece);
             print(&mut out, &piece)
         };
-        let stats = run(&mut self.session, &prompt, self.sample_len, &mut text, self.stop, &mut say)?;
+        let stats =
+            run(&mut self.session, &prompt, self.sample_len, &mut text, self.stop, &mut say)?;
         self.messages.push(Message { role: "assistant", content: answer });
         Ok(stats)
     }
@@ -84,7 +89,10 @@ impl<'a> Chat<'a> {
     /// `prompt`, if one token fits after it.
     fn with_room(&self, prompt: Vec<u32>) -> Result<Vec<u32>> {
         let len = prompt.len();
-        ensure!(len < self.cfg.max_position_embeddings, TooLong { len, context: context(self.cfg) });
+        ensure!(
+            len < self.cfg.max_position_embeddings,
+            TooLong { len, context: context(self.cfg) }
+        );
         Ok(prompt)
     }
 }
@@ -106,7 +114,9 @@ pub fn run(
         let said = say(piece)?;
         Ok(match said {
             ControlFlow::Continue(()) if stopped => ControlFlow::Break(End::Stop),
-            ControlFlow::Continue(()) if generating.interrupted() => ControlFlow::Break(End::Interrupted),
+            ControlFlow::Continue(()) if generating.interrupted() => {
+                ControlFlow::Break(End::Interrupted)
+            }
             said => said,
         })
     })?;

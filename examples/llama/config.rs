@@ -1,5 +1,7 @@
-//! What the model needs to know, read from a HF `config.json`. A field that asks for another computation than the one in
-//! [`super::Llama`] is refused by name; fields that only concern training or generation defaults are left alone.
+//! What the model needs to know, read from a HF `config.json`. A field that asks for another
+//! computation than the one in
+//! [`super::Llama`] is refused by name; fields that only concern training or generation defaults
+//! are left alone.
 
 use candle_core::DType;
 use candle_swiglu::{Checkpoint, Error, Family, FfnConfig, Result};
@@ -75,7 +77,8 @@ impl LlamaConfig {
         model_type.refuse_foreign_fields(top)?;
         let defaults = model_type.defaults();
 
-        let context = top.size_opt("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
+        let context =
+            top.size_opt("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
         let num_hidden_layers = layer_count(top)?;
         let (usable_context, context_field) = usable_context(top, model_type, context)?;
         let (window, layers) = layers(top, model_type, num_hidden_layers, context)?;
@@ -189,7 +192,12 @@ fn key_value_heads(top: &Fields, model_type: ModelType, heads: usize) -> Result<
     }
 }
 
-fn head_dim(top: &Fields, model_type: ModelType, hidden_size: usize, heads: usize) -> Result<usize> {
+fn head_dim(
+    top: &Fields,
+    model_type: ModelType,
+    hidden_size: usize,
+    heads: usize,
+) -> Result<usize> {
     let head_dim = match top.size_opt("head_dim")?.or(model_type.defaults().head_dim) {
         Some(head_dim) => head_dim,
         None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
@@ -204,12 +212,21 @@ fn head_dim(top: &Fields, model_type: ModelType, hidden_size: usize, heads: usiz
     // as many rows as q, k and v have together
     match heads.checked_mul(head_dim).and_then(|rows| rows.checked_mul(3)) {
         Some(_) => Ok(head_dim),
-        None => Err(invalid("head_dim", "3 * num_attention_heads * head_dim below 2^64", &Value::from(head_dim))),
+        None => Err(invalid(
+            "head_dim",
+            "3 * num_attention_heads * head_dim below 2^64",
+            &Value::from(head_dim),
+        )),
     }
 }
 
 /// The sliding window, if it is shorter than the context, and the properties of each layer.
-fn layers(top: &Fields, model_type: ModelType, count: usize, context: usize) -> Result<(Option<usize>, Vec<LayerConfig>)> {
+fn layers(
+    top: &Fields,
+    model_type: ModelType,
+    count: usize,
+    context: usize,
+) -> Result<(Option<usize>, Vec<LayerConfig>)> {
     use ModelType::*;
     let default = model_type.defaults().sliding_window.filter(|_| !top.has("sliding_window"));
     let window = match model_type {
@@ -231,19 +248,28 @@ fn layers(top: &Fields, model_type: ModelType, count: usize, context: usize) -> 
         None => (0..count).map(slides).collect(),
         Some((_, value)) if value.contains(&true) && window.is_none() => {
             let found = Value::from("sliding_attention");
-            return Err(unsupported("layer_types", found, "the config switches the sliding window off"));
+            return Err(unsupported(
+                "layer_types",
+                found,
+                "the config switches the sliding window off",
+            ));
         }
         Some((found, types)) if matches!(model_type, Mistral | Phi3) => {
             let window_matters = window.is_some_and(|window| window < context);
             if window_matters && types.contains(&false) {
-                return Err(unsupported("layer_types", found, "every layer of this model type has the sliding window"));
+                return Err(unsupported(
+                    "layer_types",
+                    found,
+                    "every layer of this model type has the sliding window",
+                ));
             }
             (0..count).map(slides).collect()
         }
         Some((_, types)) => types,
     };
     let window = window.filter(|&window| window < context);
-    let layer = |(rope, sliding): (bool, bool)| LayerConfig { rope, sliding: sliding && window.is_some() };
+    let layer =
+        |(rope, sliding): (bool, bool)| LayerConfig { rope, sliding: sliding && window.is_some() };
     Ok((window, rope.into_iter().zip(sliding).map(layer).collect()))
 }
 
@@ -255,7 +281,9 @@ fn layer_types<'a>(top: &Fields<'a>, count: usize) -> Result<Option<(&'a Value, 
     let slides = |layer_type: &Value| match layer_type.as_str() {
         Some("full_attention") => Ok(false),
         Some("sliding_attention") => Ok(true),
-        _ => Err(unsupported("layer_types", layer_type, "known: full_attention, sliding_attention")),
+        _ => {
+            Err(unsupported("layer_types", layer_type, "known: full_attention, sliding_attention"))
+        }
     };
     let sliding = types.iter().map(slides).collect::<Result<Vec<_>>>()?;
     match (top.get("layer_types"), sliding.len() == count) {
@@ -294,9 +322,15 @@ fn rope_layers(top: &Fields, count: usize) -> Result<Vec<bool>> {
 /// transformers' LLaMA and Granite ignore `sliding_window` in their masks but not in their caches.
 /// Texts within the window have one result with and without it, so the window limits the context.
 /// The second result is the field that the limit is from.
-fn usable_context(top: &Fields, model_type: ModelType, context: usize) -> Result<(usize, &'static str)> {
+fn usable_context(
+    top: &Fields,
+    model_type: ModelType,
+    context: usize,
+) -> Result<(usize, &'static str)> {
     let window = match model_type {
-        ModelType::Llama | ModelType::Granite => top.size_opt("sliding_window")?.filter(|&window| window < context),
+        ModelType::Llama | ModelType::Granite => {
+            top.size_opt("sliding_window")?.filter(|&window| window < context)
+        }
         _ => None,
     };
     Ok(window.map_or((context, "max_position_embeddings"), |window| (window, "sliding_window")))

@@ -17,7 +17,11 @@ impl<'a> Fields<'a> {
     }
 
     pub fn name(&self, field: &str) -> String {
-        if self.section.is_empty() { field.to_string() } else { format!("{}.{field}", self.section) }
+        if self.section.is_empty() {
+            field.to_string()
+        } else {
+            format!("{}.{field}", self.section)
+        }
     }
 
     pub fn get(&self, field: &str) -> Option<&'a Value> {
@@ -30,9 +34,16 @@ impl<'a> Fields<'a> {
     }
 
     /// The field through `read`, or an error that says what was expected.
-    pub fn read<T>(&self, field: &str, expected: &'static str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
+    pub fn read<T>(
+        &self,
+        field: &str,
+        expected: &'static str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
         let found = self.get(field);
-        found.map(|value| read(value).ok_or_else(|| invalid(&self.name(field), expected, value))).transpose()
+        found
+            .map(|value| read(value).ok_or_else(|| invalid(&self.name(field), expected, value)))
+            .transpose()
     }
 
     pub fn size_opt(&self, field: &str) -> Result<Option<usize>> {
@@ -53,7 +64,9 @@ impl<'a> Fields<'a> {
     }
 
     pub fn positive_opt(&self, field: &str) -> Result<Option<f64>> {
-        self.read(field, "a positive number", |value| value.as_f64().filter(|number| *number > 0.0 && number.is_finite()))
+        self.read(field, "a positive number", |value| {
+            value.as_f64().filter(|number| *number > 0.0 && number.is_finite())
+        })
     }
 
     pub fn positive(&self, field: &'static str) -> Result<f64> {
@@ -75,8 +88,11 @@ impl<'a> Fields<'a> {
 
     /// Positive numbers.
     pub fn factors(&self, field: &str) -> Result<Option<Vec<f64>>> {
-        let factor = |value: &Value| value.as_f64().filter(|factor| *factor > 0.0 && factor.is_finite());
-        self.read(field, "a list of positive numbers", |value| value.as_array()?.iter().map(factor).collect())
+        let factor =
+            |value: &Value| value.as_f64().filter(|factor| *factor > 0.0 && factor.is_finite());
+        self.read(field, "a list of positive numbers", |value| {
+            value.as_array()?.iter().map(factor).collect()
+        })
     }
 
     /// One id, a list of ids, or none. Negative ids, with which some configs say "none", are left

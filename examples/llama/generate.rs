@@ -8,7 +8,8 @@ use anyhow::{Result, anyhow, bail, ensure};
 use candle_core::Tensor;
 use candle_swiglu::read_json;
 use tokenizers::{
-    DecodeStream, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer,
+    DecodeStream, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper,
+    PreTokenizerWrapper, Tokenizer,
 };
 
 use crate::model::{Cache, Llama, LlamaConfig};
@@ -30,7 +31,10 @@ pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
 /// What the directory has in place of `path`, tokenizer.json.
 fn instead_of_tokenizer(path: &Path) -> String {
     let there = |file: &&str| path.with_file_name(file).is_file();
-    let found: Vec<_> = ["tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"].into_iter().filter(there).collect();
+    let found: Vec<_> = ["tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"]
+        .into_iter()
+        .filter(there)
+        .collect();
     if found.is_empty() {
         return "the checkpoint needs its tokenizer".to_string();
     }
@@ -49,7 +53,10 @@ pub fn encode(tokenizer: &Tokenizer, prompt: &str, cfg: &LlamaConfig) -> Result<
     if ids.is_empty() {
         ids.extend(cfg.bos_token_id);
     }
-    ensure!(!ids.is_empty(), "the prompt is empty, and the model has no token to begin a text with");
+    ensure!(
+        !ids.is_empty(),
+        "the prompt is empty, and the model has no token to begin a text with"
+    );
     check(&ids, cfg)?;
     Ok(ids)
 }
@@ -85,7 +92,10 @@ fn check(ids: &[u32], cfg: &LlamaConfig) -> Result<()> {
     let len = ids.len();
     ensure!(len <= cfg.max_position_embeddings, TooLong { len, context: context(cfg) });
     if let Some(id) = ids.iter().find(|&&id| id as usize >= cfg.vocab_size) {
-        bail!("the tokenizer gave token id {id}, the model's vocabulary has only {} (vocab_size)", cfg.vocab_size)
+        bail!(
+            "the tokenizer gave token id {id}, the model's vocabulary has only {} (vocab_size)",
+            cfg.vocab_size
+        )
     }
     Ok(())
 }
@@ -93,7 +103,14 @@ fn check(ids: &[u32], cfg: &LlamaConfig) -> Result<()> {
 /// Token ids in, text out, complete characters only.
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
-    stream: DecodeStream<'a, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>,
+    stream: DecodeStream<
+        'a,
+        ModelWrapper,
+        NormalizerWrapper,
+        PreTokenizerWrapper,
+        PostProcessorWrapper,
+        DecoderWrapper,
+    >,
     /// Ids whose text is still held back.
     pending: Vec<u32>,
 }
@@ -101,7 +118,8 @@ pub struct TextStream<'a> {
 impl<'a> TextStream<'a> {
     /// A stream that goes on after `prompt`, whose text is not repeated.
     pub fn after(tokenizer: &'a Tokenizer, prompt: &[u32]) -> Result<Self> {
-        let mut text = Self { tokenizer, stream: tokenizer.decode_stream(true), pending: Vec::new() };
+        let mut text =
+            Self { tokenizer, stream: tokenizer.decode_stream(true), pending: Vec::new() };
         for &id in prompt {
             text.push(id)?;
         }
@@ -136,7 +154,9 @@ impl<'a> TextStream<'a> {
     }
 
     fn pending_text(&self) -> Result<String> {
-        self.tokenizer.decode(&self.pending, true).map_err(|error| anyhow!("cannot decode {:?}: {error}", self.pending))
+        self.tokenizer
+            .decode(&self.pending, true)
+            .map_err(|error| anyhow!("cannot decode {:?}: {error}", self.pending))
     }
 }
 
@@ -187,7 +207,13 @@ impl<'a> Session<'a> {
     pub fn new(model: &'a Llama, args: &SamplingArgs, use_kv_cache: bool) -> Self {
         let cfg = model.config();
         let cache = Cache::new(use_kv_cache, cfg);
-        Self { model, cache, cached: vec![], sampler: Sampler::new(args), ends: cfg.eos_token_ids.clone() }
+        Self {
+            model,
+            cache,
+            cached: vec![],
+            sampler: Sampler::new(args),
+            ends: cfg.eos_token_ids.clone(),
+        }
     }
 
     /// Ends texts at `token` too.
@@ -207,7 +233,13 @@ impl<'a> Session<'a> {
         let (limit, end) = self.limit(prompt.len(), sample_len);
         self.keep_prefix_of(prompt);
         let prompt_tokens = prompt.len() - self.cache.positions();
-        let mut stats = Stats { prompt_tokens, prompt: Duration::ZERO, generated: 0, generation: Duration::ZERO, end };
+        let mut stats = Stats {
+            prompt_tokens,
+            prompt: Duration::ZERO,
+            generated: 0,
+            generation: Duration::ZERO,
+            end,
+        };
         let mut tokens = prompt.to_vec();
         let mut start = Instant::now();
         while stats.generated < limit {

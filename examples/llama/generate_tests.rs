@@ -31,10 +31,21 @@ fn model(cfg: &LlamaConfig) -> Result<Llama> {
     Ok(Llama::load(vb, cfg)?)
 }
 
-const GREEDY: SamplingArgs =
-    SamplingArgs { temperature: 0.0, top_p: None, top_k: None, seed: 0, repeat_penalty: 1.0, repeat_last_n: 64 };
+const GREEDY: SamplingArgs = SamplingArgs {
+    temperature: 0.0,
+    top_p: None,
+    top_k: None,
+    seed: 0,
+    repeat_penalty: 1.0,
+    repeat_last_n: 64,
+};
 
-fn tokens(model: &Llama, prompt: &[u32], sample_len: usize, args: &SamplingArgs) -> Result<(Vec<u32>, Stats)> {
+fn tokens(
+    model: &Llama,
+    prompt: &[u32],
+    sample_len: usize,
+    args: &SamplingArgs,
+) -> Result<(Vec<u32>, Stats)> {
     let mut tokens = vec![];
     let stats = Session::new(model, args, true).generate(prompt, sample_len, |token| {
         tokens.push(token);
@@ -47,7 +58,8 @@ fn tokens(model: &Llama, prompt: &[u32], sample_len: usize, args: &SamplingArgs)
 fn characters_of_many_bytes_come_whole() -> Result<()> {
     let tokenizer = tokenizer()?;
     let start = encode(&tokenizer, "It said: ", &config()?)?;
-    for said in ["Café", "日本語", "😀👩‍👩‍👧", "e\u{301}", " naïve — “so”", "ab  c\n\n d"] {
+    for said in ["Café", "日本語", "😀👩‍👩‍👧", "e\u{301}", " naïve — “so”", "ab  c\n\n d"]
+    {
         let all = encode(&tokenizer, &format!("It said: {said}"), &config()?)?;
         let mut text = TextStream::after(&tokenizer, &all[..start.len()])?;
         let mut found = tokenizer.decode(&all[..start.len()], true).map_err(anyhow::Error::msg)?;
@@ -101,7 +113,8 @@ fn a_text_ends_where_it_should() -> Result<()> {
     let (start, stats) = tokens(&model(&several)?, &prompt, 500, &GREEDY)?;
     assert_eq!((stats.end, Some(start.len())), (End::Eos, first));
 
-    let closed = Session::new(&model(&cfg)?, &GREEDY, true).generate(&prompt, 500, |_| Ok(ControlFlow::Break(End::Closed)))?;
+    let closed = Session::new(&model(&cfg)?, &GREEDY, true)
+        .generate(&prompt, 500, |_| Ok(ControlFlow::Break(End::Closed)))?;
     assert_eq!((closed.end, closed.generated), (End::Closed, 1));
     Ok(())
 }
@@ -111,7 +124,14 @@ fn a_seed_gives_one_text() -> Result<()> {
     let (tokenizer, cfg) = (tokenizer()?, config()?);
     let (model, prompt) = (model(&cfg)?, encode(&tokenizer, "Once upon a time", &cfg)?);
     let drawn = |seed| {
-        let args = SamplingArgs { temperature: 0.9, top_p: Some(0.95), top_k: Some(50), repeat_penalty: 1.1, seed, ..GREEDY };
+        let args = SamplingArgs {
+            temperature: 0.9,
+            top_p: Some(0.95),
+            top_k: Some(50),
+            repeat_penalty: 1.1,
+            seed,
+            ..GREEDY
+        };
         Ok::<_, anyhow::Error>(tokens(&model, &prompt, 40, &args)?.0)
     };
     assert_eq!(drawn(1)?, drawn(1)?);

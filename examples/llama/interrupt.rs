@@ -1,4 +1,5 @@
-//! Ctrl-C ends the text that is being generated. At any other time, and the second time, it ends the program.
+//! Ctrl-C ends the text that is being generated. At any other time, and the second time, it ends
+//! the program.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -14,7 +15,10 @@ static STATE: AtomicU8 = AtomicU8::new(IDLE);
 /// Handles Ctrl-C from now on.
 pub fn install() -> Result<(), ctrlc::Error> {
     ctrlc::set_handler(|| {
-        if STATE.compare_exchange(GENERATING, INTERRUPTED, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+        if STATE
+            .compare_exchange(GENERATING, INTERRUPTED, Ordering::SeqCst, Ordering::SeqCst)
+            .is_err()
+        {
             std::process::exit(i32::from(EXIT_STATUS));
         }
     })

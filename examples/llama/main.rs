@@ -103,7 +103,11 @@ fn complete(
         let _ = print(&out, "\n")?;
     }
     report::lines(&stats, &generate::context(model.config())).iter().for_each(note);
-    Ok(if stats.end == End::Interrupted { ExitCode::from(interrupt::EXIT_STATUS) } else { ExitCode::SUCCESS })
+    Ok(if stats.end == End::Interrupted {
+        ExitCode::from(interrupt::EXIT_STATUS)
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 /// Answers each line of stdin. A line that does not fit into the context is reported, and the chat
@@ -154,7 +158,8 @@ fn converse(
 /// Writes a trace to `file` until the guard is dropped.
 fn start_trace(file: Option<&Path>) -> Result<tracing_chrome::FlushGuard> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-    let path = file.map_or_else(|| PathBuf::from(format!("trace-{seconds}.json")), Path::to_path_buf);
+    let path =
+        file.map_or_else(|| PathBuf::from(format!("trace-{seconds}.json")), Path::to_path_buf);
     let file = File::create(&path).with_context(|| format!("--tracing {}", path.display()))?;
     let (layer, guard) = tracing_chrome::ChromeLayerBuilder::new().writer(file).build();
     tracing_subscriber::registry().with(layer).init();

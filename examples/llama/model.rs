@@ -1,4 +1,5 @@
-//! LLaMA, for inference and for training, with [`SwiGluFfn`] as its MLP and [`Linear`] for every other projection:
+//! LLaMA, for inference and for training, with [`SwiGluFfn`] as its MLP and [`Linear`] for every
+//! other projection:
 //!
 //! ```text
 //! x = embed(tokens)                                   (B,T) -> (B,T,hidden)
@@ -86,7 +87,12 @@ impl Llama {
     /// A tensor that is missing or has another shape; no head, although the config does not tie it
     /// to the embedding; a tensor that the model does not read, unless [`ignore_unread`] has marked
     /// it.
-    pub fn open(checkpoint: &Checkpoint, cfg: &LlamaConfig, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn open(
+        checkpoint: &Checkpoint,
+        cfg: &LlamaConfig,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let names = Names::find(checkpoint, cfg)?;
         // before the first byte is read
         names.unknown(checkpoint, cfg).map_or(Ok(()), |unread| Err(unread.into_error()))?;
@@ -98,8 +104,9 @@ impl Llama {
     /// Loads the model from `vb`, which is at the root of the names (`model.embed_tokens`,
     /// `lm_head`, ...). The head is the embedding if the config says so.
     ///
-    /// With the `VarBuilder` of a `VarMap` it is created there, and [`Llama::forward_all`] has a gradient: candle's fused
-    /// operations, which have none, are used only where no variable is involved.
+    /// With the `VarBuilder` of a `VarMap` it is created there, and [`Llama::forward_all`] has a
+    /// gradient: candle's fused operations, which have none, are used only where no variable is
+    /// involved.
     pub fn load(vb: VarBuilder, cfg: &LlamaConfig) -> Result<Self> {
         Self::with_names(vb, cfg, Names::usual(cfg))
     }
@@ -115,20 +122,31 @@ impl Llama {
             Head::Own(name) => (Some(embed_tokens()?), lm_head(name)?),
             Head::Both(name) => (None, lm_head(name)?),
         };
-        let layer = |(i, layer): (usize, &LayerConfig)| Layer::load(cfg, *layer, model.pp("layers").pp(i));
+        let layer =
+            |(i, layer): (usize, &LayerConfig)| Layer::load(cfg, *layer, model.pp("layers").pp(i));
         let layers = cfg.layers.iter().enumerate().map(layer).collect::<Result<Vec<_>>>()?;
         let norm = Norm::load(cfg.hidden_size, cfg.rms_norm_eps, model.pp("norm"))?;
         let (dtype, device) = (vb.dtype(), vb.device().clone());
-        Ok(Self { embed_tokens, layers, norm, lm_head, dtype, device, cfg: cfg.clone(), notes: names.notes })
+        Ok(Self {
+            embed_tokens,
+            layers,
+            norm,
+            lm_head,
+            dtype,
+            device,
+            cfg: cfg.clone(),
+            notes: names.notes,
+        })
     }
 
-    /// tokens (B,T) u32, of which the first stands at `index_pos` -> logits after the last, (B,vocab) f32.
+    /// tokens (B,T) u32, of which the first stands at `index_pos` -> logits after the last,
+    /// (B,vocab) f32.
     ///
     /// For inference: no gradient flows through the cache.
     ///
     /// # Errors
-    /// When a token id is not in the vocabulary, `index_pos` is not the number of positions in the cache, or the
-    /// positions reach beyond `max_position_embeddings`.
+    /// When a token id is not in the vocabulary, `index_pos` is not the number of positions in the
+    /// cache, or the positions reach beyond `max_position_embeddings`.
     pub fn forward(&self, tokens: &Tensor, index_pos: usize, cache: &mut Cache) -> Result<Tensor> {
         let x = self.hidden(tokens, index_pos, cache)?;
         let last = x.narrow(1, x.dim(1)? - 1, 1)?.squeeze(1)?.contiguous()?; // (B,hidden)
@@ -171,7 +189,11 @@ impl Llama {
         let tokens = cache.continued(tokens)?;
         let (start, (batch, len)) = (cache.positions(), tokens.dims2()?);
         let x = match &self.embed_tokens {
-            Some(table) => table.index_select(&tokens.flatten_all()?, 0)?.reshape((batch, len, self.cfg.hidden_size))?,
+            Some(table) => table.index_select(&tokens.flatten_all()?, 0)?.reshape((
+                batch,
+                len,
+                self.cfg.hidden_size,
+            ))?,
             None => self.lm_head.embed(&tokens)?,
         };
         let mut x = scaled(x, self.cfg.embedding_multiplier)?;
@@ -190,7 +212,11 @@ impl Llama {
     fn logits(&self, x: &Tensor) -> Result<Tensor> {
         let _span = tracing::trace_span!("lm_head").entered();
         let x = self.norm.forward(x)?;
-        let logits = if self.dtype() == DType::F64 { self.lm_head.forward(&x)? } else { self.lm_head.forward_f32(&x)? };
+        let logits = if self.dtype() == DType::F64 {
+            self.lm_head.forward(&x)?
+        } else {
+            self.lm_head.forward_f32(&x)?
+        };
         scaled(logits, 1.0 / self.cfg.logits_scaling)
     }
 
@@ -200,7 +226,10 @@ impl Llama {
             bail!("tokens: expected at least one, found shape {:?}", tokens.dims())
         }
         match ids.iter().find(|&&id| id as usize >= self.cfg.vocab_size) {
-            Some(id) => bail!("token id {id} is not in the vocabulary of {} (vocab_size)", self.cfg.vocab_size),
+            Some(id) => bail!(
+                "token id {id} is not in the vocabulary of {} (vocab_size)",
+                self.cfg.vocab_size
+            ),
             None => Ok(()),
         }
     }

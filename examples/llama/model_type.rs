@@ -77,9 +77,12 @@ impl ModelType {
         };
         match self {
             Llama | Granite => llama,
-            Mistral => {
-                Defaults { max_position_embeddings: 131_072, num_key_value_heads: Some(8), sliding_window: window, ..llama }
-            }
+            Mistral => Defaults {
+                max_position_embeddings: 131_072,
+                num_key_value_heads: Some(8),
+                sliding_window: window,
+                ..llama
+            },
             Qwen2 => qwen(None),
             Qwen3 => qwen(Some(128)),
             SmolLm3 => Defaults {
@@ -91,7 +94,12 @@ impl ModelType {
                 eos_token_id: Some(128_001),
                 ..llama
             },
-            Phi3 => Defaults { max_position_embeddings: 4096, rms_norm_eps: 1e-5, eos_token_id: Some(32_000), ..llama },
+            Phi3 => Defaults {
+                max_position_embeddings: 4096,
+                rms_norm_eps: 1e-5,
+                eos_token_id: Some(32_000),
+                ..llama
+            },
         }
     }
 
@@ -108,16 +116,23 @@ impl ModelType {
             }
         }
         for (field, off, read_by) in FOREIGN {
-            let found = top.get(field).filter(|value| !read_by.contains(&self) && !is_off(value, off));
+            let found =
+                top.get(field).filter(|value| !read_by.contains(&self) && !is_off(value, off));
             if let Some(value) = found {
-                return Err(unsupported(field, value, "this model type does not compute with it in transformers"));
+                return Err(unsupported(
+                    field,
+                    value,
+                    "this model type does not compute with it in transformers",
+                ));
             }
         }
         if let Some(value) = top.get("is_causal").filter(|value| value.as_bool() == Some(false)) {
             return Err(unsupported("is_causal", value, "a token sees only those before it"));
         }
         match top.get("position_embedding_type") {
-            Some(value) if value != "rope" => Err(unsupported("position_embedding_type", value, "only rope is known")),
+            Some(value) if value != "rope" => {
+                Err(unsupported("position_embedding_type", value, "only rope is known"))
+            }
             _ => Ok(()),
         }
     }

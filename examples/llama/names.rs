@@ -36,7 +36,8 @@ const INV_FREQ: &str = "rotary_emb.inv_freq";
 impl Names {
     /// The names that transformers writes.
     pub fn usual(cfg: &LlamaConfig) -> Self {
-        let head = if cfg.tie_word_embeddings { Head::Embedding } else { Head::Own("lm_head".into()) };
+        let head =
+            if cfg.tie_word_embeddings { Head::Embedding } else { Head::Own("lm_head".into()) };
         Self { model: "model".into(), head, notes: vec![] }
     }
 
@@ -120,7 +121,11 @@ fn layer_reads(cfg: &LlamaConfig, name: &str) -> bool {
     let may_have_bias = match module {
         "input_layernorm" | "post_attention_layernorm" => false,
         "self_attn.q_norm" | "self_attn.k_norm" if cfg.model_type == ModelType::Qwen3 => false,
-        "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" if cfg.model_type != ModelType::Phi3 => cfg.qkv_bias,
+        "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj"
+            if cfg.model_type != ModelType::Phi3 =>
+        {
+            cfg.qkv_bias
+        }
         "self_attn.qkv_proj" if cfg.model_type == ModelType::Phi3 => cfg.qkv_bias,
         "self_attn.o_proj" => cfg.o_bias,
         "mlp.gate_proj" | "mlp.up_proj" | "mlp.gate_up_proj" => biases.gate || biases.up,
@@ -149,7 +154,9 @@ fn find_model(checkpoint: &Checkpoint) -> Result<String> {
             listed(checkpoint.names())
         ),
         several if several.iter().any(|prefix| prefix == "model") => Ok("model".into()),
-        several => bail!("{} has several models, under {}", checkpoint.dir().display(), several.join(", ")),
+        several => {
+            bail!("{} has several models, under {}", checkpoint.dir().display(), several.join(", "))
+        }
     }
 }
 
@@ -207,7 +214,8 @@ fn listed<S: AsRef<str>>(names: impl IntoIterator<Item = S>) -> String {
     let mut alike: BTreeMap<String, (String, usize)> = BTreeMap::new();
     for name in names {
         let name = name.as_ref();
-        let parts: Vec<&str> = name.split('.').map(|part| if is_number(part) { "*" } else { part }).collect();
+        let parts: Vec<&str> =
+            name.split('.').map(|part| if is_number(part) { "*" } else { part }).collect();
         alike.entry(parts.join(".")).or_insert((name.to_string(), 0)).1 += 1;
     }
     let mut lines: Vec<String> = alike

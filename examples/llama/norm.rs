@@ -29,7 +29,9 @@ impl Norm {
             // none of the fused operations has a gradient
             _ if x.track_op() || weight.track_op() => self.inner.forward_diff(x),
             // candle's multiplies halves on the CPU by the weight before it rounds
-            (true, true) => x.contiguous()?.apply_op2_no_bwd(weight, &RoundedNorm { eps: self.eps as f32 }),
+            (true, true) => {
+                x.contiguous()?.apply_op2_no_bwd(weight, &RoundedNorm { eps: self.eps as f32 })
+            }
             (true, false) => self.inner.forward(x),
             (false, _) if weight.dtype() == DType::F32 => self.inner.forward(x),
             // and it has no f64
@@ -47,10 +49,20 @@ impl CustomOp2 for RoundedNorm {
         "rounded-rms-norm"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let y = match x {
-            CpuStorage::BF16(_) => bf16::to_cpu_storage_owned(self.rows::<bf16>(slice(x, lx)?, slice(w, lw)?)),
-            CpuStorage::F16(_) => f16::to_cpu_storage_owned(self.rows::<f16>(slice(x, lx)?, slice(w, lw)?)),
+            CpuStorage::BF16(_) => {
+                bf16::to_cpu_storage_owned(self.rows::<bf16>(slice(x, lx)?, slice(w, lw)?))
+            }
+            CpuStorage::F16(_) => {
+                f16::to_cpu_storage_owned(self.rows::<f16>(slice(x, lx)?, slice(w, lw)?))
+            }
             _ => bail!("rms norm: expected f16 or bf16"),
         };
         Ok((y, lx.shape().clone()))
@@ -93,20 +105,28 @@ mod tests {
 
     use super::*;
 
-    /// The two differ by the order of a sum, so by one unit in the last place where a quotient lies that near to the middle of two.
+    /// The two differ by the order of a sum, so by one unit in the last place where a quotient lies
+    /// that near to the middle of two.
     #[test]
     fn rounds_where_the_composition_does() -> Result<()> {
         for (dtype, unit) in [(DType::BF16, 2f32.powi(-7)), (DType::F16, 2f32.powi(-10))] {
             for hidden in [1, 15, 16, 100, 2048] {
-                let x: Vec<f32> = (0..3 * hidden).map(|i| (i * 37 % 101) as f32 / 16.0 - 3.0).collect();
+                let x: Vec<f32> =
+                    (0..3 * hidden).map(|i| (i * 37 % 101) as f32 / 16.0 - 3.0).collect();
                 let x = Tensor::from_vec(x, (3, hidden), &Device::Cpu)?.to_dtype(dtype)?;
-                let weight: Vec<f32> = (0..hidden).map(|i| 0.5 + (i * 13 % 29) as f32 / 16.0).collect();
+                let weight: Vec<f32> =
+                    (0..hidden).map(|i| 0.5 + (i * 13 % 29) as f32 / 16.0).collect();
                 let weight = Tensor::from_vec(weight, hidden, &Device::Cpu)?.to_dtype(dtype)?;
                 let norm = Norm { inner: RmsNorm::new(weight, 1e-5), eps: 1e-5 };
                 let values = |y: Tensor| y.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
-                let (found, expected) = (values(norm.forward(&x)?)?, values(norm.inner.forward_diff(&x)?)?);
+                let (found, expected) =
+                    (values(norm.forward(&x)?)?, values(norm.inner.forward_diff(&x)?)?);
                 let off = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
-                assert!(off * 100 <= found.len(), "{dtype:?} {hidden}: {off} of {} values differ", found.len());
+                assert!(
+                    off * 100 <= found.len(),
+                    "{dtype:?} {hidden}: {off} of {} values differ",
+                    found.len()
+                );
                 for (a, b) in found.iter().zip(&expected) {
                     // a unit of the quotient, then one of the product
                     assert!((a - b).abs() <= 2.0 * unit * b.abs(), "{dtype:?} {hidden}: {a} {b}");

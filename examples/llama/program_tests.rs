@@ -19,7 +19,12 @@ fn parse(args: &[&str]) -> Result<Args> {
 
 #[test]
 fn flags_that_exclude_each_other() -> Result<()> {
-    for args in [&["-p", "x", "-f", "y"][..], &["--chat", "-p", "x"], &["--chat", "-f", "x"], &["--chat", "--no-echo"]] {
+    for args in [
+        &["-p", "x", "-f", "y"][..],
+        &["--chat", "-p", "x"],
+        &["--chat", "-f", "x"],
+        &["--chat", "--no-echo"],
+    ] {
         let error = parse(args).unwrap_err().to_string();
         assert!(error.contains("cannot be used with"), "{args:?}: {error}");
     }
@@ -28,7 +33,18 @@ fn flags_that_exclude_each_other() -> Result<()> {
     }
     assert!(parse(&["--system", "x"]).unwrap_err().to_string().contains("--chat"));
     assert!(parse(&["--stop", ""]).unwrap_err().to_string().contains("at least one character"));
-    let args = parse(&["-m", "dir", "-p", "-x", "--stop", "a", "--stop", "-b", "--no-echo", "--allow-unread"])?;
+    let args = parse(&[
+        "-m",
+        "dir",
+        "-p",
+        "-x",
+        "--stop",
+        "a",
+        "--stop",
+        "-b",
+        "--no-echo",
+        "--allow-unread",
+    ])?;
     assert_eq!((args.model_id.as_deref(), args.prompt.as_deref()), (Some("dir"), Some("-x")));
     assert_eq!(args.stop, ["a", "-b"]);
     assert!(parse(&["--chat", "--system", "x", "--stop", "y"]).is_ok());
@@ -79,7 +95,11 @@ fn a_text_ends_before_a_stop_string() {
     assert_eq!(text(&["éa"], &["é", "é", "a"]), ("é".into(), true));
     assert_eq!(text(&["\n\n"], &["a\n", "b\n", "\n"]), ("a\nb".into(), true));
     let stops = ["END".to_string()];
-    assert_eq!(Stop::new(&stops).push("abcE"), ("abc".into(), false), "held back no more than needed");
+    assert_eq!(
+        Stop::new(&stops).push("abcE"),
+        ("abc".into(), false),
+        "held back no more than needed"
+    );
 }
 
 fn stats(prompt_tokens: usize, generated: usize, end: End) -> Stats {
@@ -132,7 +152,11 @@ fn a_missing_tokenizer_says_what_is_there() -> Result<()> {
     let error = || load_tokenizer(&path).map(|_| ()).unwrap_err().to_string();
     assert!(error().contains("the checkpoint needs its tokenizer"), "{}", error());
     std::fs::write(dir.path().join("tokenizer.model"), "")?;
-    assert!(error().contains("there is tokenizer.model") && error().contains("save_pretrained"), "{}", error());
+    assert!(
+        error().contains("there is tokenizer.model") && error().contains("save_pretrained"),
+        "{}",
+        error()
+    );
     assert_eq!(error().lines().count(), 1);
     std::fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 17\n")?;
     assert!(error().contains("Git LFS pointer"), "{}", error());

@@ -18,7 +18,9 @@ pub fn note(line: impl Display) {
 pub fn print(mut out: impl Write, text: &str) -> Result<ControlFlow<End>> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(ControlFlow::Continue(())),
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(End::Closed)),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+            Ok(ControlFlow::Break(End::Closed))
+        }
         Err(error) => Err(error).context("cannot write to stdout"),
     }
 }
@@ -77,5 +79,10 @@ pub fn error_text(error: &anyhow::Error) -> String {
 /// The text before the first frame of a backtrace.
 fn without_backtrace(text: &str) -> String {
     let is_frame = |line: &&str| line.trim_start().starts_with("0: ");
-    text.lines().take_while(|line| !is_frame(line)).collect::<Vec<_>>().join("\n").trim_end().to_string()
+    text.lines()
+        .take_while(|line| !is_frame(line))
+        .collect::<Vec<_>>()
+        .join("\n")
+        .trim_end()
+        .to_string()
 }

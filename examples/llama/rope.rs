@@ -1,9 +1,11 @@
-//! Rotary position embedding as transformers computes it: the frequencies in f32, step by step in the same order, so that
-//! the tables agree to the last bit or nearly so.
+//! Rotary position embedding as transformers computes it: the frequencies in f32, step by step in
+//! the same order, so that the tables agree to the last bit or nearly so.
 
 use std::f64::consts::PI;
 
-use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{
+    CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail,
+};
 use candle_nn::rotary_emb;
 use half::{bf16, f16};
 
@@ -28,17 +30,39 @@ impl Frequencies {
         let plain = || (0..rope.dim.div_ceil(2)).map(|i| 1.0 / power(i));
         let (inv_freq, long, scale) = match &rope.scaling {
             RopeScaling::None => (plain().collect(), None, 1.0),
-            RopeScaling::Linear { factor } => (plain().map(|freq| freq / *factor as f32).collect(), None, 1.0),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+            RopeScaling::Linear { factor } => {
+                (plain().map(|freq| freq / *factor as f32).collect(), None, 1.0)
+            }
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings,
+            } => {
                 let context = *original_max_position_embeddings as f64;
-                let stretched = plain().map(|freq| llama3(freq, *factor as f32, *low_freq_factor, *high_freq_factor, context));
+                let stretched = plain().map(|freq| {
+                    llama3(freq, *factor as f32, *low_freq_factor, *high_freq_factor, context)
+                });
                 (stretched.collect(), None, 1.0)
             }
-            RopeScaling::LongRope { short, long, original_max_position_embeddings, attention_factor } => {
+            RopeScaling::LongRope {
+                short,
+                long,
+                original_max_position_embeddings,
+                attention_factor,
+            } => {
                 let divided = |factors: &[f64]| {
-                    factors.iter().enumerate().map(|(i, factor)| 1.0 / (*factor as f32 * power(i))).collect::<Vec<_>>()
+                    factors
+                        .iter()
+                        .enumerate()
+                        .map(|(i, factor)| 1.0 / (*factor as f32 * power(i)))
+                        .collect::<Vec<_>>()
                 };
-                (divided(short), Some((*original_max_position_embeddings, divided(long))), *attention_factor as f32)
+                (
+                    divided(short),
+                    Some((*original_max_position_embeddings, divided(long))),
+                    *attention_factor as f32,
+                )
             }
         };
         Self { inv_freq, long, scale }
@@ -68,17 +92,20 @@ impl Frequencies {
             Some((_, long)) if is_long => long,
             _ => &self.inv_freq,
         };
-        let angles: Vec<f32> = (0..len).flat_map(|p| inv_freq.iter().map(move |freq| p as f32 * freq)).collect();
+        let angles: Vec<f32> =
+            (0..len).flat_map(|p| inv_freq.iter().map(move |freq| p as f32 * freq)).collect();
         let table = |of: fn(f32) -> f32| {
             let values: Vec<f32> = angles.iter().map(|&angle| of(angle) * self.scale).collect();
-            Tensor::from_vec(values, (len, inv_freq.len()), device)?.to_dtype(model_dtype)?.to_dtype(dtype)
+            Tensor::from_vec(values, (len, inv_freq.len()), device)?
+                .to_dtype(model_dtype)?
+                .to_dtype(dtype)
         };
         Ok((table(f32::cos)?, table(f32::sin)?))
     }
 }
 
-/// Waves longer than `context / low` are slowed down by `factor`, those shorter than `context / high` are kept, and
-/// between the two the frequency is interpolated.
+/// Waves longer than `context / low` are slowed down by `factor`, those shorter than
+/// `context / high` are kept, and between the two the frequency is interpolated.
 fn llama3(freq: f32, factor: f32, low: f64, high: f64, context: f64) -> f32 {
     let wavelength = (2.0 * PI) as f32 / freq;
     if wavelength > (context / low) as f32 {
@@ -137,7 +164,11 @@ impl CustomOp3 for Rotate {
         let (_, len, heads, head_dim) = lx.shape().dims4()?;
         let tables = (slice(cos, lcos)?, slice(sin, lsin)?);
         let half = lcos.dims().last().copied().unwrap_or(0);
-        if tables.0.len() != len * half || tables.1.len() != tables.0.len() || half == 0 || 2 * half > head_dim {
+        if tables.0.len() != len * half
+            || tables.1.len() != tables.0.len()
+            || half == 0
+            || 2 * half > head_dim
+        {
             bail!(
                 "rotary tables: expected {len} positions of up to {} angles, found {:?} and {:?}",
                 head_dim / 2,
@@ -147,9 +178,15 @@ impl CustomOp3 for Rotate {
         }
         let sizes = (heads, head_dim, half);
         let y = match x {
-            CpuStorage::F32(_) => f32::to_cpu_storage_owned(turned(slice::<f32>(x, lx)?, tables, sizes)),
-            CpuStorage::BF16(_) => bf16::to_cpu_storage_owned(turned(slice::<bf16>(x, lx)?, tables, sizes)),
-            CpuStorage::F16(_) => f16::to_cpu_storage_owned(turned(slice::<f16>(x, lx)?, tables, sizes)),
+            CpuStorage::F32(_) => {
+                f32::to_cpu_storage_owned(turned(slice::<f32>(x, lx)?, tables, sizes))
+            }
+            CpuStorage::BF16(_) => {
+                bf16::to_cpu_storage_owned(turned(slice::<bf16>(x, lx)?, tables, sizes))
+            }
+            CpuStorage::F16(_) => {
+                f16::to_cpu_storage_owned(turned(slice::<f16>(x, lx)?, tables, sizes))
+            }
             _ => bail!("rotary embedding: expected f32, bf16 or f16"),
         };
         Ok((y, lx.shape().clone()))
@@ -157,7 +194,11 @@ impl CustomOp3 for Rotate {
 }
 
 /// x ((positions,H), D), tables of `half` angles of T positions, after which they begin anew
-fn turned<T: Real>(x: &[T], (cos, sin): (&[f32], &[f32]), (heads, head_dim, half): (usize, usize, usize)) -> Vec<T> {
+fn turned<T: Real>(
+    x: &[T],
+    (cos, sin): (&[f32], &[f32]),
+    (heads, head_dim, half): (usize, usize, usize),
+) -> Vec<T> {
     let mut y = vec![T::zero(); x.len()];
     let row = head_dim * heads;
     for_each_row(&mut y, row, 4 * row, |position, y| {
@@ -200,17 +241,30 @@ mod tests {
     #[test]
     fn turns_as_the_composition_does() -> Result<()> {
         let (batch, len, heads, head_dim) = (2, 5, 3, 12);
-        let x: Vec<f32> = (0..batch * len * heads * head_dim).map(|i| (i * 37 % 101) as f32 / 16.0 - 3.0).collect();
+        let x: Vec<f32> = (0..batch * len * heads * head_dim)
+            .map(|i| (i * 37 % 101) as f32 / 16.0 - 3.0)
+            .collect();
         for dim in [head_dim, 7, 2] {
             let frequencies = Frequencies::new(&config(dim, RopeScaling::None));
-            let (cos, sin) = frequencies.tables(false, len, DType::F32, DType::F32, &Device::Cpu)?;
+            let (cos, sin) =
+                frequencies.tables(false, len, DType::F32, DType::F32, &Device::Cpu)?;
             assert_eq!(cos.dims(), [len, dim.div_ceil(2)]);
             // |y| < 8, so half a unit in its last place
-            for (dtype, bound) in [(DType::F32, 0.0), (DType::BF16, 2f32.powi(-6)), (DType::F16, 2f32.powi(-9))] {
-                let x = Tensor::from_slice(&x, (batch, len, heads, head_dim), &Device::Cpu)?.to_dtype(dtype)?;
-                let (found, expected) = (rotate(&x, &cos, &sin)?, rotate(Var::from_tensor(&x)?.as_tensor(), &cos, &sin)?);
+            for (dtype, bound) in
+                [(DType::F32, 0.0), (DType::BF16, 2f32.powi(-6)), (DType::F16, 2f32.powi(-9))]
+            {
+                let x = Tensor::from_slice(&x, (batch, len, heads, head_dim), &Device::Cpu)?
+                    .to_dtype(dtype)?;
+                let (found, expected) = (
+                    rotate(&x, &cos, &sin)?,
+                    rotate(Var::from_tensor(&x)?.as_tensor(), &cos, &sin)?,
+                );
                 assert_eq!((found.dims(), found.dtype()), (expected.dims(), dtype));
-                let error = (found.to_dtype(DType::F32)? - expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+                let error = (found.to_dtype(DType::F32)? - expected)?
+                    .abs()?
+                    .flatten_all()?
+                    .max(0)?
+                    .to_scalar::<f32>()?;
                 assert!(error <= bound + 1e-6, "{dim} of {head_dim}, {dtype:?}: {error}");
             }
             // the tables of another number of positions
@@ -232,9 +286,13 @@ mod tests {
         assert_eq!([9, 10, 11].map(|len| frequencies.is_long(len)), [false, false, true]);
         for (is_long, divisors) in [(false, [1.0, 2.0]), (true, [4.0, 8.0])] {
             let (cos, _) = frequencies.tables(is_long, 2, DType::F32, DType::F32, &Device::Cpu)?;
-            let expected = [3.0 * f32::cos(1.0 / divisors[0]), 3.0 * f32::cos(1.0 / (10.0 * divisors[1]))];
+            let expected =
+                [3.0 * f32::cos(1.0 / divisors[0]), 3.0 * f32::cos(1.0 / (10.0 * divisors[1]))];
             for (found, expected) in cos.get(1)?.to_vec1::<f32>()?.into_iter().zip(expected) {
-                assert!((found - expected).abs() <= 1e-6, "{is_long}: {found}, expected {expected}");
+                assert!(
+                    (found - expected).abs() <= 1e-6,
+                    "{is_long}: {found}, expected {expected}"
+                );
             }
         }
         Ok(())

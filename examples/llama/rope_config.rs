@@ -24,11 +24,21 @@ pub enum RopeScaling {
     /// Every frequency divided by `factor`.
     Linear { factor: f64 },
     /// LLaMA 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
-    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position_embeddings: usize },
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_max_position_embeddings: usize,
+    },
     /// Phi-3: each frequency divided by its own factor, from `short` in texts of up to
     /// `original_max_position_embeddings` positions and from `long` in longer ones; cos and sin
     /// multiplied by `attention_factor`.
-    LongRope { short: Vec<f64>, long: Vec<f64>, original_max_position_embeddings: usize, attention_factor: f64 },
+    LongRope {
+        short: Vec<f64>,
+        long: Vec<f64>,
+        original_max_position_embeddings: usize,
+        attention_factor: f64,
+    },
 }
 
 impl RopeConfig {
@@ -36,7 +46,12 @@ impl RopeConfig {
     ///
     /// # Errors
     /// Names the field that is malformed or asks for what is not computed.
-    pub fn of(top: &Fields, model_type: ModelType, head_dim: usize, context: usize) -> Result<Self> {
+    pub fn of(
+        top: &Fields,
+        model_type: ModelType,
+        head_dim: usize,
+        context: usize,
+    ) -> Result<Self> {
         let empty = Map::new();
         let rope = section(top, &empty)?;
         let theta = match (rope.positive_opt("rope_theta")?, top.positive_opt("rope_theta")?) {
@@ -46,16 +61,28 @@ impl RopeConfig {
         let dim = rotary_dim(top, &rope, model_type, head_dim)?;
         let scaling = match (rope_type(&rope)?, model_type) {
             (None | Some("default"), _) => RopeScaling::None,
-            (Some("longrope" | "su" | "yarn"), ModelType::Phi3) => longrope(top, &rope, dim, context)?,
+            (Some("longrope" | "su" | "yarn"), ModelType::Phi3) => {
+                longrope(top, &rope, dim, context)?
+            }
             (Some("linear"), model_type) if model_type != ModelType::Phi3 => {
                 RopeScaling::Linear { factor: rope.positive("factor")? }
             }
-            (Some("llama3"), model_type) if model_type != ModelType::Phi3 => llama3(top, &rope, context)?,
+            (Some("llama3"), model_type) if model_type != ModelType::Phi3 => {
+                llama3(top, &rope, context)?
+            }
             (Some(other), ModelType::Phi3) => {
-                return Err(unsupported(&rope.name("rope_type"), other, "known for phi3: default, longrope"));
+                return Err(unsupported(
+                    &rope.name("rope_type"),
+                    other,
+                    "known for phi3: default, longrope",
+                ));
             }
             (Some(other), _) => {
-                return Err(unsupported(&rope.name("rope_type"), other, "known: default, linear, llama3"));
+                return Err(unsupported(
+                    &rope.name("rope_type"),
+                    other,
+                    "known: default, linear, llama3",
+                ));
             }
         };
         Ok(Self { theta, dim, scaling })
@@ -66,17 +93,27 @@ fn section<'a>(top: &Fields<'a>, empty: &'a Map<String, Value>) -> Result<Fields
     let (old, new) = (top.get("rope_scaling"), top.get("rope_parameters"));
     let (section, found) = match (old, new) {
         (Some(old), Some(new)) if old != new => {
-            return Err(unsupported("rope_scaling", old, "rope_parameters is there too and says something else"));
+            return Err(unsupported(
+                "rope_scaling",
+                old,
+                "rope_parameters is there too and says something else",
+            ));
         }
         (_, Some(new)) => ("rope_parameters", Some(new)),
         (old, None) => ("rope_scaling", old),
     };
     let map = match found {
         None => empty,
-        Some(found) => found.as_object().ok_or_else(|| invalid(section, "a JSON object or null", found))?,
+        Some(found) => {
+            found.as_object().ok_or_else(|| invalid(section, "a JSON object or null", found))?
+        }
     };
     if let Some((layer_type, inner)) = map.iter().find(|(_, value)| value.is_object()) {
-        return Err(unsupported(&format!("{section}.{layer_type}"), inner, "all layers share one rotary embedding"));
+        return Err(unsupported(
+            &format!("{section}.{layer_type}"),
+            inner,
+            "all layers share one rotary embedding",
+        ));
     }
     Ok(Fields { map, section })
 }
@@ -87,13 +124,20 @@ fn rope_type<'a>(rope: &Fields<'a>) -> Result<Option<&'a str>> {
         None => rope.string("type")?,
     };
     match found {
-        None if rope.get("factor").is_some() => Err(invalid(&rope.name("rope_type"), "a name", &Value::Null)),
+        None if rope.get("factor").is_some() => {
+            Err(invalid(&rope.name("rope_type"), "a name", &Value::Null))
+        }
         found => Ok(found),
     }
 }
 
 /// `partial_rotary_factor` of a head, rounded down as transformers does.
-fn rotary_dim(top: &Fields, rope: &Fields, model_type: ModelType, head_dim: usize) -> Result<usize> {
+fn rotary_dim(
+    top: &Fields,
+    rope: &Fields,
+    model_type: ModelType,
+    head_dim: usize,
+) -> Result<usize> {
     const FIELD: &str = "partial_rotary_factor";
     let fields = if rope.get(FIELD).is_some() { rope } else { top };
     let factor = fields.number(FIELD)?.unwrap_or(1.0);
@@ -103,11 +147,19 @@ fn rotary_dim(top: &Fields, rope: &Fields, model_type: ModelType, head_dim: usiz
     }
     let dim = (head_dim as f64 * factor) as usize;
     if !(factor > 0.0 && factor <= 1.0 && dim > 0) {
-        return Err(invalid(&fields.name(FIELD), "a part of the head of at least one value and at most all", value()));
+        return Err(invalid(
+            &fields.name(FIELD),
+            "a part of the head of at least one value and at most all",
+            value(),
+        ));
     }
     match dim.next_multiple_of(2) <= head_dim {
         true => Ok(dim),
-        false => Err(invalid("head_dim", "an even number, as its two halves turn together", &Value::from(head_dim))),
+        false => Err(invalid(
+            "head_dim",
+            "an even number, as its two halves turn together",
+            &Value::from(head_dim),
+        )),
     }
 }
 
@@ -159,5 +211,10 @@ fn longrope(top: &Fields, rope: &Fields, dim: usize, context: usize) -> Result<R
         None if stretch <= 1.0 => 1.0,
         None => (1.0 + stretch.ln() / (original as f64).ln()).sqrt(),
     };
-    Ok(RopeScaling::LongRope { short, long, original_max_position_embeddings: original, attention_factor })
+    Ok(RopeScaling::LongRope {
+        short,
+        long,
+        original_max_position_embeddings: original,
+        attention_factor,
+    })
 }

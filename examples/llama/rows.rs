@@ -1,5 +1,5 @@
-//! What the fused CPU operations share: rows of a tensor over candle's thread pool, and loops that the compiler may vectorize for
-//! this machine.
+//! What the fused CPU operations share: rows of a tensor over candle's thread pool, and loops that
+//! the compiler may vectorize for this machine.
 
 use std::sync::Mutex;
 
@@ -29,7 +29,9 @@ impl Real for f32 {
 impl Real for bf16 {
     #[inline(always)]
     fn widen(from: &[Self], to: &mut [f32]) {
-        to.iter_mut().zip(from).for_each(|(to, from)| *to = f32::from_bits(u32::from(from.to_bits()) << 16));
+        to.iter_mut()
+            .zip(from)
+            .for_each(|(to, from)| *to = f32::from_bits(u32::from(from.to_bits()) << 16));
     }
 
     #[inline(always)]
@@ -48,7 +50,8 @@ impl Real for f16 {
     }
 }
 
-/// Calls `f`, compiled for the vectors that this machine has; `f` and what it calls count only as far as they are `inline(always)`.
+/// Calls `f`, compiled for the vectors that this machine has; `f` and what it calls count only as
+/// far as they are `inline(always)`.
 #[inline(always)]
 pub(super) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
@@ -57,9 +60,14 @@ pub(super) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
 /// Some 20 microseconds, in multiplications: more than it costs to wake another thread.
 const WORTH_A_THREAD: usize = 128 * 1024;
 
-/// Calls `f(row, its part of out)` for every row; `work` is about the number of multiplications in one. On candle's thread
-/// pool, if there is enough of it.
-pub(super) fn for_each_row<T: Send>(out: &mut [T], row_len: usize, work: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+/// Calls `f(row, its part of out)` for every row; `work` is about the number of multiplications in
+/// one. On candle's thread pool, if there is enough of it.
+pub(super) fn for_each_row<T: Send>(
+    out: &mut [T],
+    row_len: usize,
+    work: usize,
+    f: impl Fn(usize, &mut [T]) + Sync,
+) {
     if row_len == 0 || work == 0 {
         return;
     }
@@ -70,8 +78,8 @@ pub(super) fn for_each_row<T: Send>(out: &mut [T], row_len: usize, work: usize, 
     });
 }
 
-/// Calls `f` for every task, the first ones first; `work` is about the number of multiplications in one. On candle's thread pool, if
-/// there is enough of it.
+/// Calls `f` for every task, the first ones first; `work` is about the number of multiplications in
+/// one. On candle's thread pool, if there is enough of it.
 pub(super) fn in_parallel<T: Send>(tasks: Vec<T>, work: usize, f: impl Fn(T) + Sync) {
     if tasks.len() <= 1 || tasks.len() * work <= WORTH_A_THREAD {
         return tasks.into_iter().for_each(f);
@@ -100,7 +108,8 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     pulp::Arch::new().dispatch(Dot(a, b))
 }
 
-/// The sums of a*b for several b, for the vectors of its caller: sums are what the compiler does not vectorize by itself.
+/// The sums of a*b for several b, for the vectors of its caller: sums are what the compiler does
+/// not vectorize by itself.
 #[inline(always)]
 pub(super) fn simd_dots<S: Simd, const N: usize>(simd: S, a: &[f32], b: [&[f32]; N]) -> [f32; N] {
     let (a_vectors, a_tail) = S::as_simd_f32s(a);
@@ -120,7 +129,12 @@ pub(super) fn simd_dots<S: Simd, const N: usize>(simd: S, a: &[f32], b: [&[f32];
 
 /// y += the sum of factor * x, for the vectors of its caller
 #[inline(always)]
-pub(super) fn simd_add<S: Simd, const N: usize>(simd: S, factors: [f32; N], x: [&[f32]; N], y: &mut [f32]) {
+pub(super) fn simd_add<S: Simd, const N: usize>(
+    simd: S,
+    factors: [f32; N],
+    x: [&[f32]; N],
+    y: &mut [f32],
+) {
     let (y_vectors, y_tail) = S::as_mut_simd_f32s(y);
     let x = x.map(S::as_simd_f32s);
     let wide = factors.map(|factor| simd.splat_f32s(factor));

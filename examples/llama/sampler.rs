@@ -57,7 +57,8 @@ impl Sampler {
         if self.args.temperature < GREEDY_BELOW {
             return Ok(logits.argmax(D::Minus1)?.to_scalar()?);
         }
-        let probabilities = softmax_last_dim(&(logits / self.args.temperature)?)?.to_vec1::<f32>()?;
+        let probabilities =
+            softmax_last_dim(&(logits / self.args.temperature)?)?.to_vec1::<f32>()?;
         let candidates = self.args.candidates(&probabilities);
         let weights = WeightedIndex::new(candidates.iter().map(|&token| probabilities[token]));
         Ok(candidates[weights.context("cannot sample a token")?.sample(&mut self.random)] as u32)
@@ -68,7 +69,8 @@ impl SamplingArgs {
     /// The tokens that may be chosen, in the order of the vocabulary.
     fn candidates(&self, probabilities: &[f32]) -> Vec<usize> {
         let mut tokens: Vec<usize> = (0..probabilities.len()).collect();
-        let likelier = |&a: &usize, &b: &usize| probabilities[b].total_cmp(&probabilities[a]).then(a.cmp(&b));
+        let likelier =
+            |&a: &usize, &b: &usize| probabilities[b].total_cmp(&probabilities[a]).then(a.cmp(&b));
         if let Some(k) = self.top_k.filter(|&k| k < tokens.len()) {
             tokens.select_nth_unstable_by(k, likelier);
             tokens.truncate(k);
@@ -108,8 +110,14 @@ mod tests {
 
     use super::*;
 
-    const GREEDY: SamplingArgs =
-        SamplingArgs { temperature: 0.0, top_p: None, top_k: None, seed: 0, repeat_penalty: 1.0, repeat_last_n: 64 };
+    const GREEDY: SamplingArgs = SamplingArgs {
+        temperature: 0.0,
+        top_p: None,
+        top_k: None,
+        seed: 0,
+        repeat_penalty: 1.0,
+        repeat_last_n: 64,
+    };
 
     /// Their softmax is 0.1, 0.4, 0.2 and 0.3.
     fn logits() -> Tensor {
@@ -129,7 +137,10 @@ mod tests {
     fn greedy_is_the_first_of_the_largest() {
         assert_eq!(counts(&GREEDY, 3), [0, 3, 0, 0]);
         assert_eq!(counts(&SamplingArgs { temperature: 1e-300, ..GREEDY }, 3), [0, 3, 0, 0]);
-        assert_eq!(counts(&SamplingArgs { temperature: 1.0, top_k: Some(1), ..GREEDY }, 3), [0, 3, 0, 0]);
+        assert_eq!(
+            counts(&SamplingArgs { temperature: 1.0, top_k: Some(1), ..GREEDY }, 3),
+            [0, 3, 0, 0]
+        );
         let equal = Tensor::new(&[[1f32, 2.0, 2.0]], &Device::Cpu).unwrap();
         assert_eq!(Sampler::new(&GREEDY).choose(&equal, &[]).unwrap(), 1);
     }
@@ -142,8 +153,14 @@ mod tests {
         let cases = [
             (SamplingArgs { temperature: 1.0, ..GREEDY }, [0.1, 0.4, 0.2, 0.3]),
             (SamplingArgs { temperature: 0.5, ..GREEDY }, squares),
-            (SamplingArgs { temperature: 1.0, top_k: Some(2), ..GREEDY }, [0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]),
-            (SamplingArgs { temperature: 1.0, top_p: Some(0.8), ..GREEDY }, [0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0]),
+            (
+                SamplingArgs { temperature: 1.0, top_k: Some(2), ..GREEDY },
+                [0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0],
+            ),
+            (
+                SamplingArgs { temperature: 1.0, top_p: Some(0.8), ..GREEDY },
+                [0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0],
+            ),
         ];
         for (args, expected) in cases {
             let found = counts(&args, 10_000).map(|count| count as f64 / 1e4);
@@ -156,7 +173,9 @@ mod tests {
 
     #[test]
     fn which_tokens_may_be_chosen() {
-        let candidates = |top_k, top_p| SamplingArgs { top_k, top_p, ..GREEDY }.candidates(&[0.1, 0.4, 0.2, 0.3]);
+        let candidates = |top_k, top_p| {
+            SamplingArgs { top_k, top_p, ..GREEDY }.candidates(&[0.1, 0.4, 0.2, 0.3])
+        };
         assert_eq!(candidates(None, None), [0, 1, 2, 3]);
         assert_eq!(candidates(Some(3), None), [1, 2, 3]);
         assert_eq!(candidates(Some(9), None), [0, 1, 2, 3]);
@@ -168,8 +187,14 @@ mod tests {
         assert_eq!(candidates(Some(2), Some(0.5)), [1, 3]);
         assert_eq!(candidates(Some(2), Some(0.3)), [1]);
         // Of equal ones the first.
-        assert_eq!(SamplingArgs { top_k: Some(2), ..GREEDY }.candidates(&[0.2, 0.3, 0.2, 0.3, 0.2]), [1, 3]);
-        assert_eq!(SamplingArgs { top_k: Some(3), ..GREEDY }.candidates(&[0.2, 0.3, 0.2, 0.3, 0.2]), [0, 1, 3]);
+        assert_eq!(
+            SamplingArgs { top_k: Some(2), ..GREEDY }.candidates(&[0.2, 0.3, 0.2, 0.3, 0.2]),
+            [1, 3]
+        );
+        assert_eq!(
+            SamplingArgs { top_k: Some(3), ..GREEDY }.candidates(&[0.2, 0.3, 0.2, 0.3, 0.2]),
+            [0, 1, 3]
+        );
     }
 
     #[test]
@@ -203,7 +228,9 @@ mod tests {
     fn logits_that_are_no_numbers_are_errors() {
         let choose = |temperature, logit: f32| {
             let logits = Tensor::new(&[[0f32, logit]], &Device::Cpu).unwrap();
-            Sampler::new(&SamplingArgs { temperature, ..GREEDY }).choose(&logits, &[]).map_err(|error| error.to_string())
+            Sampler::new(&SamplingArgs { temperature, ..GREEDY })
+                .choose(&logits, &[])
+                .map_err(|error| error.to_string())
         };
         assert!(choose(0.0, f32::NAN).unwrap_err().contains("not numbers"));
         assert_eq!(choose(0.0, f32::INFINITY), Ok(1));

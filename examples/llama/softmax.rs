@@ -1,12 +1,14 @@
 //! The softmax of attention, causal: a query sees the keys up to its own position, or the last of
 //! them in a sliding window.
 //!
-//! On the CPU this is one pass over the visible part of each row, forward and backward. Elsewhere it is candle's softmax
-//! after adding a mask of 0 and -inf.
+//! On the CPU this is one pass over the visible part of each row, forward and backward. Elsewhere
+//! it is candle's softmax after adding a mask of 0 and -inf.
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, D, DType, Device, Layout, Result, Shape, Tensor, bail,
+};
 
 use super::rows::{for_each_row, slice, vectorized};
 
@@ -21,15 +23,27 @@ fn is_fused(dtype: DType, device: &Device) -> bool {
 
 /// The keys that query `i` sees. The last of `queries` queries is at the last of `keys` positions,
 /// and a window includes the query's own position.
-pub(super) fn visible(i: usize, queries: usize, keys: usize, window: Option<usize>) -> Range<usize> {
+pub(super) fn visible(
+    i: usize,
+    queries: usize,
+    keys: usize,
+    window: Option<usize>,
+) -> Range<usize> {
     let end = keys + 1 + i - queries;
     let start = window.map_or(0, |window| end.saturating_sub(window));
     start..end
 }
 
-/// The mask for up to `queries` queries over `keys` keys: (queries, keys), 0 where visible, -inf elsewhere. Query i stands
-/// at position `keys - queries + i`, so a smaller block that ends earlier finds its mask in the lower right corner.
-pub fn causal_mask(queries: usize, keys: usize, window: Option<usize>, dtype: DType, device: &Device) -> Result<Tensor> {
+/// The mask for up to `queries` queries over `keys` keys: (queries, keys), 0 where visible, -inf
+/// elsewhere. Query i stands at position `keys - queries + i`, so a smaller block that ends earlier
+/// finds its mask in the lower right corner.
+pub fn causal_mask(
+    queries: usize,
+    keys: usize,
+    window: Option<usize>,
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor> {
     let row = |i| {
         let visible = visible(i, queries, keys, window);
         (0..keys).map(move |j| if visible.contains(&j) { 0f32 } else { f32::NEG_INFINITY })
@@ -38,8 +52,9 @@ pub fn causal_mask(queries: usize, keys: usize, window: Option<usize>, dtype: DT
     Tensor::from_vec(mask, (queries, keys), device)?.to_dtype(dtype)
 }
 
-/// scores (B,KV,G*T,S) -> the probabilities of scores * scale, of the same shape. Row g*T+t is the query at position S-T+t: it sees
-/// S-T+t+1 keys, or the last `window` of them. For a single query, S is at most the window.
+/// scores (B,KV,G*T,S) -> the probabilities of scores * scale, of the same shape. Row g*T+t is the
+/// query at position S-T+t: it sees S-T+t+1 keys, or the last `window` of them. For a single query,
+/// S is at most the window.
 ///
 /// `mask` is that of [`causal_mask`], needed where [`needs_no_mask`] is false.
 pub fn causal_softmax(
@@ -50,7 +65,11 @@ pub fn causal_softmax(
     mask: Option<&Tensor>,
 ) -> Result<Tensor> {
     if is_fused(scores.dtype(), scores.device()) {
-        return scores.contiguous()?.apply_op1(CausalSoftmax { queries, window, scale: scale as f32 });
+        return scores.contiguous()?.apply_op1(CausalSoftmax {
+            queries,
+            window,
+            scale: scale as f32,
+        });
     }
     let scores = (scores * scale)?;
     let scores = match mask {
@@ -117,7 +136,13 @@ impl CustomOp2 for SoftmaxBackward {
         "softmax-backward"
     }
 
-    fn cpu_fwd(&self, p: &CpuStorage, lp: &Layout, dp: &CpuStorage, ldp: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        p: &CpuStorage,
+        lp: &Layout,
+        dp: &CpuStorage,
+        ldp: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let (p, dp) = (slice::<f32>(p, lp)?, slice::<f32>(dp, ldp)?);
         let keys = lp.dims().last().copied().unwrap_or(0);
         let mut out = vec![0f32; p.len()];
@@ -154,7 +179,8 @@ pub(super) fn softmax(row: &mut [f32], scale: f32) {
     let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
     row.iter_mut().for_each(|p| *p = exp((*p - max) * scale));
     // Sums over rows of thousands of keys are the one place where f32 would lose digits.
-    let over_sum = 1.0 / lanes(row, [0f64; LANES], |sum, p| sum + f64::from(p)).iter().sum::<f64>() as f32;
+    let over_sum =
+        1.0 / lanes(row, [0f64; LANES], |sum, p| sum + f64::from(p)).iter().sum::<f64>() as f32;
     row.iter_mut().for_each(|p| *p *= over_sum);
 }
 
@@ -175,11 +201,11 @@ fn lanes<T: Copy>(values: &[f32], mut results: [T; LANES], f: impl Fn(T, f32) ->
     results
 }
 
-/// e^x for x <= 0 within 2 units in the last place, as the compiler can do it for several x at once; below 1.7e-38 not 0 but that.
-/// NaN stays NaN.
+/// e^x for x <= 0 within 2 units in the last place, as the compiler can do it for several x at
+/// once; below 1.7e-38 not 0 but that. NaN stays NaN.
 ///
-/// With n the integer nearest to x / ln 2 and r = x - n·ln 2, |r| <= 0.35: 2ⁿ times the Taylor polynomial of degree 7, which errs by
-/// less than 0.35⁸/8! = 6e-9.
+/// With n the integer nearest to x / ln 2 and r = x - n·ln 2, |r| <= 0.35: 2ⁿ times the Taylor
+/// polynomial of degree 7, which errs by less than 0.35⁸/8! = 6e-9.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     const ROUNDS: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to an integer, which then stands in the low bits
@@ -211,7 +237,9 @@ mod tests {
         let worst = (0..=870_000).map(|i| units(i as f32 * -1e-4)).fold(0.0, f64::max);
         assert!(worst < 2.0, "{worst} units in the last place");
         assert_eq!(exp(0.0), 1.0);
-        assert!(exp(-1000.0) < 1.7e-38 && exp(f32::NEG_INFINITY) < 1.7e-38 && exp(f32::NAN).is_nan());
+        assert!(
+            exp(-1000.0) < 1.7e-38 && exp(f32::NEG_INFINITY) < 1.7e-38 && exp(f32::NAN).is_nan()
+        );
     }
 
     /// The fused pass against candle's operations and a mask.
@@ -219,7 +247,8 @@ mod tests {
     fn gradients_are_those_of_the_composition() -> Result<()> {
         let (queries, keys, scale) = (3, 5, 0.25);
         let values: Vec<f32> = (0..2 * 6 * 5).map(|i| (i * 29 % 17) as f32 - 8.0).collect();
-        let scores = candle_core::Var::from_vec(values.clone(), (1, 2, 2 * queries, keys), &Device::Cpu)?;
+        let scores =
+            candle_core::Var::from_vec(values.clone(), (1, 2, 2 * queries, keys), &Device::Cpu)?;
         let weights = Tensor::from_vec(values, scores.shape(), &Device::Cpu)?.sqr()?;
         for window in [None, Some(2), Some(9)] {
             let composed = {
@@ -230,9 +259,13 @@ mod tests {
             let fused = causal_softmax(scores.as_tensor().clone(), queries, scale, window, None)?;
             let gradient = |p: &Tensor| -> Result<Vec<f32>> {
                 let store = (p * &weights)?.sum_all()?.backward()?;
-                store.get(&scores).map_or_else(|| bail!("no gradient"), |g| g.flatten_all()?.to_vec1())
+                store
+                    .get(&scores)
+                    .map_or_else(|| bail!("no gradient"), |g| g.flatten_all()?.to_vec1())
             };
-            let close = |a: Vec<f32>, b: Vec<f32>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-6 + 1e-5 * b.abs());
+            let close = |a: Vec<f32>, b: Vec<f32>| {
+                a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-6 + 1e-5 * b.abs())
+            };
             let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
             assert!(close(flat(&fused)?, flat(&composed)?), "{window:?}");
             assert!(close(gradient(&fused)?, gradient(&composed)?), "{window:?}");
@@ -250,7 +283,8 @@ mod tests {
     #[test]
     fn rows_sum_to_one() {
         for keys in [1, 7, 8, 9, 1000] {
-            let scores: Vec<f32> = (0..keys).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.3).collect();
+            let scores: Vec<f32> =
+                (0..keys).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.3).collect();
             let mut p = scores.clone();
             softmax_row(&mut p, 0.5);
             let weights: Vec<f64> = scores.iter().map(|&s| (f64::from(s) * 0.5).exp()).collect();

@@ -22,7 +22,9 @@ pub fn checkpoint_dir(model_id: Option<&str>, revision: &str) -> Result<PathBuf>
         ensure!(path.is_dir(), "{model_id}: expected the directory of a checkpoint, found a file");
         return Ok(path.to_path_buf());
     }
-    let is_hub_id = model_id.split('/').count() <= 2 && !model_id.starts_with(['.', '/', '~']) && !model_id.is_empty();
+    let is_hub_id = model_id.split('/').count() <= 2
+        && !model_id.starts_with(['.', '/', '~'])
+        && !model_id.is_empty();
     ensure!(is_hub_id, "{model_id:?}: no such directory");
     download(model_id, revision)
 }
@@ -37,12 +39,16 @@ fn download(model_id: &str, revision: &str) -> Result<PathBuf> {
         progress.set_position(done);
     });
     bar.finish_and_clear();
-    dir.with_context(|| format!("{model_id}: no such directory, and it cannot be downloaded from the hub"))
+    dir.with_context(|| {
+        format!("{model_id}: no such directory, and it cannot be downloaded from the hub")
+    })
 }
 
 #[cfg(not(feature = "hub"))]
 fn download(model_id: &str, _revision: &str) -> Result<PathBuf> {
-    anyhow::bail!("{model_id}: no such directory; if it is a hub id, build with --features hub to download it")
+    anyhow::bail!(
+        "{model_id}: no such directory; if it is a hub id, build with --features hub to download it"
+    )
 }
 
 /// The config, and the end tokens of generation_config.json when there is one.
@@ -76,7 +82,12 @@ pub fn device_name(device: &Device) -> String {
 }
 
 /// The model, with a progress bar while its bytes are read.
-pub fn load(checkpoint: Checkpoint, cfg: &LlamaConfig, (dtype, device): (DType, &Device), allow_unread: bool) -> Result<Llama> {
+pub fn load(
+    checkpoint: Checkpoint,
+    cfg: &LlamaConfig,
+    (dtype, device): (DType, &Device),
+    allow_unread: bool,
+) -> Result<Llama> {
     if let Some(unread) = if allow_unread { ignore_unread(&checkpoint, cfg)? } else { None } {
         note(format_args!("warning: {unread}"));
     }
@@ -92,7 +103,12 @@ pub fn load(checkpoint: Checkpoint, cfg: &LlamaConfig, (dtype, device): (DType, 
 
 /// Shown on a terminal only.
 fn byte_bar(verb: &'static str, total: u64) -> Result<ProgressBar> {
-    let target = if io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}")?;
+    let target = if io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    };
+    let style =
+        ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}")?;
     Ok(ProgressBar::with_draw_target(Some(total), target).with_style(style).with_message(verb))
 }

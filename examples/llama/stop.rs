@@ -16,12 +16,17 @@ impl<'a> Stop<'a> {
     /// The text that is certain with `piece`, and whether a stop string follows it.
     pub fn push(&mut self, piece: &str) -> (String, bool) {
         self.held.push_str(piece);
-        if let Some(end) = self.strings.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
+        if let Some(end) =
+            self.strings.iter().filter_map(|stop| self.held.find(stop.as_str())).min()
+        {
             self.held.truncate(end);
             return (self.finish(), true);
         }
-        let begins_stop = |(i, _): &(usize, char)| self.strings.iter().any(|stop| stop.starts_with(&self.held[*i..]));
-        let certain = self.held.char_indices().find(begins_stop).map_or(self.held.len(), |(i, _)| i);
+        let begins_stop = |(i, _): &(usize, char)| {
+            self.strings.iter().any(|stop| stop.starts_with(&self.held[*i..]))
+        };
+        let certain =
+            self.held.char_indices().find(begins_stop).map_or(self.held.len(), |(i, _)| i);
         let rest = self.held.split_off(certain);
         (std::mem::replace(&mut self.held, rest), false)
     }

@@ -21,7 +21,8 @@ pub struct Message {
     pub content: String,
 }
 
-/// The template of a checkpoint, and the special tokens that it may name (`bos_token`, `eos_token`, ...).
+/// The template of a checkpoint, and the special tokens that it may name (`bos_token`, `eos_token`,
+/// ...).
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -60,12 +61,15 @@ impl ChatTemplate {
         // as transformers sets up Jinja
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(template_error)?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
         environment.add_test("sequence", is_sequence);
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(template_error)?;
+        environment
+            .add_template_owned(NAME, without_generation_tags(source))
+            .map_err(template_error)?;
         Ok(Self { environment, special_tokens })
     }
 
@@ -85,7 +89,8 @@ impl ChatTemplate {
     pub fn after_answer(&self) -> Option<String> {
         const ANSWER: &str = "candle";
         let message = |role, content: &str| Message { role, content: content.to_string() };
-        let text = self.render(&[message("user", "x"), message("assistant", ANSWER)], false).ok()?;
+        let text =
+            self.render(&[message("user", "x"), message("assistant", ANSWER)], false).ok()?;
         Some(text.rsplit_once(ANSWER)?.1.to_string())
     }
 }
@@ -104,30 +109,39 @@ fn template_file(dir: &Path) -> Result<Option<String>> {
     template_of(&read_json(&json)?).with_context(|| json.display().to_string())
 }
 
-/// The field `chat_template`: a template, or a list of templates with names, of which `default` is taken.
+/// The field `chat_template`: a template, or a list of templates with names, of which `default` is
+/// taken.
 fn template_of(config: &Value) -> Result<Option<String>> {
     let named = match config.get("chat_template") {
         None | Some(Value::Null) => return Ok(None),
         Some(Value::String(source)) => return Ok(Some(source.clone())),
         Some(Value::Array(named)) => named,
-        Some(other) => bail!("chat_template: expected a string or a list of named templates, found {other}"),
+        Some(other) => {
+            bail!("chat_template: expected a string or a list of named templates, found {other}")
+        }
     };
-    let text = |entry: &Value, field: &str| entry.get(field).and_then(Value::as_str).map(str::to_string);
+    let text =
+        |entry: &Value, field: &str| entry.get(field).and_then(Value::as_str).map(str::to_string);
     let names: Vec<String> = named.iter().filter_map(|entry| text(entry, "name")).collect();
     let default = named.iter().find(|entry| text(entry, "name").as_deref() == Some("default"));
     let source = default.and_then(|entry| text(entry, "template"));
-    source.map(Some).with_context(|| format!("chat_template: expected a template named default, found {names:?}"))
+    source.map(Some).with_context(|| {
+        format!("chat_template: expected a template named default, found {names:?}")
+    })
 }
 
 /// The special tokens of `tokenizer_config.json`, each a string or an object with its `content`.
 fn special_tokens(config: &Value) -> BTreeMap<String, String> {
     let fields = config.as_object().into_iter().flatten();
-    let token = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string);
+    let token = |value: &Value| {
+        value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
+    };
     let tokens = fields.filter(|(name, _)| name.ends_with("_token"));
     tokens.filter_map(|(name, value)| Some((name.clone(), token(value)?))).collect()
 }
 
-/// transformers marks the answers with `{% generation %}`, for training. The tags are replaced by ones without effect.
+/// transformers marks the answers with `{% generation %}`, for training. The tags are replaced by
+/// ones without effect.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -170,7 +184,12 @@ fn is_sequence(value: JinjaValue) -> bool {
 fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
     let mut text = String::new();
     let written = write!(text, "{}", chrono::Local::now().format(format));
-    let invalid = |_| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: not a format: {format}"));
+    let invalid = |_| {
+        minijinja::Error::new(
+            ErrorKind::InvalidOperation,
+            format!("strftime_now: not a format: {format}"),
+        )
+    };
     written.map(|()| text).map_err(invalid)
 }
 
@@ -187,7 +206,8 @@ fn tojson(value: JinjaValue, options: Kwargs) -> Result<JinjaValue, minijinja::E
         None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, PythonJson)),
     };
     let text = written.map(|()| String::from_utf8_lossy(&out).into_owned());
-    let invalid = |error| minijinja::Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}"));
+    let invalid =
+        |error| minijinja::Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}"));
     text.map(JinjaValue::from_safe_string).map_err(invalid)
 }
 
@@ -195,11 +215,19 @@ fn tojson(value: JinjaValue, options: Kwargs) -> Result<JinjaValue, minijinja::E
 struct PythonJson;
 
 impl serde_json::ser::Formatter for PythonJson {
-    fn begin_array_value<W: ?Sized + io::Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+    fn begin_array_value<W: ?Sized + io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         if first { Ok(()) } else { out.write_all(b", ") }
     }
 
-    fn begin_object_key<W: ?Sized + io::Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+    fn begin_object_key<W: ?Sized + io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         if first { Ok(()) } else { out.write_all(b", ") }
     }
 

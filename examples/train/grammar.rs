@@ -1,27 +1,38 @@
-//! A seeded generator of little stories whose entropy is known: the training text of the checkpoint in `weights/`.
+//! A seeded generator of little stories whose entropy is known: the training text of the checkpoint
+//! in `weights/`.
 //!
-//! `stories.txt` holds lists of facts and thirteen plots written as templates. A story is told from left to right; a fact
-//! (who, where, which toy, what weather) is drawn where it is first mentioned, and every later mention repeats it.
+//! `stories.txt` holds lists of facts and thirteen plots written as templates. A story is told from
+//! left to right; a fact (who, where, which toy, what weather) is drawn where it is first
+//! mentioned, and every later mention repeats it.
 //!
 //! # Notation of `stories.txt`
-//! * `@toys use` opens a list whose rows are `kite, ball : fly it`: keys, then one value for each further form.
-//! * `## name` opens a rule. Its lines are joined by spaces, a blank line is a new paragraph, a line that starts with `|` or
-//!   `}` continues the one before, and a line `? text` is told every other time.
-//! * `{a|3*b|(hero.peer=kid)c|(day)d}` chooses: `b` has three times the weight, `c` is open only if that form of the hero is
-//!   `kid`, `d` only if the slot `day` is bound.
-//! * `[toy:toys]`, `[friend:girls+boys]` draws a row that no other slot holds, binds it to the slot and tells its key.
-//! * `[toy]`, `[toy.use]` tells the key or a form of the bound row; `[he]`, `[him]`, `[his]` are those of the slot `hero`.
-//!   A capital first letter in the brackets gives one in the text. `<name>` tells a rule.
+//! * `@toys use` opens a list whose rows are `kite, ball : fly it`: keys, then one value for each
+//!   further form.
+//! * `## name` opens a rule. Its lines are joined by spaces, a blank line is a new paragraph, a
+//!   line that starts with `|` or `}` continues the one before, and a line `? text` is told every
+//!   other time.
+//! * `{a|3*b|(hero.peer=kid)c|(day)d}` chooses: `b` has three times the weight, `c` is open only if
+//!   that form of the hero is `kid`, `d` only if the slot `day` is bound.
+//! * `[toy:toys]`, `[friend:girls+boys]` draws a row that no other slot holds, binds it to the slot
+//!   and tells its key.
+//! * `[toy]`, `[toy.use]` tells the key or a form of the bound row; `[he]`, `[him]`, `[his]` are
+//!   those of the slot `hero`. A capital first letter in the brackets gives one in the text.
+//!   `<name>` tells a rule.
 //!
 //! # Entropy
-//! All chance goes through `Teller::pick`, which adds -log2(p) of what it picked, so `Story::bits` is -log2 of the
-//! probability of the derivation. No two derivations give the same text: the test `no_text_has_two_derivations` proves it
-//! for the whole grammar. Hence `bits` is -log2 of the probability of the *text*, its mean over stories is the entropy of
-//! the distribution exactly (no mere bound), and no model's expected loss, summed over a story, is below `bits` · ln 2 nats.
+//! All chance goes through `Teller::pick`, which adds -log2(p) of what it picked, so `Story::bits`
+//! is -log2 of the probability of the derivation. No two derivations give the same text: the test
+//! `no_text_has_two_derivations` proves it for the whole grammar. Hence `bits` is -log2 of the
+//! probability of the *text*, its mean over stories is the entropy of the distribution exactly (no
+//! mere bound), and no model's expected loss, summed over a story, is below `bits` · ln 2 nats.
 //!
-//! The mean is 93.6 bits at 159 words (a million stories: 76 to 125 bits, 125 to 199 words); no story is likelier than 2^-69.
+//! The mean is 93.6 bits at 159 words (a million stories: 76 to 125 bits, 125 to 199 words); no
+//! story is likelier than 2^-69.
 
-#![allow(clippy::panic, reason = "stories.txt is a part of the program, and the tests walk through all of it")]
+#![allow(
+    clippy::panic,
+    reason = "stories.txt is a part of the program, and the tests walk through all of it"
+)]
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -39,11 +50,13 @@ pub(crate) struct Story {
 ///
 /// Streams of different seeds are independent, so held-out stories are those of another seed.
 pub(crate) fn story(seed: u64, index: u64) -> Story {
-    static GRAMMAR: LazyLock<Grammar> = LazyLock::new(|| Grammar::parse(include_str!("stories.txt")));
+    static GRAMMAR: LazyLock<Grammar> =
+        LazyLock::new(|| Grammar::parse(include_str!("stories.txt")));
     GRAMMAR.story(seed, index)
 }
 
-/// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014, figure 16).
+/// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014,
+/// figure 16).
 struct SplitMix64(u64);
 
 impl SplitMix64 {
@@ -106,7 +119,8 @@ impl Grammar {
 impl<'g> Teller<'g> {
     /// Picks an index with probability `weights[i]` / sum: the only place where chance enters.
     ///
-    /// 64 random bits are scaled to the sum, which is below 2^10, so each probability is right to within 2^-54.
+    /// 64 random bits are scaled to the sum, which is below 2^10, so each probability is right to
+    /// within 2^-54.
     fn pick(&mut self, weights: &[u64]) -> usize {
         let total: u64 = weights.iter().sum();
         let mut left = (u128::from(self.random.next()) * u128::from(total)) >> 64;
@@ -148,14 +162,18 @@ impl<'g> Teller<'g> {
 
     fn draw(&mut self, slot: &'g str, lists: &[String], capital: bool) {
         let is_free = |row: &&Row| !self.slots.values().any(|taken| std::ptr::eq(*taken, *row));
-        let rows: Vec<_> = lists.iter().flat_map(|l| self.grammar.list(l)).filter(is_free).collect();
+        let rows: Vec<_> =
+            lists.iter().flat_map(|l| self.grammar.list(l)).filter(is_free).collect();
         let row = rows[self.pick(&vec![1; rows.len()])];
         self.slots.insert(slot, row);
         self.say(&row[""], capital);
     }
 
     fn recall(&self, slot: &str, form: &str) -> &'g str {
-        let row = self.slots.get(slot).unwrap_or_else(|| panic!("slot {slot} is not bound after: {}", self.story.text));
+        let row = self
+            .slots
+            .get(slot)
+            .unwrap_or_else(|| panic!("slot {slot} is not bound after: {}", self.story.text));
         row.get(form).unwrap_or_else(|| panic!("slot {slot} has no form {form}"))
     }
 
@@ -239,7 +257,9 @@ fn nodes(rest: &mut &str) -> Vec<Node> {
             '{' => Node::Choice(branches(rest)),
             '[' => fact(between(rest, ']')),
             '<' => Node::Rule(between(rest, '>').into()),
-            _ => Node::Text(take(rest, rest.find(['{', '[', '<', '|', '}']).unwrap_or(rest.len())).into()),
+            _ => Node::Text(
+                take(rest, rest.find(['{', '[', '<', '|', '}']).unwrap_or(rest.len())).into(),
+            ),
         });
     }
     nodes
@@ -251,7 +271,11 @@ fn branches(rest: &mut &str) -> Vec<Branch> {
     while rest.starts_with(['{', '|']) {
         take(rest, 1);
         let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(0);
-        let weight = if rest[digits..].starts_with('*') { take(rest, digits + 1).trim_end_matches('*') } else { "1" };
+        let weight = if rest[digits..].starts_with('*') {
+            take(rest, digits + 1).trim_end_matches('*')
+        } else {
+            "1"
+        };
         let guard = rest.starts_with('(').then(|| guard(between(rest, ')')));
         branches.push(Branch { weight: weight.parse().unwrap_or(1), guard, nodes: nodes(rest) });
     }
@@ -273,7 +297,11 @@ fn fact(inside: &str) -> Node {
         return Node::Draw(slot.into(), lists.split('+').map(String::from).collect(), capital);
     }
     let is_pronoun = ["he", "him", "his"].contains(&&*inside);
-    let (slot, form) = if is_pronoun { ("hero", &*inside) } else { inside.split_once('.').unwrap_or((&inside, "")) };
+    let (slot, form) = if is_pronoun {
+        ("hero", &*inside)
+    } else {
+        inside.split_once('.').unwrap_or((&inside, ""))
+    };
     Node::Recall(slot.into(), form.into(), capital)
 }
 

@@ -3,10 +3,12 @@
 use super::*;
 use std::collections::{BTreeSet, HashSet};
 
-/// All derivations as a graph of characters: each path from the start to `End` is one, told a character at a time.
+/// All derivations as a graph of characters: each path from the start to `End` is one, told a
+/// character at a time.
 ///
-/// It says a little more than the grammar: guards are taken as open, a draw may take any row, and a recalled fact may
-/// be any row that is ever bound to the slot. A derivation of the grammar is still one path, and two are two.
+/// It says a little more than the grammar: guards are taken as open, a draw may take any row, and a
+/// recalled fact may be any row that is ever bound to the slot. A derivation of the grammar is
+/// still one path, and two are two.
 struct Paths {
     states: Vec<State>,
     /// slot -> the lists its rows come from
@@ -27,7 +29,8 @@ enum State {
 impl Paths {
     /// The paths of a grammar and their start.
     fn new(grammar: &Grammar) -> (Self, usize) {
-        let mut paths = Self { states: vec![State::End], bound: HashMap::new(), meeting: HashMap::new() };
+        let mut paths =
+            Self { states: vec![State::End], bound: HashMap::new(), meeting: HashMap::new() };
         grammar.rules.values().for_each(|nodes| paths.note_slots(nodes));
         let start = paths.nodes(grammar, grammar.rule("story"), 0);
         (paths, start)
@@ -36,7 +39,9 @@ impl Paths {
     fn note_slots(&mut self, nodes: &[Node]) {
         for node in nodes {
             match node {
-                Node::Draw(slot, lists, _) => self.bound.entry(slot.clone()).or_default().extend(lists.clone()),
+                Node::Draw(slot, lists, _) => {
+                    self.bound.entry(slot.clone()).or_default().extend(lists.clone())
+                }
                 Node::Choice(branches) => branches.iter().for_each(|b| self.note_slots(&b.nodes)),
                 _ => (),
             }
@@ -72,7 +77,8 @@ impl Paths {
             }
             Node::Recall(slot, form, capital) => {
                 let rows = self.bound[slot].iter().flat_map(|l| grammar.list(l));
-                let texts: BTreeSet<_> = rows.filter_map(|r| r.get(form)).map(|t| capitalised(t, *capital)).collect();
+                let texts: BTreeSet<_> =
+                    rows.filter_map(|r| r.get(form)).map(|t| capitalised(t, *capital)).collect();
                 self.texts(texts.into_iter().collect(), false, next)
             }
         })
@@ -104,9 +110,10 @@ impl Paths {
             spaces.push(match state {
                 State::Char(' ', next) => (spaces[*next].0 + 1, spaces[*next].1 + 1),
                 State::Char(_, next) => spaces[*next],
-                State::Fork { ways, .. } => {
-                    ways.iter().map(|w| spaces[*w]).fold((usize::MAX, 0), |a, w| (a.0.min(w.0), a.1.max(w.1)))
-                }
+                State::Fork { ways, .. } => ways
+                    .iter()
+                    .map(|w| spaces[*w])
+                    .fold((usize::MAX, 0), |a, w| (a.0.min(w.0), a.1.max(w.1))),
                 State::End => (0, 0),
             });
         }
@@ -116,13 +123,16 @@ impl Paths {
     /// Can `text` be told from `at`?
     fn tell(&self, at: usize, text: &str) -> bool {
         match &self.states[at] {
-            State::Char(c, next) => text.strip_prefix(*c).is_some_and(|rest| self.tell(*next, rest)),
+            State::Char(c, next) => {
+                text.strip_prefix(*c).is_some_and(|rest| self.tell(*next, rest))
+            }
             State::Fork { ways, .. } => ways.iter().any(|&way| self.tell(way, text)),
             State::End => text.is_empty(),
         }
     }
 
-    /// The start of a text that can be told after either of two ways on from a choice, if there is one.
+    /// The start of a text that can be told after either of two ways on from a choice, if there is
+    /// one.
     fn find_ambiguity(&mut self) -> Option<String> {
         for at in 0..self.states.len() {
             let State::Fork { ways, chosen: true } = &self.states[at] else { continue };
@@ -150,13 +160,16 @@ fn grammar() -> Grammar {
     Grammar::parse(include_str!("stories.txt"))
 }
 
-/// Two derivations of one text would part at some choice, with the same text told before it and after it: so it is
-/// enough that no two ways on from any choice can tell the same rest of a story.
+/// Two derivations of one text would part at some choice, with the same text told before it and
+/// after it: so it is enough that no two ways on from any choice can tell the same rest of a story.
 #[test]
 fn no_text_has_two_derivations() {
     let (mut paths, start) = Paths::new(&grammar());
     assert_eq!(paths.find_ambiguity(), None);
-    assert!((0..300).all(|i| paths.tell(start, &story(3, i).text)), "the proof is about other texts");
+    assert!(
+        (0..300).all(|i| paths.tell(start, &story(3, i).text)),
+        "the proof is about other texts"
+    );
 }
 
 #[test]
@@ -167,8 +180,8 @@ fn an_ambiguity_is_found() {
     }
 }
 
-/// The information of the likeliest telling of `nodes`, or a little less: guarded rivals count as closed, and of a list
-/// as many rows as taken as it could be.
+/// The information of the likeliest telling of `nodes`, or a little less: guarded rivals count as
+/// closed, and of a list as many rows as taken as it could be.
 fn least_bits(grammar: &Grammar, nodes: &[Node]) -> f64 {
     let least = |node: &Node| match node {
         Node::Text(_) | Node::Recall(..) => 0.0,
@@ -210,7 +223,8 @@ fn bits_are_those_of_a_distribution() {
     let rules = "{3*[a:list]|5*not [b:list]} [c:list]{|(a) x|2*(c.form=f) y|(c.form=g) z}";
     let source = format!("\n@list form\none : f\ntwo, six : g\n## story: {rules}");
     let small = Grammar::parse(&source);
-    let told: HashMap<_, _> = (0..2000).map(|i| small.story(1, i)).map(|s| (s.text, (-s.bits).exp2())).collect();
+    let told: HashMap<_, _> =
+        (0..2000).map(|i| small.story(1, i)).map(|s| (s.text, (-s.bits).exp2())).collect();
     assert!((told.values().sum::<f64>() - 1.0).abs() < 1e-12, "{told:?}");
 }
 
@@ -218,7 +232,10 @@ fn bits_are_those_of_a_distribution() {
 #[test]
 fn random_numbers_are_splitmix64() {
     let mut random = SplitMix64(1_234_567);
-    assert_eq!([random.next(), random.next()], [6_457_827_717_110_365_317, 3_203_168_211_198_807_973]);
+    assert_eq!(
+        [random.next(), random.next()],
+        [6_457_827_717_110_365_317, 3_203_168_211_198_807_973]
+    );
 }
 
 #[test]
@@ -235,17 +252,29 @@ fn entropy_is_large_and_streams_do_not_meet() {
 #[test]
 fn stories_are_well_formed() {
     for text in (0..4000).map(|i| story(5, i).text) {
-        assert!(["  ", " .", " ,", "..", "\n\n\n", " \n", ",,", "!,"].iter().all(|slip| !text.contains(slip)), "{text}");
+        assert!(
+            ["  ", " .", " ,", "..", "\n\n\n", " \n", ",,", "!,"]
+                .iter()
+                .all(|slip| !text.contains(slip)),
+            "{text}"
+        );
         assert!(text.ends_with(['.', '!', '"']) && text.split("\n\n").count() == 3, "{text}");
-        let words: Vec<_> = text.split_whitespace().map(|w| w.trim_matches(|c: char| !c.is_alphabetic())).collect();
+        let words: Vec<_> =
+            text.split_whitespace().map(|w| w.trim_matches(|c: char| !c.is_alphabetic())).collect();
         for pair in words.windows(2) {
             let vowel = pair[1].starts_with(['a', 'e', 'i', 'o', 'u']);
             assert!(!(pair[0] == "a" && vowel || pair[0] == "an" && !vowel), "{pair:?} in {text}");
-            assert!(pair[0] != pair[1] || ["had", "Thank"].contains(&pair[0]), "{pair:?} in {text}");
+            assert!(
+                pair[0] != pair[1] || ["had", "Thank"].contains(&pair[0]),
+                "{pair:?} in {text}"
+            );
         }
         assert!(text.split("\n\n").all(|p| p.matches('"').count() % 2 == 0), "{text}");
         let starts = text.split(". ").chain(text.split("\n\n"));
-        assert!(starts.clone().all(|s| s.trim_start_matches('"').starts_with(char::is_uppercase)), "{text}");
+        assert!(
+            starts.clone().all(|s| s.trim_start_matches('"').starts_with(char::is_uppercase)),
+            "{text}"
+        );
     }
 }
 

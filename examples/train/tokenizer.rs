@@ -18,7 +18,10 @@ const BOS_TEXT: &str = "<|begin_of_text|>";
 const EOS_TEXT: &str = "<|end_of_text|>";
 
 /// Learns merges from the texts; the vocabulary has `vocab_size` tokens at most.
-pub(crate) fn train(vocab_size: usize, texts: impl Iterator<Item = String> + Send) -> Result<Tokenizer> {
+pub(crate) fn train(
+    vocab_size: usize,
+    texts: impl Iterator<Item = String> + Send,
+) -> Result<Tokenizer> {
     let special = [BOS_TEXT, EOS_TEXT].map(|text| AddedToken::from(text, true)).to_vec();
     let mut trainer = BpeTrainer::builder()
         .vocab_size(vocab_size)
@@ -27,14 +30,20 @@ pub(crate) fn train(vocab_size: usize, texts: impl Iterator<Item = String> + Sen
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .show_progress(false)
         .build();
-    let mut tokenizer = TokenizerBuilder::<BPE, NormalizerWrapper, ByteLevel, TemplateProcessing, ByteLevel>::default()
-        .with_model(BPE::default())
-        .with_normalizer(None)
-        .with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(false)))
-        .with_post_processor(Some(begins_with_bos()?))
-        .with_decoder(Some(ByteLevel::default()))
-        .build()
-        .map_err(anyhow::Error::msg)?;
+    let mut tokenizer = TokenizerBuilder::<
+        BPE,
+        NormalizerWrapper,
+        ByteLevel,
+        TemplateProcessing,
+        ByteLevel,
+    >::default()
+    .with_model(BPE::default())
+    .with_normalizer(None)
+    .with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(false)))
+    .with_post_processor(Some(begins_with_bos()?))
+    .with_decoder(Some(ByteLevel::default()))
+    .build()
+    .map_err(anyhow::Error::msg)?;
     tokenizer.train(&mut trainer, texts).map_err(anyhow::Error::msg)?;
     Ok(tokenizer.into())
 }
@@ -52,7 +61,10 @@ fn begins_with_bos() -> Result<TemplateProcessing> {
 /// Writes `tokenizer.json`, and what transformers reads beside it.
 pub(crate) fn save(tokenizer: &Tokenizer, dir: &Path) -> Result<()> {
     let path = dir.join("tokenizer.json");
-    tokenizer.save(&path, true).map_err(anyhow::Error::msg).with_context(|| path.display().to_string())?;
+    tokenizer
+        .save(&path, true)
+        .map_err(anyhow::Error::msg)
+        .with_context(|| path.display().to_string())?;
     let config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS_TEXT,
@@ -60,5 +72,8 @@ pub(crate) fn save(tokenizer: &Tokenizer, dir: &Path) -> Result<()> {
         "clean_up_tokenization_spaces": false,
         "model_max_length": 512,
     });
-    Ok(std::fs::write(dir.join("tokenizer_config.json"), serde_json::to_string_pretty(&config)? + "\n")?)
+    Ok(std::fs::write(
+        dir.join("tokenizer_config.json"),
+        serde_json::to_string_pretty(&config)? + "\n",
+    )?)
 }

@@ -74,8 +74,18 @@ enum Shard {
 
 #[derive(Arbitrary, Debug)]
 enum Contents {
-    Tensors { blocks: Vec<Block>, others: Vec<Other>, fill: u8, damage: Vec<(u16, u8)>, cut: Option<u16> },
-    Header { header: String, length: Option<u64>, data: u8 },
+    Tensors {
+        blocks: Vec<Block>,
+        others: Vec<Other>,
+        fill: u8,
+        damage: Vec<(u16, u8)>,
+        cut: Option<u16>,
+    },
+    Header {
+        header: String,
+        length: Option<u64>,
+        data: u8,
+    },
     Bytes(Vec<u8>),
 }
 
@@ -130,9 +140,22 @@ const FILES: [&str; 6] = [
     "consolidated.01.safetensors",
     "params.json",
 ];
-const ODD_SHARDS: [&str; 6] = ["../model.safetensors", "/dev/zero", "", ".", "a\0b", "x/model.safetensors"];
-const EDGES: [u64; 12] =
-    [0, 1, 1 << 20, (1 << 31) - 1, 1 << 31, 1 << 32, (1 << 32) + 1, 1 << 53, (1 << 62) + 1, 1 << 63, u64::MAX - 1, u64::MAX];
+const ODD_SHARDS: [&str; 6] =
+    ["../model.safetensors", "/dev/zero", "", ".", "a\0b", "x/model.safetensors"];
+const EDGES: [u64; 12] = [
+    0,
+    1,
+    1 << 20,
+    (1 << 31) - 1,
+    1 << 31,
+    1 << 32,
+    (1 << 32) + 1,
+    1 << 53,
+    (1 << 62) + 1,
+    1 << 63,
+    u64::MAX - 1,
+    u64::MAX,
+];
 const DTYPES: [(&str, u64); 12] = [
     ("F32", 32),
     ("BF16", 16),
@@ -242,9 +265,10 @@ impl Name {
     fn text(&self) -> String {
         match self {
             Name::Text(text) => text.clone(),
-            Name::Known { prefix, family, piece, bias } => {
-                joined(*prefix, &format!("{}.{}", pick(pick(&FAMILIES, *family).0, *piece), ending(*bias)))
-            }
+            Name::Known { prefix, family, piece, bias } => joined(
+                *prefix,
+                &format!("{}.{}", pick(pick(&FAMILIES, *family).0, *piece), ending(*bias)),
+            ),
         }
     }
 }
@@ -298,13 +322,19 @@ impl Listing {
 
     fn add(&mut self, name: String, dtype: u8, shape: &[u64], shift: (i8, i8)) {
         let (dtype, bits) = pick(&DTYPES, dtype);
-        let bits = shape.iter().try_fold(bits, |product, &dim| product.checked_mul(dim)).unwrap_or(u64::MAX);
+        let bits = shape
+            .iter()
+            .try_fold(bits, |product, &dim| product.checked_mul(dim))
+            .unwrap_or(u64::MAX);
         let start = self.end;
         let end = start.saturating_add(bits / 8);
         if end <= Self::LARGEST {
             self.end = end;
         }
-        let offsets = [start.saturating_add_signed(shift.0.into()), end.saturating_add_signed(shift.1.into())];
+        let offsets = [
+            start.saturating_add_signed(shift.0.into()),
+            end.saturating_add_signed(shift.1.into()),
+        ];
         self.entries.insert(name, json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}));
     }
 
@@ -317,9 +347,19 @@ impl Listing {
                 (false, 2) => (2 * i, h),
                 (false, _) => (i, h),
             };
-            self.add(joined(block.prefix, &format!("{name}.weight")), block.dtype, &[rows, columns], (0, 0));
+            self.add(
+                joined(block.prefix, &format!("{name}.weight")),
+                block.dtype,
+                &[rows, columns],
+                (0, 0),
+            );
             if block.bias {
-                self.add(joined(block.prefix, &format!("{name}.bias")), block.dtype, &[rows], (0, 0));
+                self.add(
+                    joined(block.prefix, &format!("{name}.bias")),
+                    block.dtype,
+                    &[rows],
+                    (0, 0),
+                );
             }
         }
     }
@@ -388,9 +428,15 @@ impl Input {
             Config::None => Ok(()),
             Config::Bytes(bytes) => fs::write(dir.join("config.json"), bytes),
             Config::Fields(fields) => {
-                let sizes =
-                    [("hidden_size", self.sizes.hidden()), ("intermediate_size", self.sizes.intermediate())].into_iter();
-                let all: Map<_, _> = sizes.map(|(name, n)| (name.to_string(), json!(n))).chain(object(fields)).collect();
+                let sizes = [
+                    ("hidden_size", self.sizes.hidden()),
+                    ("intermediate_size", self.sizes.intermediate()),
+                ]
+                .into_iter();
+                let all: Map<_, _> = sizes
+                    .map(|(name, n)| (name.to_string(), json!(n)))
+                    .chain(object(fields))
+                    .collect();
                 fs::write(dir.join("config.json"), Value::Object(all).to_string())
             }
         }
@@ -421,21 +467,31 @@ fn checked<T>(result: Result<T, Error>) -> Option<T> {
 }
 
 fn one_row(layer: &dyn Module, input: usize, output: usize, dtype: DType) {
-    let x = Tensor::ones((1, input), DType::F32, &Device::Cpu).and_then(|x| x.to_dtype(dtype)).expect("a row");
+    let x = Tensor::ones((1, input), DType::F32, &Device::Cpu)
+        .and_then(|x| x.to_dtype(dtype))
+        .expect("a row");
     let y = layer.forward(&x).expect("a loaded layer accepts a row");
     assert_eq!((y.dims(), y.dtype()), (&[1, output][..], dtype));
 }
 
 fn load_all(input: &Input, dir: &Path) {
     let Some(checkpoint) = checked(Checkpoint::open(dir)) else { return };
-    let dtype = pick(&[DType::F32, DType::BF16, DType::F16, DType::F64, DType::U32], input.load.dtype);
+    let dtype =
+        pick(&[DType::F32, DType::BF16, DType::F16, DType::F64, DType::U32], input.load.dtype);
     let vb = checkpoint.var_builder(dtype, &Device::Cpu);
-    let _ = (format!("{checkpoint:?}"), checkpoint.data_bytes(), checkpoint.contains("mlp.up_proj.weight"));
+    let _ = (
+        format!("{checkpoint:?}"),
+        checkpoint.data_bytes(),
+        checkpoint.contains("mlp.up_proj.weight"),
+    );
     for name in checkpoint.names() {
         let Some(tensor) = checked(checkpoint.tensor(name, dtype, &Device::Cpu)) else { continue };
         assert_eq!(tensor.dtype(), dtype);
-        if let (Some(prefix), Ok((rows, columns))) = (name.strip_suffix(".weight"), tensor.dims2()) {
-            let Some(linear) = checked(Linear::load(columns, rows, vb.pp(prefix))) else { continue };
+        if let (Some(prefix), Ok((rows, columns))) = (name.strip_suffix(".weight"), tensor.dims2())
+        {
+            let Some(linear) = checked(Linear::load(columns, rows, vb.pp(prefix))) else {
+                continue;
+            };
             one_row(&linear, columns, rows, dtype);
         }
     }
@@ -457,7 +513,10 @@ fn load_all(input: &Input, dir: &Path) {
 fuzz_target!(|input: Input| {
     let memory = Path::new("/dev/shm"); // in memory, if it exists
     let parent = if memory.is_dir() { memory.to_path_buf() } else { std::env::temp_dir() };
-    let dir = tempfile::Builder::new().prefix("candle-swiglu-fuzz").tempdir_in(parent).expect("a directory");
+    let dir = tempfile::Builder::new()
+        .prefix("candle-swiglu-fuzz")
+        .tempdir_in(parent)
+        .expect("a directory");
     input.write(dir.path()).expect("written files");
     load_all(&input, dir.path());
 });

@@ -17,7 +17,9 @@
 
 use arbitrary::Arbitrary;
 use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
-use candle_swiglu::{Biases, FfnConfig, FusedOrder, GateUp, GluActivation, Linear, SwiGluFfn, Weights};
+use candle_swiglu::{
+    Biases, FfnConfig, FusedOrder, GateUp, GluActivation, Linear, SwiGluFfn, Weights,
+};
 use libfuzzer_sys::fuzz_target;
 
 // ---------------------------------------------------------------- 1. what an input describes
@@ -122,7 +124,8 @@ impl Numbers {
 
     fn tensor(&mut self, dims: &[usize], operand: Operand, dtype: DType) -> Result<Tensor> {
         let exponent = f64::from(operand.exponent);
-        let scale = if exponent.abs() <= 100.0 { (exponent / 32.0).exp2() } else { exponent.exp2() };
+        let scale =
+            if exponent.abs() <= 100.0 { (exponent / 32.0).exp2() } else { exponent.exp2() };
         let data: Vec<f64> = (0..dims.iter().product()).map(|_| scale * self.next()).collect();
         let tensor = Tensor::from_vec(data, dims, &Device::Cpu)?.to_dtype(dtype)?;
         if operand.tracked { Ok(Var::from_tensor(&tensor)?.into_inner()) } else { Ok(tensor) }
@@ -176,7 +179,10 @@ impl Case {
         let cfg = FfnConfig::new(usize::from(self.h % 70) + 1, usize::from(self.i % 70) + 1)
             .with_activation(activation)
             .with_bias(formula.bias)
-            .with_multipliers(formula.gate_multiplier.map_or(1.0, factor), formula.down_multiplier.map_or(1.0, factor))
+            .with_multipliers(
+                formula.gate_multiplier.map_or(1.0, factor),
+                formula.down_multiplier.map_or(1.0, factor),
+            )
             .with_up_offset(formula.up_offset.map_or(0.0, factor));
         formula.limit.map_or(cfg.clone(), |limit| cfg.with_limit((f32::from(limit) + 1.0) / 256.0))
     }
@@ -252,13 +258,18 @@ impl Precision {
 
     fn round(self, Near(value, error): Near) -> Near {
         let size = value.abs() + error;
-        if size < 0.99 * self.largest { Near(value, error + self.u * size + self.smallest) } else { Near(value, f64::INFINITY) }
+        if size < 0.99 * self.largest {
+            Near(value, error + self.u * size + self.smallest)
+        } else {
+            Near(value, f64::INFINITY)
+        }
     }
 }
 
 /// Σ a·b + bias
 fn dot<'a>(terms: impl Iterator<Item = (Near, &'a f64)>, bias: f64, p: Precision) -> Near {
-    let (mut sum, mut size, mut carried, mut roundings, mut factors) = (bias, bias.abs(), 0.0, 3.0, 1.0);
+    let (mut sum, mut size, mut carried, mut roundings, mut factors) =
+        (bias, bias.abs(), 0.0, 3.0, 1.0);
     for (Near(a, error), b) in terms {
         sum += a * b;
         size += (a.abs() + error) * b.abs();
@@ -299,7 +310,8 @@ fn glu(cfg: &FfnConfig, gate: Near, up: Near, p: Precision) -> Near {
     let g = p.round(Near(m * gate.0, m.abs() * gate.1));
     let g = Near(g.0.min(limit), g.1);
     let (value, units) = act(cfg.activation, g.0);
-    let steepest = if cfg.activation == GluActivation::Relu2 { 2.0 * (g.0.abs() + g.1) } else { STEEPEST };
+    let steepest =
+        if cfg.activation == GluActivation::Relu2 { 2.0 * (g.0.abs() + g.1) } else { STEEPEST };
     let a_error = steepest * g.1 + units * p.u * value.abs() + (2.0 + g.0.abs()) * 2.0 * p.smallest;
     let u = p.round(Near(up.0.clamp(-limit, limit) + f64::from(cfg.up_offset), up.1));
     let error = a_error * (u.0.abs() + u.1) + value.abs() * u.1 + p.u * (value * u.0).abs();
@@ -352,12 +364,18 @@ impl Matrix {
 }
 
 /// x (M,H) -> y (M,H)
-fn block(cfg: &FfnConfig, x: &[Vec<f64>], [gate, up, down]: [&Matrix; 3], rounding: Rounding) -> Vec<Near> {
+fn block(
+    cfg: &FfnConfig,
+    x: &[Vec<f64>],
+    [gate, up, down]: [&Matrix; 3],
+    rounding: Rounding,
+) -> Vec<Near> {
     let d = f64::from(cfg.down_multiplier);
     let row = |x: &Vec<f64>| {
         let x: Vec<Near> = x.iter().map(|&x| Near(x, 0.0)).collect();
         let pairs = rounding.project(&x, gate).into_iter().zip(rounding.project(&x, up));
-        let h: Vec<Near> = pairs.map(|(g, u)| rounding.dtype.round(glu(cfg, g, u, rounding.wide))).collect();
+        let h: Vec<Near> =
+            pairs.map(|(g, u)| rounding.dtype.round(glu(cfg, g, u, rounding.wide))).collect();
         let scaled = |Near(y, error)| {
             let y = rounding.step(rounding.wide.round(Near(d * y, d.abs() * error)));
             rounding.dtype.round(y)
@@ -374,7 +392,10 @@ fn check(what: &str, y: &Tensor, expected: &[Near]) -> Result<()> {
     assert_eq!(y.len(), expected.len(), "{what}");
     for (at, (&y, &Near(value, error))) in y.iter().zip(expected).enumerate() {
         let anything = !error.is_finite() || !value.is_finite();
-        assert!(anything || (y - value).abs() <= error, "{what}: element {at}: {y:e}, expected {value:e} ± {error:e}");
+        assert!(
+            anything || (y - value).abs() <= error,
+            "{what}: element {at}: {y:e}, expected {value:e} ± {error:e}"
+        );
     }
     Ok(())
 }
@@ -382,14 +403,19 @@ fn check(what: &str, y: &Tensor, expected: &[Near]) -> Result<()> {
 /// The bits after widening to f64, with one pattern for all NaNs.
 fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
     let values = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-    Ok(values.into_iter().map(|value| if value.is_nan() { f64::NAN.to_bits() } else { value.to_bits() }).collect())
+    Ok(values
+        .into_iter()
+        .map(|value| if value.is_nan() { f64::NAN.to_bits() } else { value.to_bits() })
+        .collect())
 }
 
 fn run(case: &Case) -> Result<()> {
     let (cfg, dtype, mut numbers) = (case.config(), case.dtype(), Numbers(case.seed));
     let (h, i) = (cfg.hidden_size, cfg.intermediate_size);
     let (x, shaped) = case.x(&mut numbers, h)?;
-    let mut bias = |n: usize, operand| (cfg.biases == Biases::ALL).then(|| numbers.tensor(&[n], operand, dtype)).transpose();
+    let mut bias = |n: usize, operand| {
+        (cfg.biases == Biases::ALL).then(|| numbers.tensor(&[n], operand, dtype)).transpose()
+    };
     let biases = [bias(i, case.gate)?, bias(i, case.up)?, bias(h, case.down)?];
     let down = numbers.matrix((h, i), case.down, dtype)?;
 
@@ -400,18 +426,28 @@ fn run(case: &Case) -> Result<()> {
     });
     let (gate, up, [gate_bias, up_bias, down_bias], gate_up) = match order {
         None => {
-            let (gate, up) = (numbers.matrix((i, h), case.gate, dtype)?, numbers.matrix((i, h), case.up, dtype)?);
+            let (gate, up) = (
+                numbers.matrix((i, h), case.gate, dtype)?,
+                numbers.matrix((i, h), case.up, dtype)?,
+            );
             let [gate_bias, up_bias, _] = biases.clone();
             let gate_up = GateUp::separate(gate.clone(), up.clone(), gate_bias, up_bias);
             (gate, up, biases, gate_up)
         }
         Some(order) => {
             let gate_up_proj = numbers.matrix((2 * i, h), case.gate, dtype)?;
-            let bias = (cfg.biases == Biases::ALL).then(|| numbers.tensor(&[2 * i], case.gate, dtype)).transpose()?;
+            let bias = (cfg.biases == Biases::ALL)
+                .then(|| numbers.tensor(&[2 * i], case.gate, dtype))
+                .transpose()?;
             let (gate, up) = halves(&gate_up_proj, order)?;
             let halves = bias.as_ref().map(|bias| halves(bias, order)).transpose()?;
             let (gate_bias, up_bias) = halves.unzip();
-            (gate, up, [gate_bias, up_bias, biases[2].clone()], GateUp::fused(gate_up_proj, bias, order))
+            (
+                gate,
+                up,
+                [gate_bias, up_bias, biases[2].clone()],
+                GateUp::fused(gate_up_proj, bias, order),
+            )
         }
     };
 
@@ -426,8 +462,11 @@ fn run(case: &Case) -> Result<()> {
         plain,
     };
     let x_rows = x.to_dtype(DType::F64)?.to_vec2::<f64>()?;
-    let matrices =
-        [Matrix::new(&gate, gate_bias.as_ref())?, Matrix::new(&up, up_bias.as_ref())?, Matrix::new(&down, down_bias.as_ref())?];
+    let matrices = [
+        Matrix::new(&gate, gate_bias.as_ref())?,
+        Matrix::new(&up, up_bias.as_ref())?,
+        Matrix::new(&down, down_bias.as_ref())?,
+    ];
     let plain = ffn.kernel().starts_with("plain");
     let expected = block(&cfg, &x_rows, matrices.each_ref(), rounding(plain));
     check(&format!("block, {}", ffn.kernel()), &y, &expected)?;
@@ -439,7 +478,11 @@ fn run(case: &Case) -> Result<()> {
     let rounding = rounding(linear.kernel() == "plain");
     let row = |x: &Vec<f64>| {
         let x: Vec<Near> = x.iter().map(|&x| Near(x, 0.0)).collect();
-        rounding.project(&x, &matrices[0]).into_iter().map(|y| rounding.dtype.round(y)).collect::<Vec<_>>()
+        rounding
+            .project(&x, &matrices[0])
+            .into_iter()
+            .map(|y| rounding.dtype.round(y))
+            .collect::<Vec<_>>()
     };
     let expected: Vec<Near> = x_rows.iter().flat_map(row).collect();
     check(&format!("linear, {}", linear.kernel()), &linear.forward(&shaped)?, &expected)
@@ -449,7 +492,8 @@ fn run(case: &Case) -> Result<()> {
 fn halves(fused: &Tensor, order: FusedOrder) -> Result<(Tensor, Tensor)> {
     let i = fused.dim(0)? / 2;
     let rows = |start: usize, step: usize| {
-        let rows = Tensor::from_vec((0..i).map(|n| (start + n * step) as u32).collect(), i, &Device::Cpu)?;
+        let rows =
+            Tensor::from_vec((0..i).map(|n| (start + n * step) as u32).collect(), i, &Device::Cpu)?;
         fused.contiguous()?.index_select(&rows, 0)
     };
     match order {

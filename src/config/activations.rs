@@ -73,25 +73,33 @@ const FEED_FORWARD: &str = "feed_forward_proj";
 /// Whether the name of a field that is not in [`FIELDS`] says that it holds the activation of the
 /// feed-forward block (`mlp_act`).
 fn looks_like_one(name: &str) -> bool {
-    const OF_THE_BLOCK: [&str; 9] = ["hidden", "mlp", "ffn", "ff", "feed", "forward", "glu", "gate", "dense"];
+    const OF_THE_BLOCK: [&str; 9] =
+        ["hidden", "mlp", "ffn", "ff", "feed", "forward", "glu", "gate", "dense"];
     const KIND: [&str; 5] = ["fn", "func", "function", "name", "type"];
     let mut parts = name.split('_').skip_while(|part| OF_THE_BLOCK.contains(part));
     let is_act = matches!(parts.next(), Some("act" | "activation"));
-    name == "feed_forward_type" || (is_act && parts.all(|part| KIND.contains(&part)) && !FIELDS.contains(&name))
+    name == "feed_forward_type"
+        || (is_act && parts.all(|part| KIND.contains(&part)) && !FIELDS.contains(&name))
 }
 
 fn rule(model: &str) -> Rule {
     match model {
         "gpt_oss" | "openai_privacy_filter" | "minimax_m3_vl" => Rule::Fixed(Silu), // huggingface.rs sets its slope
-        "lfm2" | "lfm2_moe" | "lfm3" | "lfm3_vl_vision" | "deimv2" | "esmfold2" => Rule::Fixed(Silu),
+        "lfm2" | "lfm2_moe" | "lfm3" | "lfm3_vl_vision" | "deimv2" | "esmfold2" => {
+            Rule::Fixed(Silu)
+        }
         _ if super::model::DINOV2.contains(&model) => Rule::Fixed(Silu),
-        "gemma2" | "gemma3" | "gemma3n" | "gemma4" | "gemma4_vision" | "gemma4_unified" | "diffusion_gemma"
-        | "embedding_gemma2" | "recurrent_gemma" | "vaultgemma" | "t5_gemma_module" | "t5gemma" | "t5gemma2"
-        | "t5gemma2_decoder" => Rule::Field("hidden_activation", GeluTanh),
+        "gemma2" | "gemma3" | "gemma3n" | "gemma4" | "gemma4_vision" | "gemma4_unified"
+        | "diffusion_gemma" | "embedding_gemma2" | "recurrent_gemma" | "vaultgemma"
+        | "t5_gemma_module" | "t5gemma" | "t5gemma2" | "t5gemma2_decoder" => {
+            Rule::Field("hidden_activation", GeluTanh)
+        }
         "modernbert" | "modernbert-decoder" => Rule::Field("hidden_activation", Gelu),
         "muse_glimmer" => Rule::Field("hidden_activation", Silu),
         "gemma" => Rule::Field("hidden_act", GeluTanh),
-        "gte" | "zamba" | "pixtral" | "dinov3_vit" | "eomt_dinov3" => Rule::Field("hidden_act", Gelu),
+        "gte" | "zamba" | "pixtral" | "dinov3_vit" | "eomt_dinov3" => {
+            Rule::Field("hidden_act", Gelu)
+        }
         "moonshine" => Rule::Field("decoder_hidden_act", Silu),
         "pix2struct" | "pix2struct_vision_model" | "kosmos-2.5" | "kosmos_2_5_vision_model" => {
             Rule::Field("dense_act_fn", GeluTanh)
@@ -139,8 +147,12 @@ fn agree(json: &Value, model: &str, read: &str, activation: GluActivation) -> Re
             return Err(unsupported(name, &value, reason));
         }
     }
-    for (name, value) in json.as_object().into_iter().flatten().filter(|(name, _)| looks_like_one(name)) {
-        let same = |text: &str| named(json, name, model).is_ok_and(|found| found == Some(activation)) || text.is_empty();
+    for (name, value) in
+        json.as_object().into_iter().flatten().filter(|(name, _)| looks_like_one(name))
+    {
+        let same = |text: &str| {
+            named(json, name, model).is_ok_and(|found| found == Some(activation)) || text.is_empty()
+        };
         if value.as_str().is_some_and(|text| !same(text)) {
             return Err(unsupported(name, value, reason));
         }
@@ -148,7 +160,9 @@ fn agree(json: &Value, model: &str, read: &str, activation: GluActivation) -> Re
     // In Pop2Piano `dense_act_fn` and `feed_forward_proj` are independent.
     let other = text(json, FEED_FORWARD)?.filter(|_| read != FEED_FORWARD && model != "pop2piano");
     match other {
-        Some(name) if gated(name).ok() != Some(activation) => Err(unsupported(FEED_FORWARD, &name.into(), reason)),
+        Some(name) if gated(name).ok() != Some(activation) => {
+            Err(unsupported(FEED_FORWARD, &name.into(), reason))
+        }
         _ => Ok(()),
     }
 }
@@ -156,7 +170,9 @@ fn agree(json: &Value, model: &str, read: &str, activation: GluActivation) -> Re
 /// The activation that a field names. The first release of Gemma wrote `gelu` for the tanh form.
 fn named(json: &Value, name: &str, model: &str) -> Result<Option<GluActivation>> {
     let activation = text(json, name)?.map(str::parse).transpose()?;
-    Ok(activation.map(|activation| if model == "gemma" && activation == Gelu { GeluTanh } else { activation }))
+    Ok(activation.map(
+        |activation| if model == "gemma" && activation == Gelu { GeluTanh } else { activation },
+    ))
 }
 
 /// T5's notation, in which `gated-gelu` is the tanh form.

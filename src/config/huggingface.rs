@@ -3,7 +3,9 @@
 
 use serde_json::Value;
 
-use super::json::{entry, field, flag, invalid, number, positive_number, required, size, text, unsupported};
+use super::json::{
+    entry, field, flag, invalid, number, positive_number, required, size, text, unsupported,
+};
 use super::model::{Config, DINOV2, Part};
 use super::sizes::INTERMEDIATE;
 use super::{Biases, FfnConfig, activations};
@@ -14,10 +16,12 @@ use crate::load::{Family, FusedOrder};
 pub(super) fn read(whole: &Value, layer: Option<usize>, part: Part) -> Result<FfnConfig> {
     let json = nested(whole).unwrap_or(whole);
     let outer = text(whole, "model_type")?.unwrap_or_default();
-    let config = Config { json, model: stem(text(json, "model_type")?.unwrap_or(outer)), layer, part };
+    let config =
+        Config { json, model: stem(text(json, "model_type")?.unwrap_or(outer)), layer, part };
     refuse_quantized(whole)?;
     config.refuse()?;
-    let hidden_size = required(json, &["hidden_size", "d_model", "dim", "n_embd", "model_dim"], "hidden_size")?;
+    let hidden_size =
+        required(json, &["hidden_size", "d_model", "dim", "n_embd", "model_dim"], "hidden_size")?;
     let cfg = FfnConfig::new(hidden_size, config.intermediate_size(hidden_size)?)
         .with_activation(activations::read(json, config.model)?)
         .with_biases(config.biases()?);
@@ -38,7 +42,10 @@ fn nested(whole: &Value) -> Option<&Value> {
 
 /// The model type without the suffix: `gemma3_text` and `gemma3` name the same language model.
 fn stem(model_type: &str) -> &str {
-    let stem = model_type.strip_suffix("_text_model").or(model_type.strip_suffix("_text")).unwrap_or(model_type);
+    let stem = model_type
+        .strip_suffix("_text_model")
+        .or(model_type.strip_suffix("_text"))
+        .unwrap_or(model_type);
     match stem {
         "paligemma" => "gemma", // the default of its text model
         "step3p7" => "step3p5",
@@ -66,23 +73,40 @@ impl Config<'_> {
         self.refuse_without_gate()?;
         let limited = matches!(
             self.model,
-            "gpt_oss" | "openai_privacy_filter" | "minimax_m3_vl" | "deepseek_v4" | "glm5_next" | "glm5_next_vision" | "hy_v4"
+            "gpt_oss"
+                | "openai_privacy_filter"
+                | "minimax_m3_vl"
+                | "deepseek_v4"
+                | "glm5_next"
+                | "glm5_next_vision"
+                | "hy_v4"
         );
         for name in ["swiglu_limit", "swiglu_alpha"] {
             if let Some(value) = field(self.json, name).filter(|_| !limited) {
-                return Err(unsupported(name, value, "the formula of this model type with a limit is not known"));
+                return Err(unsupported(
+                    name,
+                    value,
+                    "the formula of this model type with a limit is not known",
+                ));
             }
         }
         for name in ["swiglu_limits", "swiglu_limits_shared"] {
-            let after = "the limit applies to the result of the activation, and only in some layers";
+            let after =
+                "the limit applies to the result of the activation, and only in some layers";
             self.refuse_layers(name, "a list of numbers", after)?;
         }
         self.refuse_sparsity()?;
         for (name, value) in self.json.as_object().into_iter().flatten() {
-            let off = value.is_null() || *value == Value::Bool(false) || value.as_f64() == Some(0.0);
-            let factor_of_one = value.as_f64() == Some(1.0) && (name.ends_with("multiplier") || name.ends_with("scale"));
+            let off =
+                value.is_null() || *value == Value::Bool(false) || value.as_f64() == Some(0.0);
+            let factor_of_one = value.as_f64() == Some(1.0)
+                && (name.ends_with("multiplier") || name.ends_with("scale"));
             if is_modifier(name) && !off && !factor_of_one {
-                return Err(unsupported(name, value, "a field of this name probably changes the formula"));
+                return Err(unsupported(
+                    name,
+                    value,
+                    "a field of this name probably changes the formula",
+                ));
             }
         }
         Ok(())
@@ -111,7 +135,11 @@ impl Config<'_> {
         };
         for name in ["use_swiglu_ffn", "use_gated_mlp", "is_gated_act", "ffn_with_glu"] {
             if !flag(self.json, name)?.unwrap_or(name != off_by_default) {
-                return Err(unsupported(name, &Value::Bool(false), "the feed-forward network has no gate"));
+                return Err(unsupported(
+                    name,
+                    &Value::Bool(false),
+                    "the feed-forward network has no gate",
+                ));
             }
         }
         Ok(())
@@ -134,7 +162,12 @@ impl Config<'_> {
 
     /// Refuses a field unless it is 0 or null. In a list the layer's entry counts; without a layer
     /// all entries count.
-    fn refuse_layers(&self, name: &str, expected: &'static str, reason: &'static str) -> Result<()> {
+    fn refuse_layers(
+        &self,
+        name: &str,
+        expected: &'static str,
+        reason: &'static str,
+    ) -> Result<()> {
         let Some(value) = field(self.json, name) else { return Ok(()) };
         let off = |value: &Value| value.is_null() || value.as_f64() == Some(0.0);
         let off = match (value, self.layer) {
@@ -155,7 +188,9 @@ impl Config<'_> {
                 return Ok(all(flag(json, "use_bias")?.unwrap_or(false)));
             }
             "gte" | "voxtral_realtime_encoder" => return Ok(Biases::new(false, false, true)),
-            "glm_ocr_vision" | "glm5_next_vision" => return Ok(all(flag(json, "attention_bias")?.unwrap_or(true))),
+            "glm_ocr_vision" | "glm5_next_vision" => {
+                return Ok(all(flag(json, "attention_bias")?.unwrap_or(true)));
+            }
             "molmo2_adapter" => {
                 let bias = flag(json, "mlp_bias")?.unwrap_or(false);
                 return Ok(Biases::new(bias, bias, false));
@@ -203,18 +238,26 @@ impl Config<'_> {
         let mut cfg = match self.model {
             "gpt_oss" | "openai_privacy_filter" | "minimax_m3_vl" => {
                 let limit = positive_number(self.json, "swiglu_limit", 7.0)?;
-                let beta = field(self.json, "swiglu_alpha").map_or(Ok(1.702), |value| number("swiglu_alpha", value))?;
-                cfg.with_activation(GluActivation::Swish { beta }).with_limit(limit).with_up_offset(1.0)
+                let beta = field(self.json, "swiglu_alpha")
+                    .map_or(Ok(1.702), |value| number("swiglu_alpha", value))?;
+                cfg.with_activation(GluActivation::Swish { beta })
+                    .with_limit(limit)
+                    .with_up_offset(1.0)
             }
             "deepseek_v4" | "glm5_next" | "glm5_next_vision" => {
                 cfg.with_limit(positive_number(self.json, "swiglu_limit", 10.0)?)
             }
-            "hy_v4" if self.part == Part::Expert => cfg.with_limit(positive_number(self.json, "swiglu_limit", 10.0)?),
+            "hy_v4" if self.part == Part::Expert => {
+                cfg.with_limit(positive_number(self.json, "swiglu_limit", 10.0)?)
+            }
             _ => cfg,
         };
         if let Some(value) = field(self.json, "mlp_multipliers") {
             cfg = match value.as_array().map(Vec::as_slice) {
-                Some([gate, down]) => cfg.with_multipliers(number("mlp_multipliers", gate)?, number("mlp_multipliers", down)?),
+                Some([gate, down]) => cfg.with_multipliers(
+                    number("mlp_multipliers", gate)?,
+                    number("mlp_multipliers", down)?,
+                ),
                 _ => return Err(invalid("mlp_multipliers", "two numbers", value)),
             };
         }
@@ -226,10 +269,14 @@ impl Config<'_> {
         match self.model {
             "gpt_oss" => cfg.with_family(Family::Interleaved),
             "qwen" => cfg.with_family(Family::Qwen1),
-            "lfm2" | "lfm2_moe" | "lfm3" | "lfm3_vl_vision" if self.part == Part::Dense => cfg.with_family(Family::Meta),
+            "lfm2" | "lfm2_moe" | "lfm3" | "lfm3_vl_vision" if self.part == Part::Dense => {
+                cfg.with_family(Family::Meta)
+            }
             "moonshine" | "moonshine_streaming" => cfg.with_family(Family::FlashAttn),
             "openelm" => cfg.with_family(Family::OpenElm),
-            "moshi" | "moshi_depth" | "kyutai_speech_to" => cfg.with_fused_names("fc1", "fc2", FusedOrder::GateFirst),
+            "moshi" | "moshi_depth" | "kyutai_speech_to" => {
+                cfg.with_fused_names("fc1", "fc2", FusedOrder::GateFirst)
+            }
             _ => cfg,
         }
     }
@@ -248,8 +295,21 @@ fn is_modifier(name: &str) -> bool {
         "ffn_multipliers",
         "ffn_dim_multiplier",
     ];
-    const INSIDE: [&str; 9] = ["softcap", "clip", "clamp", "limit", "scale", "multiplier", "sub_norm", "layernorm", "sparsity"];
-    let block = ["mlp_", "ffn_", "glu_", "moe_swiglu_", "act_", "activation_"].iter().any(|prefix| name.starts_with(prefix));
-    let modifies = name.starts_with("swiglu_") || (block && INSIDE.iter().any(|part| name.contains(part)));
+    const INSIDE: [&str; 9] = [
+        "softcap",
+        "clip",
+        "clamp",
+        "limit",
+        "scale",
+        "multiplier",
+        "sub_norm",
+        "layernorm",
+        "sparsity",
+    ];
+    let block = ["mlp_", "ffn_", "glu_", "moe_swiglu_", "act_", "activation_"]
+        .iter()
+        .any(|prefix| name.starts_with(prefix));
+    let modifies =
+        name.starts_with("swiglu_") || (block && INSIDE.iter().any(|part| name.contains(part)));
     (modifies || name == "use_clipped_linears") && !READ.contains(&name)
 }

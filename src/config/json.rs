@@ -21,9 +21,15 @@ pub(super) fn unsupported(name: &str, value: &Value, reason: &'static str) -> Er
 pub(super) fn entry<'a>(name: &str, value: &'a Value, layer: Option<usize>) -> Result<&'a Value> {
     let Value::Array(list) = value else { return Ok(value) };
     match (layer, list.split_first()) {
-        (Some(layer), _) => list.get(layer).ok_or_else(|| invalid(name, "an entry for the layer", value)),
+        (Some(layer), _) => {
+            list.get(layer).ok_or_else(|| invalid(name, "an entry for the layer", value))
+        }
         (None, Some((first, rest))) if rest.iter().all(|other| other == first) => Ok(first),
-        _ => Err(invalid(name, "one value for all layers (FfnConfig::from_json_layer reads a list)", value)),
+        _ => Err(invalid(
+            name,
+            "one value for all layers (FfnConfig::from_json_layer reads a list)",
+            value,
+        )),
     }
 }
 
@@ -51,11 +57,15 @@ pub(super) fn required(json: &Value, names: &[&str], field: &'static str) -> Res
 }
 
 pub(super) fn flag(json: &Value, name: &str) -> Result<Option<bool>> {
-    field(json, name).map(|value| value.as_bool().ok_or_else(|| invalid(name, "true or false", value))).transpose()
+    field(json, name)
+        .map(|value| value.as_bool().ok_or_else(|| invalid(name, "true or false", value)))
+        .transpose()
 }
 
 pub(super) fn text<'a>(json: &'a Value, name: &str) -> Result<Option<&'a str>> {
-    field(json, name).map(|value| value.as_str().ok_or_else(|| invalid(name, "a string", value))).transpose()
+    field(json, name)
+        .map(|value| value.as_str().ok_or_else(|| invalid(name, "a string", value)))
+        .transpose()
 }
 
 pub(super) fn number(name: &str, value: &Value) -> Result<f32> {

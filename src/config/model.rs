@@ -4,8 +4,16 @@ use serde_json::Value;
 
 /// DINOv2 and models based on it: I follows from `mlp_ratio`, and `use_swiglu_ffn` decides whether
 /// there is a gate.
-pub(super) const DINOV2: [&str; 8] =
-    ["dinov2", "dinov2_with_registers", "eomt", "radio", "rf_detr_dinov2", "tipsv2", "tipsv2_vision_model", "videomt"];
+pub(super) const DINOV2: [&str; 8] = [
+    "dinov2",
+    "dinov2_with_registers",
+    "eomt",
+    "radio",
+    "rf_detr_dinov2",
+    "tipsv2",
+    "tipsv2_vision_model",
+    "videomt",
+];
 
 /// Which of a model's gated blocks is read.
 #[derive(Clone, Copy, PartialEq, Eq)]

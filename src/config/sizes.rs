@@ -6,24 +6,33 @@ use super::json::{entry, field, flag, invalid, required, size, size_at, unsuppor
 use super::model::{Config, DINOV2, Part};
 use crate::error::{Error, Result};
 
-pub(super) const INTERMEDIATE: [&str; 5] = ["intermediate_size", "d_ff", "ffn_hidden_size", "hidden_dim", "n_inner"];
+pub(super) const INTERMEDIATE: [&str; 5] =
+    ["intermediate_size", "d_ff", "ffn_hidden_size", "hidden_dim", "n_inner"];
 
 impl Config<'_> {
     /// I. Whether a block of this size is possible is checked later.
     pub(super) fn intermediate_size(&self, hidden_size: usize) -> Result<usize> {
         let json = self.json;
-        let one = |name: &'static str| size_at(json, &[name], self.layer)?.ok_or(Error::MissingField { field: name });
+        let one = |name: &'static str| {
+            size_at(json, &[name], self.layer)?.ok_or(Error::MissingField { field: name })
+        };
         let expert = ["moe_intermediate_size", "expert_ffn_hidden_size"];
         if let (Part::Expert, Some(size)) = (self.part, size_at(json, &expert, self.layer)?) {
             return Ok(size);
         }
         match self.model {
             "llama4" | "minimax_m3_vl" if self.part == Part::Expert => one("intermediate_size"),
-            "deepseek_v4" if field(json, "moe_intermediate_size").is_some() => one("moe_intermediate_size"),
-            "granitemoeshared" | "granitemoehybrid" | "granitemoe_swa" => one("shared_intermediate_size"),
+            "deepseek_v4" if field(json, "moe_intermediate_size").is_some() => {
+                one("moe_intermediate_size")
+            }
+            "granitemoeshared" | "granitemoehybrid" | "granitemoe_swa" => {
+                one("shared_intermediate_size")
+            }
             "minimax_m3_vl" => one("dense_intermediate_size"),
             "glm4v_vision" | "glm4v_moe_vision" => one("out_hidden_size"),
-            "llama4" if field(json, "intermediate_size_mlp").is_some() && self.is_dense_llama4()? => {
+            "llama4"
+                if field(json, "intermediate_size_mlp").is_some() && self.is_dense_llama4()? =>
+            {
                 one("intermediate_size_mlp")
             }
             "moshi" | "moshi_depth" | "kyutai_speech_to" => half("ffn_dim", json, one("ffn_dim")?),
@@ -32,7 +41,9 @@ impl Config<'_> {
             "lfm2" => lfm2(json),
             "openelm" => self.openelm(hidden_size),
             _ if field(json, "block_configs").is_some() => self.nemotron_nas(hidden_size),
-            "gemma4" | "gemma4_unified" => Ok(one("intermediate_size")?.saturating_mul(self.gemma4_width()?)),
+            "gemma4" | "gemma4_unified" => {
+                Ok(one("intermediate_size")?.saturating_mul(self.gemma4_width()?))
+            }
             model if DINOV2.contains(&model) => dinov2(json, hidden_size),
             _ => self.usual_intermediate_size(),
         }
@@ -56,7 +67,9 @@ impl Config<'_> {
         let step = size(self.json, &["interleave_moe_layer_step"])?.unwrap_or(1);
         let listed = field(self.json, "moe_layers").and_then(Value::as_array);
         Ok(match (self.layer, listed) {
-            (Some(layer), Some(moe)) => !moe.iter().any(|entry| entry.as_u64() == Some(layer as u64)),
+            (Some(layer), Some(moe)) => {
+                !moe.iter().any(|entry| entry.as_u64() == Some(layer as u64))
+            }
             (Some(layer), None) => layer % step != step - 1,
             (None, Some(moe)) => moe.len() < size(self.json, &["num_hidden_layers"])?.unwrap_or(48),
             (None, None) => step > 1,
@@ -73,8 +86,14 @@ impl Config<'_> {
         let layers = size(self.json, &["num_hidden_layers"])?;
         match (self.layer, layers) {
             _ if shared == 0 => Ok(1),
-            (Some(layer), Some(layers)) => Ok(if (layer as u64).saturating_add(shared) >= layers as u64 { 2 } else { 1 }),
-            _ => Err(unsupported(NAME, &Value::Bool(true), "the width differs by layer (FfnConfig::from_json_layer)")),
+            (Some(layer), Some(layers)) => {
+                Ok(if (layer as u64).saturating_add(shared) >= layers as u64 { 2 } else { 1 })
+            }
+            _ => Err(unsupported(
+                NAME,
+                &Value::Bool(true),
+                "the width differs by layer (FfnConfig::from_json_layer)",
+            )),
         }
     }
 
@@ -89,7 +108,8 @@ impl Config<'_> {
             _ => return Err(invalid(NAME, "a positive number for the layer", value)),
         };
         let divisor = size(self.json, &["ffn_dim_divisor"])?.unwrap_or(256);
-        let nearest = ((exact + (divisor / 2) as f64) as usize / divisor).max(1).saturating_mul(divisor);
+        let nearest =
+            ((exact + (divisor / 2) as f64) as usize / divisor).max(1).saturating_mul(divisor);
         // The result is not more than a tenth below the exact value.
         Ok(if (nearest as f64) < 0.9 * exact { nearest.saturating_add(divisor) } else { nearest })
     }
@@ -101,13 +121,21 @@ impl Config<'_> {
         let ffn = entry(NAME, blocks, self.layer)?.get("ffn").unwrap_or(&Value::Null);
         for switch in ["no_op", "replace_with_linear"] {
             if flag(ffn, switch)? == Some(true) {
-                return Err(unsupported(NAME, &Value::from(switch), "the layer has no gated block"));
+                return Err(unsupported(
+                    NAME,
+                    &Value::from(switch),
+                    "the layer has no gated block",
+                ));
             }
         }
         match (size(ffn, &["intermediate_size"])?, factor(ffn, "ffn_mult")?) {
             (Some(size), _) => Ok(size),
-            (None, Some(factor)) => round_up((2.0 * factor * hidden_size as f64 / 3.0) as usize, 256, "ffn_mult"),
-            (None, None) => Err(invalid(NAME, "ffn.ffn_mult or ffn.intermediate_size for the layer", ffn)),
+            (None, Some(factor)) => {
+                round_up((2.0 * factor * hidden_size as f64 / 3.0) as usize, 256, "ffn_mult")
+            }
+            (None, None) => {
+                Err(invalid(NAME, "ffn.ffn_mult or ffn.intermediate_size for the layer", ffn))
+            }
         }
     }
 }
@@ -138,7 +166,8 @@ fn round_up(size: usize, multiple_of: usize, name: &str) -> Result<usize> {
 fn meta(json: &Value, dim: usize, multiple_of: usize) -> Result<usize> {
     let overflow = || invalid("dim", "a size whose block fits memory", &Value::from(dim));
     let two_thirds = dim.checked_mul(8).ok_or_else(overflow)? / 3;
-    let scaled = factor(json, "ffn_dim_multiplier")?.map_or(two_thirds, |factor| (factor * two_thirds as f64) as usize);
+    let scaled = factor(json, "ffn_dim_multiplier")?
+        .map_or(two_thirds, |factor| (factor * two_thirds as f64) as usize);
     scaled.div_ceil(multiple_of).checked_mul(multiple_of).ok_or_else(overflow)
 }
 

@@ -1,4 +1,5 @@
-//! The packed block and the linear layer, every kernel the machine has, against the f64 definition and against themselves.
+//! The packed block and the linear layer, every kernel the machine has, against the f64 definition
+//! and against themselves.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use candle_core::{CpuStorage, DType, Layout, Shape, WithDType};
@@ -33,14 +34,16 @@ struct Matrix {
 }
 
 impl Matrix {
-    /// Uniform in ±√3·scale; by way of f32, which some machines' conversions of f64 to f16 go by anyway.
+    /// Uniform in ±√3·scale; by way of f32, which some machines' conversions of f64 to f16 go by
+    /// anyway.
     fn random<T: WithDType>(rows: usize, columns: usize, scale: f64, seed: u64) -> Self {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (rows * 31 + columns) as u64;
         let mut next = || {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             ((state >> 40) as f64 / f64::from(1 << 23) - 1.0) * scale * 3f64.sqrt()
         };
-        let data = (0..rows * columns).map(|_| T::from_f64(f64::from(next() as f32)).to_f64()).collect();
+        let data =
+            (0..rows * columns).map(|_| T::from_f64(f64::from(next() as f32)).to_f64()).collect();
         Self { rows, columns, data }
     }
 
@@ -106,7 +109,8 @@ struct Case {
 impl Case {
     fn new<T: WithDType>(op: Glu, h: usize, i: usize, bias: bool) -> Self {
         let scale = |k: usize| 1.0 / (k as f64).sqrt();
-        let biases = || [(i, 5), (i, 6), (h, 7)].map(|(n, seed)| Matrix::random::<T>(1, n, 0.5, seed));
+        let biases =
+            || [(i, 5), (i, 6), (h, 7)].map(|(n, seed)| Matrix::random::<T>(1, n, 0.5, seed));
         Self {
             op,
             gate: Matrix::random::<T>(i, h, scale(h), 1),
@@ -132,18 +136,25 @@ impl Case {
     }
 
     fn expected(&self, x: &Matrix, dtype: DType) -> Vec<Near> {
-        let bias = |which: usize, at: usize| self.biases.as_ref().map_or(0.0, |biases| biases[which].data[at]);
+        let bias = |which: usize, at: usize| {
+            self.biases.as_ref().map_or(0.0, |biases| biases[which].data[at])
+        };
         let mut y = vec![];
         for row in 0..x.rows {
             let x: Vec<Near> = x.row(row).iter().map(|&v| (v, 0.0)).collect();
-            let project = |w: &Matrix, which, channel| dot(&x, w.row(channel), bias(which, channel));
-            let channel = |c| glu_near(&self.op, project(&self.gate, 0, c), project(&self.up, 1, c), dtype);
+            let project =
+                |w: &Matrix, which, channel| dot(&x, w.row(channel), bias(which, channel));
+            let channel =
+                |c| glu_near(&self.op, project(&self.gate, 0, c), project(&self.up, 1, c), dtype);
             let h: Vec<Near> = (0..self.gate.rows).map(channel).collect();
             let scaled = |(value, error): Near| {
                 let factor = f64::from(self.down_multiplier);
                 (value * factor, error * factor.abs() + U * (value * factor).abs())
             };
-            y.extend((0..self.down.rows).map(|c| rounded(scaled(dot(&h, self.down.row(c), bias(2, c))), dtype)));
+            y.extend(
+                (0..self.down.rows)
+                    .map(|c| rounded(scaled(dot(&h, self.down.row(c), bias(2, c))), dtype)),
+            );
         }
         y
     }
@@ -157,7 +168,10 @@ impl Case {
             for (at, (&y, &(exact, error))) in y.iter().zip(&expected).enumerate() {
                 let case = format!("{} {:?} {:?}", kernel.name, T::DTYPE, self.op);
                 let sizes = (x.rows, self.down.rows, self.gate.rows);
-                assert!((y - exact).abs() <= error, "{case} (M, H, I) = {sizes:?} at {at}: {y}, exact {exact} ± {error}");
+                assert!(
+                    (y - exact).abs() <= error,
+                    "{case} (M, H, I) = {sizes:?} at {at}: {y}, exact {exact} ± {error}"
+                );
             }
         }
     }
@@ -193,16 +207,25 @@ fn silu() -> Glu {
     Glu::new(GluActivation::Silu)
 }
 
-/// Rows around the heights of microkernels (6, 12), of the smaller block (24) and of chunks (512); H and I around the widths of
-/// vectors and panels, odd, and longer than a block of k (128 to 1024 values with few rows, up to 8192 with many); with up to 6 rows
-/// so many that panels go side by side (on up to 8 threads), one of them left over.
+/// Rows around the heights of microkernels (6, 12), of the smaller block (24) and of chunks (512);
+/// H and I around the widths of vectors and panels, odd, and longer than a block of k (128 to 1024
+/// values with few rows, up to 8192 with many); with up to 6 rows so many that panels go side by
+/// side (on up to 8 threads), one of them left over.
 fn sizes() -> Vec<(usize, usize, usize)> {
     let small = [(1, 1), (7, 5), (33, 65), (64, 32), (67, 129)];
     let mut sizes: Vec<_> = (1..=13).flat_map(|m| small.map(|(h, i)| (m, h, i))).collect();
     sizes.extend([23, 24, 25, 47, 48, 49].map(|m| (m, 67, 70)));
     sizes.extend([127, 128, 129, 511, 512, 513].map(|m| (m, 35, 37)));
     sizes.extend((1..=6).flat_map(|m| [(m, 2051, 33), (m, 33, 2051)]));
-    sizes.extend([(11, 521, 35), (15, 1051, 35), (20, 33, 1051), (26, 2051, 33), (26, 33, 4099), (26, 8195, 3), (1030, 5, 6)]);
+    sizes.extend([
+        (11, 521, 35),
+        (15, 1051, 35),
+        (20, 33, 1051),
+        (26, 2051, 33),
+        (26, 33, 4099),
+        (26, 8195, 3),
+        (1030, 5, 6),
+    ]);
     sizes
 }
 
@@ -215,7 +238,8 @@ macro_rules! per_dtype {
             #[test]
             fn every_size_meets_the_definition() {
                 for (m, h, i) in sizes() {
-                    Case::new::<T>(silu(), h, i, false).check::<T>(&Matrix::random::<T>(m, h, 1.0, 4));
+                    Case::new::<T>(silu(), h, i, false)
+                        .check::<T>(&Matrix::random::<T>(m, h, 1.0, 4));
                 }
             }
 
@@ -233,22 +257,33 @@ macro_rules! per_dtype {
             #[test]
             fn linear_meets_the_definition() {
                 let columns = [1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130];
-                for (n, k, m) in columns.into_iter().flat_map(|n| [(n, 77, 1), (n, 130, 7), (n, 9, 40)]) {
-                    let (weight, bias) = (Matrix::random::<T>(n, k, 0.3, 1), Matrix::random::<T>(1, n, 0.3, 2));
+                for (n, k, m) in
+                    columns.into_iter().flat_map(|n| [(n, 77, 1), (n, 130, 7), (n, 9, 40)])
+                {
+                    let (weight, bias) =
+                        (Matrix::random::<T>(n, k, 0.3, 1), Matrix::random::<T>(1, n, 0.3, 2));
                     let x = Matrix::random::<T>(m, k, 1.0, 4);
-                    for (kernel, with_bias) in available().iter().flat_map(|kernel| [(kernel, false), (kernel, true)]) {
+                    for (kernel, with_bias) in
+                        available().iter().flat_map(|kernel| [(kernel, false), (kernel, true)])
+                    {
                         let mut layer = linear(kernel, T::DTYPE, n, k).unwrap();
                         let (storage, layout) = weight.storage::<T>();
                         layer.set_weight(&storage, &layout).unwrap();
                         if with_bias {
-                            layer.set_bias(&bias.data.iter().map(|&v| v as f32).collect::<Vec<_>>());
+                            layer
+                                .set_bias(&bias.data.iter().map(|&v| v as f32).collect::<Vec<_>>());
                         }
                         let y = run::<T>(&*layer, &x);
                         for (at, y) in y.into_iter().enumerate() {
                             let a: Vec<Near> = x.row(at / n).iter().map(|&v| (v, 0.0)).collect();
                             let bias = if with_bias { bias.data[at % n] } else { 0.0 };
-                            let (exact, error) = rounded(dot(&a, weight.row(at % n), bias), T::DTYPE);
-                            assert!((y - exact).abs() <= error, "{} ({m}, {k}, {n}) at {at}: {y} {exact}", kernel.name);
+                            let (exact, error) =
+                                rounded(dot(&a, weight.row(at % n), bias), T::DTYPE);
+                            assert!(
+                                (y - exact).abs() <= error,
+                                "{} ({m}, {k}, {n}) at {at}: {y} {exact}",
+                                kernel.name
+                            );
                         }
                     }
                 }
@@ -281,9 +316,16 @@ macro_rules! per_dtype {
                 for kernel in available() {
                     let layer = case.layer::<T>(kernel);
                     let all = run::<T>(&*layer, &x);
-                    for range in [0..1, 1..3, 3..9, 9..16, 16..41, 41..54, 60..77, 100..160, 511..530] {
+                    for range in
+                        [0..1, 1..3, 3..9, 9..16, 16..41, 41..54, 60..77, 100..160, 511..530]
+                    {
                         let part = run::<T>(&*layer, &x.rows(range.clone()));
-                        assert_eq!(part, all[range.start * h..range.end * h], "{} rows {range:?}", kernel.name);
+                        assert_eq!(
+                            part,
+                            all[range.start * h..range.end * h],
+                            "{} rows {range:?}",
+                            kernel.name
+                        );
                     }
                 }
             }
@@ -304,10 +346,13 @@ macro_rules! per_dtype {
                     Layout::new(shape.clone(), vec![1, 0], 9),
                     Layout::new(shape, vec![0, 0], 2),
                 ];
-                for (kernel, layout) in available().iter().flat_map(|kernel| layouts.iter().map(move |layout| (kernel, layout)))
+                for (kernel, layout) in available()
+                    .iter()
+                    .flat_map(|kernel| layouts.iter().map(move |layout| (kernel, layout)))
                 {
                     let (s, o) = (layout.stride(), layout.start_offset());
-                    let copy = (0..m * h).map(|at| data.data[o + at / h * s[0] + at % h * s[1]]).collect();
+                    let copy =
+                        (0..m * h).map(|at| data.data[o + at / h * s[0] + at % h * s[1]]).collect();
                     let layer = case.layer::<T>(kernel);
                     let copied = run::<T>(&*layer, &Matrix { rows: m, columns: h, data: copy });
                     let strided = values::<T>(layer.forward(&storage, layout).unwrap());
@@ -320,15 +365,29 @@ macro_rules! per_dtype {
             fn packing_keeps_every_weight() {
                 let (n, k) = (70, 37);
                 let matrix = Matrix::random::<T>(n, k, 1.0, 1);
-                let transposed: Vec<T> = (0..k * n).map(|at| T::from_f64(matrix.data[at % n * k + at / n])).collect();
-                let transposed = (T::to_cpu_storage_owned(transposed), Layout::new(Shape::from((n, k)), vec![1, n], 0));
+                let transposed: Vec<T> =
+                    (0..k * n).map(|at| T::from_f64(matrix.data[at % n * k + at / n])).collect();
+                let transposed = (
+                    T::to_cpu_storage_owned(transposed),
+                    Layout::new(Shape::from((n, k)), vec![1, n], 0),
+                );
                 for kernel in available() {
                     for (storage, layout) in [&matrix.storage::<T>(), &transposed] {
                         let mut layer = linear(kernel, T::DTYPE, n, k).unwrap();
                         layer.set_weight(storage, layout).unwrap();
-                        assert_eq!(values::<T>(layer.rows(&mut (0..n))), matrix.data, "{}", kernel.name);
+                        assert_eq!(
+                            values::<T>(layer.rows(&mut (0..n))),
+                            matrix.data,
+                            "{}",
+                            kernel.name
+                        );
                         let some = values::<T>(layer.rows(&mut [69, 0, 32].into_iter()));
-                        assert_eq!(some, [matrix.row(69), matrix.row(0), matrix.row(32)].concat(), "{}", kernel.name);
+                        assert_eq!(
+                            some,
+                            [matrix.row(69), matrix.row(0), matrix.row(32)].concat(),
+                            "{}",
+                            kernel.name
+                        );
                     }
                 }
             }
@@ -340,22 +399,29 @@ macro_rules! per_dtype {
                 let case = Case::new::<T>(silu(), h, i, false);
                 let clean = Matrix::random::<T>(m, h, 1.0, 4);
                 let mut x = clean.clone();
-                (x.data[3 * h + 34], x.data[7 * h], x.data[39 * h + 1]) = (f64::NAN, f64::INFINITY, f64::NEG_INFINITY);
+                (x.data[3 * h + 34], x.data[7 * h], x.data[39 * h + 1]) =
+                    (f64::NAN, f64::INFINITY, f64::NEG_INFINITY);
                 for kernel in available() {
                     let layer = case.layer::<T>(kernel);
                     let (expected, y) = (run::<T>(&*layer, &clean), run::<T>(&*layer, &x));
                     for row in 0..m {
-                        let (y, expected) = (&y[row * h..(row + 1) * h], &expected[row * h..(row + 1) * h]);
+                        let (y, expected) =
+                            (&y[row * h..(row + 1) * h], &expected[row * h..(row + 1) * h]);
                         match row {
                             // Every channel holds NaN, or ∞ of both signs on its way: NaN.
-                            3 | 7 | 39 => assert!(y.iter().all(|v| v.is_nan()), "{} row {row}: {y:?}", kernel.name),
+                            3 | 7 | 39 => assert!(
+                                y.iter().all(|v| v.is_nan()),
+                                "{} row {row}: {y:?}",
+                                kernel.name
+                            ),
                             _ => assert_eq!(y, expected, "{} row {row}", kernel.name),
                         }
                     }
                 }
             }
 
-            /// Sums that fit are not lost on the way; denormals count unless the instruction takes them for 0.
+            /// Sums that fit are not lost on the way; denormals count unless the instruction takes
+            /// them for 0.
             #[test]
             fn the_ends_of_the_range() {
                 // 2⁷·2⁸ = 2¹⁵ and so on: the largest power of two of the dtype, by one product.
@@ -366,20 +432,36 @@ macro_rules! per_dtype {
                 };
                 for kernel in available() {
                     let mut layer = linear(kernel, T::DTYPE, 1, 2).unwrap();
-                    let weight = Matrix { rows: 1, columns: 2, data: vec![2f64.powi(top - 7), 1.0] };
+                    let weight =
+                        Matrix { rows: 1, columns: 2, data: vec![2f64.powi(top - 7), 1.0] };
                     let (storage, layout) = weight.storage::<T>();
                     layer.set_weight(&storage, &layout).unwrap();
-                    let y = |a: f64, b: f64| run::<T>(&*layer, &Matrix { rows: 1, columns: 2, data: vec![a, b] })[0];
+                    let y = |a: f64, b: f64| {
+                        run::<T>(&*layer, &Matrix { rows: 1, columns: 2, data: vec![a, b] })[0]
+                    };
                     assert_eq!(y(128.0, 0.0), 2f64.powi(top), "{}", kernel.name);
                     assert_eq!(y(-128.0, 0.0), -(2f64.powi(top)), "{}", kernel.name);
                     assert_eq!(y(256.0, 0.0), f64::INFINITY, "{}", kernel.name);
-                    let flushes = ["avx512bf16", "neonbf16"].contains(&kernel.name) && T::DTYPE == DType::BF16;
+                    let flushes = ["avx512bf16", "neonbf16"].contains(&kernel.name)
+                        && T::DTYPE == DType::BF16;
                     let smallest = 2f64.powi(tiny);
-                    assert_eq!(y(0.0, smallest), if flushes { 0.0 } else { smallest }, "{}", kernel.name);
+                    assert_eq!(
+                        y(0.0, smallest),
+                        if flushes { 0.0 } else { smallest },
+                        "{}",
+                        kernel.name
+                    );
                     assert_eq!(y(-0.0, 0.0), 0.0, "{}", kernel.name);
                     let whole = 3.0; // 2 and 1, of many
                     assert_eq!(
-                        run::<T>(&*layer, &Matrix { rows: 3, columns: 2, data: vec![0.0, whole, 0.0, -whole, 0.0, 0.0] }),
+                        run::<T>(
+                            &*layer,
+                            &Matrix {
+                                rows: 3,
+                                columns: 2,
+                                data: vec![0.0, whole, 0.0, -whole, 0.0, 0.0]
+                            }
+                        ),
                         [3.0, -3.0, 0.0]
                     );
                 }
@@ -392,8 +474,8 @@ per_dtype!(in_f32, f32);
 per_dtype!(in_bf16, bf16);
 per_dtype!(in_f16, f16);
 
-/// One fused multiply-add per product, in the order of k, on every instruction set that has it: the same bits, those of the
-/// first machine.
+/// One fused multiply-add per product, in the order of k, on every instruction set that has it: the
+/// same bits, those of the first machine.
 #[test]
 fn vector_kernels_of_one_arithmetic_give_the_same_bits() {
     const F32: u64 = 0xbdcd_bfb4_7a85_f4c6;
@@ -402,7 +484,9 @@ fn vector_kernels_of_one_arithmetic_give_the_same_bits() {
     fn digest<T: WithDType>(kernel: &'static CpuKernels) -> u64 {
         let case = Case::new::<T>(silu(), 131, 67, true);
         let y = run::<T>(&*case.layer::<T>(kernel), &Matrix::random::<T>(33, 131, 1.0, 4));
-        y.iter().fold(0, |hash: u64, y| (hash ^ y.to_bits()).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32))
+        y.iter().fold(0, |hash: u64, y| {
+            (hash ^ y.to_bits()).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32)
+        })
     }
     for kernel in available() {
         let fuses = match kernel.name {
@@ -413,7 +497,11 @@ fn vector_kernels_of_one_arithmetic_give_the_same_bits() {
             continue;
         }
         let native = ["avx512bf16", "neonbf16"].contains(&kernel.name);
-        let found = [digest::<f32>(kernel), digest::<f16>(kernel), if native { BF16 } else { digest::<bf16>(kernel) }];
+        let found = [
+            digest::<f32>(kernel),
+            digest::<f16>(kernel),
+            if native { BF16 } else { digest::<bf16>(kernel) },
+        ];
         assert_eq!(found, [F32, F16, BF16], "{}: {found:#x?}", kernel.name);
     }
 }
@@ -428,7 +516,9 @@ fn the_packed_memory_holds_all_weights() {
     for kernel in available() {
         let layer = case.layer::<f32>(kernel);
         let words = layer.bytes().into_iter().flat_map(|bytes| bytes.chunks_exact(4));
-        let sum = words.map(|word| u32::from_ne_bytes(word.try_into().unwrap())).fold(0, u32::wrapping_add);
+        let sum = words
+            .map(|word| u32::from_ne_bytes(word.try_into().unwrap()))
+            .fold(0, u32::wrapping_add);
         assert_eq!(sum, expected, "{}", kernel.name);
     }
 }
@@ -437,7 +527,10 @@ fn the_packed_memory_holds_all_weights() {
 fn dtypes_without_a_kernel_are_left_to_the_plain_path() {
     for kernel in available() {
         for dtype in [DType::F64, DType::U8, DType::I64] {
-            assert!(linear(kernel, dtype, 3, 4).is_none() && block(kernel, dtype, (3, 4), silu(), 1.0).is_none());
+            assert!(
+                linear(kernel, dtype, 3, 4).is_none()
+                    && block(kernel, dtype, (3, 4), silu(), 1.0).is_none()
+            );
         }
     }
 }
@@ -462,7 +555,11 @@ fn rows_are_cut_where_panels_do_not_come_out_even() {
     ] {
         let cut = Partition::new(rows, panels, threads, 1);
         assert_eq!(cut.units(), units, "{rows} rows, {panels} panels, {threads} threads");
-        assert_eq!(cut.unit(units - 1).1.len(), last, "{rows} rows, {panels} panels, {threads} threads");
+        assert_eq!(
+            cut.unit(units - 1).1.len(),
+            last,
+            "{rows} rows, {panels} panels, {threads} threads"
+        );
     }
     assert_eq!(Partition::new(1, 43, 2, 2).units(), 22);
     assert_eq!(Partition::new(1, 43, 6, 2).units(), 43); // too few for two at once
@@ -472,7 +569,9 @@ fn rows_are_cut_where_panels_do_not_come_out_even() {
 #[test]
 fn units_are_all_panels_and_rows_once() {
     use super::partition::Partition;
-    for (rows, panels, threads) in (1..520).step_by(7).flat_map(|rows| (1..50).map(move |n| (rows, n, 1 + (rows + n) % 17))) {
+    for (rows, panels, threads) in
+        (1..520).step_by(7).flat_map(|rows| (1..50).map(move |n| (rows, n, 1 + (rows + n) % 17)))
+    {
         for adjacent in [1, 2] {
             let cut = Partition::new(rows, panels, threads, adjacent);
             let (mut seen, mut small) = (vec![0; rows * panels], 0);
@@ -481,11 +580,19 @@ fn units_are_all_panels_and_rows_once() {
                 assert!(!unit_rows.is_empty() && (1..=cut.adjacent()).contains(&unit_panels.len()));
                 assert!(unit_rows.len() >= 4.min(rows));
                 small += usize::from(unit_rows.len() < 86.min(rows));
-                unit_panels.for_each(|panel| unit_rows.clone().for_each(|row| seen[panel * rows + row] += 1));
+                unit_panels.for_each(|panel| {
+                    unit_rows.clone().for_each(|row| seen[panel * rows + row] += 1)
+                });
             }
             // Blocks that hardly pay are of the last round only.
-            assert!(small <= threads, "{rows} rows, {panels} panels, {threads} threads: {small} small units");
-            assert!(seen.iter().all(|&n| n == 1), "{rows} rows, {panels} panels, {threads} threads, {adjacent} adjacent");
+            assert!(
+                small <= threads,
+                "{rows} rows, {panels} panels, {threads} threads: {small} small units"
+            );
+            assert!(
+                seen.iter().all(|&n| n == 1),
+                "{rows} rows, {panels} panels, {threads} threads, {adjacent} adjacent"
+            );
         }
     }
 }

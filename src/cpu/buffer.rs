@@ -18,12 +18,13 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    /// Zeros, on pages that the system provides when they are first written. Large buffers ask for huge
-    /// pages: with pages of 4 KiB, address translation takes 1 to 10 % of a call with up to 32 rows (Zen 4).
+    /// Zeros, on pages that the system provides when they are first written. Large buffers ask for
+    /// huge pages: with pages of 4 KiB, address translation takes 1 to 10 % of a call with up to 32
+    /// rows (Zen 4).
     pub(super) fn zeroed(bytes: usize) -> Self {
         let bytes = bytes.next_multiple_of(LINE);
-        // Words rather than cache lines: an allocation with a larger alignment is zeroed by writing, which
-        // would touch every page.
+        // Words rather than cache lines: an allocation with a larger alignment is zeroed by
+        // writing, which would touch every page.
         let memory: Vec<u64> = bytemuck::zeroed_vec((bytes + LINE) / size_of::<u64>());
         let first = memory.as_ptr().align_offset(LINE);
         let mut buffer = Self { memory, first };

@@ -23,17 +23,26 @@ impl PanelSums {
     /// # Safety
     /// The CPU has the instructions; the row and the vector exist.
     #[inline(always)]
-    pub(super) unsafe fn vector<S: Simd, const NV: usize>(&self, s: S, row: usize, v: usize) -> S::F {
+    pub(super) unsafe fn vector<S: Simd, const NV: usize>(
+        &self,
+        s: S,
+        row: usize,
+        v: usize,
+    ) -> S::F {
         // SAFETY: the caller's contract; a bias is as wide as a row.
         unsafe {
             let sum = s.load_f32(self.sums.add((row * NV + v) * S::LANES));
-            if self.bias.is_null() { sum } else { s.add(sum, s.load_f32(self.bias.add(v * S::LANES))) }
+            if self.bias.is_null() {
+                sum
+            } else {
+                s.add(sum, s.load_f32(self.bias.add(v * S::LANES)))
+            }
         }
     }
 }
 
-/// How h of dtype T is stored until the down projection reads it as A: as T itself, or as f32 after it
-/// was rounded to T.
+/// How h of dtype T is stored until the down projection reads it as A: as T itself, or as f32 after
+/// it was rounded to T.
 pub(super) trait Hidden<T: Element>: Copy {
     /// # Safety
     /// The CPU has the instructions; `dst` has LANES writable elements.
@@ -102,8 +111,8 @@ pub(super) unsafe fn copy_bf16(from: *const bf16, n: usize, to: *mut u8) {
 }
 
 /// The sums of a panel, plus their bias, times `factor`, rounded once -> y (rows, columns). Made by
-/// callers whose panel has NV·LANES columns and whose `y` has `rows` rows, `y_stride` apart, of `columns`
-/// writable elements.
+/// callers whose panel has NV·LANES columns and whose `y` has `rows` rows, `y_stride` apart, of
+/// `columns` writable elements.
 pub(super) struct Output<Y, const NV: usize> {
     pub(super) panel: PanelSums,
     pub(super) factor: f32,
@@ -121,8 +130,8 @@ impl<S: Simd, Y: Element, const NV: usize> Body<S> for Output<Y, NV> {
         for row in 0..panel.rows {
             for v in 0..NV {
                 let at = v * S::LANES;
-                // SAFETY: what the maker of this value has promised; an incomplete vector goes through
-                // a buffer.
+                // SAFETY: what the maker of this value has promised; an incomplete vector goes
+                // through a buffer.
                 unsafe {
                     let value = s.mul(panel.vector::<S, NV>(s, row, v), factor);
                     if at >= columns {
@@ -134,7 +143,11 @@ impl<S: Simd, Y: Element, const NV: usize> Body<S> for Output<Y, NV> {
                     } else {
                         let mut buffer = [MaybeUninit::<Y>::uninit(); MAX_LANES];
                         Y::store(s, value, buffer.as_mut_ptr().cast());
-                        std::ptr::copy_nonoverlapping(buffer.as_ptr().cast::<Y>(), out, columns - at);
+                        std::ptr::copy_nonoverlapping(
+                            buffer.as_ptr().cast::<Y>(),
+                            out,
+                            columns - at,
+                        );
                     }
                 }
             }

@@ -1,5 +1,5 @@
-//! Formats: how a weight is stored in a panel (`panels.rs`). The format of a weight is independent of
-//! the dtype of x, h and y.
+//! Formats: how a weight is stored in a panel (`panels.rs`). The format of a weight is independent
+//! of the dtype of x, h and y.
 //!
 //! To add one, see `docs/adding-a-weight-format.md`.
 
@@ -10,8 +10,8 @@ use half::{bf16, f16};
 use super::prefetch::prefetch;
 use super::simd::{Element, Simd};
 
-/// How the columns of a panel are stored. A step is the unit in which a microkernel reads: for each of
-/// NR columns, `k_step` values of k side by side.
+/// How the columns of a panel are stored. A step is the unit in which a microkernel reads: for each
+/// of NR columns, `k_step` values of k side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {
     F32,
@@ -99,12 +99,12 @@ impl Stored for bf16 {
     }
 }
 
-/// Writes steps of NV vectors as f32, one k after the other; `stream_stride` is the distance in bytes
-/// from one of STREAMS streams to the next.
+/// Writes steps of NV vectors as f32, one k after the other; `stream_stride` is the distance in
+/// bytes from one of STREAMS streams to the next.
 ///
 /// # Safety
-/// The CPU has the instructions; `b` has `steps` steps from a multiple of STREAMS on, `out` room for
-/// `steps·k_step·NV·LANES` f32.
+/// The CPU has the instructions; `b` has `steps` steps from a multiple of STREAMS on, `out` room
+/// for `steps·k_step·NV·LANES` f32.
 #[inline(always)]
 pub(super) unsafe fn widen<S: Simd, T: Stored, const NV: usize, const STREAMS: usize>(
     s: S,
@@ -118,7 +118,10 @@ pub(super) unsafe fn widen<S: Simd, T: Stored, const NV: usize, const STREAMS: u
         for i in 0..STREAMS.min(steps - round * STREAMS) {
             // SAFETY: the caller's contract.
             unsafe {
-                let (from, to) = (b.add(round * len).byte_add(i * stream_stride), out.add((round * STREAMS + i) * len));
+                let (from, to) = (
+                    b.add(round * len).byte_add(i * stream_stride),
+                    out.add((round * STREAMS + i) * len),
+                );
                 T::widen_step::<S, NV>(s, from, to);
             }
         }

@@ -38,9 +38,15 @@ pub(crate) fn gate_forward(
 ) -> Result<CpuStorage> {
     use CpuStorage as C;
     Ok(match (gate.0, up.0) {
-        (C::F32(g), C::F32(u)) => C::F32(run_forward(&kernels.gate_f32, op, (g, gate.1), (u, up.1))),
-        (C::BF16(g), C::BF16(u)) => C::BF16(run_forward(&kernels.gate_bf16, op, (g, gate.1), (u, up.1))),
-        (C::F16(g), C::F16(u)) => C::F16(run_forward(&kernels.gate_f16, op, (g, gate.1), (u, up.1))),
+        (C::F32(g), C::F32(u)) => {
+            C::F32(run_forward(&kernels.gate_f32, op, (g, gate.1), (u, up.1)))
+        }
+        (C::BF16(g), C::BF16(u)) => {
+            C::BF16(run_forward(&kernels.gate_bf16, op, (g, gate.1), (u, up.1)))
+        }
+        (C::F16(g), C::F16(u)) => {
+            C::F16(run_forward(&kernels.gate_f16, op, (g, gate.1), (u, up.1)))
+        }
         (C::F64(g), C::F64(u)) => C::F64(run_forward(&F64, op, (g, gate.1), (u, up.1))),
         _ => return Err(unsupported()),
     })
@@ -48,13 +54,23 @@ pub(crate) fn gate_forward(
 
 /// The gradients of gate, up under dy, all of one shape -> a contiguous storage of shape (2, ..):
 /// dgate, then dup.
-pub(crate) fn gate_backward(kernels: &CpuKernels, op: &Glu, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
+pub(crate) fn gate_backward(
+    kernels: &CpuKernels,
+    op: &Glu,
+    inputs: [(&CpuStorage, &Layout); 3],
+) -> Result<CpuStorage> {
     use CpuStorage as C;
     let layouts = inputs.map(|(_, layout)| layout);
     Ok(match inputs.map(|(storage, _)| storage) {
-        [C::F32(g), C::F32(u), C::F32(dy)] => C::F32(run_backward(&kernels.gate_f32, op, [g, u, dy], layouts)),
-        [C::BF16(g), C::BF16(u), C::BF16(dy)] => C::BF16(run_backward(&kernels.gate_bf16, op, [g, u, dy], layouts)),
-        [C::F16(g), C::F16(u), C::F16(dy)] => C::F16(run_backward(&kernels.gate_f16, op, [g, u, dy], layouts)),
+        [C::F32(g), C::F32(u), C::F32(dy)] => {
+            C::F32(run_backward(&kernels.gate_f32, op, [g, u, dy], layouts))
+        }
+        [C::BF16(g), C::BF16(u), C::BF16(dy)] => {
+            C::BF16(run_backward(&kernels.gate_bf16, op, [g, u, dy], layouts))
+        }
+        [C::F16(g), C::F16(u), C::F16(dy)] => {
+            C::F16(run_backward(&kernels.gate_f16, op, [g, u, dy], layouts))
+        }
         [C::F64(g), C::F64(u), C::F64(dy)] => C::F64(run_backward(&F64, op, [g, u, dy], layouts)),
         _ => return Err(unsupported()),
     })
@@ -62,7 +78,11 @@ pub(crate) fn gate_backward(kernels: &CpuKernels, op: &Glu, inputs: [(&CpuStorag
 
 /// The public functions check dtypes before they come here.
 fn unsupported() -> Error {
-    Error::DTypeUnsupported { name: "gate or up".into(), found: "another or mixed dtypes".into(), location: None }
+    Error::DTypeUnsupported {
+        name: "gate or up".into(),
+        found: "another or mixed dtypes".into(),
+        location: None,
+    }
 }
 
 /// f64 is computed by the definition itself.
@@ -81,7 +101,12 @@ const F64: GateKernels<f64> = GateKernels {
     },
 };
 
-fn run_forward<T: Copy + Send + Sync>(f: &GateKernels<T>, op: &Glu, gate: (&[T], &Layout), up: (&[T], &Layout)) -> Vec<T> {
+fn run_forward<T: Copy + Send + Sync>(
+    f: &GateKernels<T>,
+    op: &Glu,
+    gate: (&[T], &Layout),
+    up: (&[T], &Layout),
+) -> Vec<T> {
     let n = gate.1.shape().elem_count();
     let views = [View::new(gate.0, gate.1), View::new(up.0, up.1)];
     let mut out: Vec<T> = Vec::with_capacity(n);
@@ -99,7 +124,12 @@ fn run_forward<T: Copy + Send + Sync>(f: &GateKernels<T>, op: &Glu, gate: (&[T],
     out
 }
 
-fn run_backward<T: Copy + Send + Sync>(f: &GateKernels<T>, op: &Glu, data: [&[T]; 3], layouts: [&Layout; 3]) -> Vec<T> {
+fn run_backward<T: Copy + Send + Sync>(
+    f: &GateKernels<T>,
+    op: &Glu,
+    data: [&[T]; 3],
+    layouts: [&Layout; 3],
+) -> Vec<T> {
     let n = layouts[0].shape().elem_count();
     let views = [0, 1, 2].map(|i| View::new(data[i], layouts[i]));
     let mut out: Vec<T> = Vec::with_capacity(2 * n);
@@ -192,7 +222,11 @@ impl<'a, T: Copy> View<'a, T> {
 }
 
 /// Cuts `range` into segments and calls `f` with the start and the operands of each.
-fn segments<T: Copy, const N: usize>(views: &[View<'_, T>; N], range: Range<usize>, mut f: impl FnMut(usize, [&[T]; N])) {
+fn segments<T: Copy, const N: usize>(
+    views: &[View<'_, T>; N],
+    range: Range<usize>,
+    mut f: impl FnMut(usize, [&[T]; N]),
+) {
     let any_gathered = views.iter().any(View::gathered);
     let mut buffers: [Vec<T>; N] = std::array::from_fn(|_| Vec::new());
     let mut at = range.start;

@@ -34,13 +34,24 @@ macro_rules! with_activation {
 
 /// gate, up (n) -> out (n)
 #[inline(always)]
-pub(super) fn forward<S: Simd, T: Element>(s: S, op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
+pub(super) fn forward<S: Simd, T: Element>(
+    s: S,
+    op: &Glu,
+    gate: &[T],
+    up: &[T],
+    out: &mut [MaybeUninit<T>],
+) {
     with_activation!(op, act => forward_with(s, act, op, gate, up, out))
 }
 
 /// gate, up, dy (n) -> dgate, dup (n)
 #[inline(always)]
-pub(super) fn backward<S: Simd, T: Element>(s: S, op: &Glu, inputs: [&[T]; 3], outputs: [&mut [MaybeUninit<T>]; 2]) {
+pub(super) fn backward<S: Simd, T: Element>(
+    s: S,
+    op: &Glu,
+    inputs: [&[T]; 3],
+    outputs: [&mut [MaybeUninit<T>]; 2],
+) {
     with_activation!(op, act => backward_with(s, act, op, inputs, outputs))
 }
 
@@ -48,8 +59,8 @@ pub(super) fn backward<S: Simd, T: Element>(s: S, op: &Glu, inputs: [&[T]; 3], o
 /// T.
 ///
 /// # Safety
-/// The CPU has the instructions. `panel.sums` points to rows·NV·LANES f32, `panel.bias` to NV·LANES,
-/// if any; `h` to `rows` rows, `h_stride` apart, of NV/2·LANES writable elements.
+/// The CPU has the instructions. `panel.sums` points to rows·NV·LANES f32, `panel.bias` to
+/// NV·LANES, if any; `h` to `rows` rows, `h_stride` apart, of NV/2·LANES writable elements.
 #[inline(always)]
 pub(super) unsafe fn tile<S: Simd, T: Element, H: Hidden<T>, const NV: usize>(
     s: S,
@@ -59,7 +70,9 @@ pub(super) unsafe fn tile<S: Simd, T: Element, H: Hidden<T>, const NV: usize>(
     h_stride: usize,
 ) {
     // SAFETY: the caller's contract.
-    unsafe { with_activation!(op, act => tile_with::<S, T, H, _, NV>(s, act, op, panel, h, h_stride)) }
+    unsafe {
+        with_activation!(op, act => tile_with::<S, T, H, _, NV>(s, act, op, panel, h, h_stride))
+    }
 }
 
 /// # Safety
@@ -97,7 +110,8 @@ unsafe fn tile_rows<S: Simd, T: Element, H: Hidden<T>, F: Formula, const NV: usi
         for v in 0..NV / 2 {
             // SAFETY: the caller's contract.
             unsafe {
-                let (gate, up) = (panel.vector::<S, NV>(s, row, v), panel.vector::<S, NV>(s, row, NV / 2 + v));
+                let (gate, up) =
+                    (panel.vector::<S, NV>(s, row, v), panel.vector::<S, NV>(s, row, NV / 2 + v));
                 H::keep(s, formula.value(s, gate, up), h.add(row * h_stride + v * S::LANES));
             }
         }
@@ -105,7 +119,14 @@ unsafe fn tile_rows<S: Simd, T: Element, H: Hidden<T>, F: Formula, const NV: usi
 }
 
 #[inline(always)]
-fn forward_with<S: Simd, T: Element, A: Activation>(s: S, act: A, op: &Glu, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
+fn forward_with<S: Simd, T: Element, A: Activation>(
+    s: S,
+    act: A,
+    op: &Glu,
+    gate: &[T],
+    up: &[T],
+    out: &mut [MaybeUninit<T>],
+) {
     if op.is_plain() {
         map_pair(s, Plain(act), gate, up, out);
     } else {
@@ -199,7 +220,13 @@ fn bounded_up<S: Simd>(s: S, op: &Glu, up: S::F) -> S::F {
 
 /// `out[i] = formula(gate[i], up[i])`, a vector at a time; the tail goes through padded buffers.
 #[inline(always)]
-fn map_pair<S: Simd, T: Element>(s: S, formula: impl Formula, gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
+fn map_pair<S: Simd, T: Element>(
+    s: S,
+    formula: impl Formula,
+    gate: &[T],
+    up: &[T],
+    out: &mut [MaybeUninit<T>],
+) {
     let n = out.len();
     assert!(gate.len() == n && up.len() == n);
     let whole = n - n % S::LANES;
@@ -216,7 +243,10 @@ fn map_pair<S: Simd, T: Element>(s: S, formula: impl Formula, gate: &[T], up: &[
         let mut y = [T::default(); MAX_LANES];
         // SAFETY: the buffers have MAX_LANES >= LANES elements.
         unsafe {
-            let (g, u) = (T::load(s, padded(&gate[whole..]).as_ptr()), T::load(s, padded(&up[whole..]).as_ptr()));
+            let (g, u) = (
+                T::load(s, padded(&gate[whole..]).as_ptr()),
+                T::load(s, padded(&up[whole..]).as_ptr()),
+            );
             T::store(s, formula.value(s, g, u), y.as_mut_ptr());
         }
         write_tail(&mut out[whole..], &y);
@@ -249,7 +279,10 @@ fn map_triple<S: Simd, T: Element>(
         let (mut yg, mut yu) = ([T::default(); MAX_LANES], [T::default(); MAX_LANES]);
         // SAFETY: the buffers have MAX_LANES >= LANES elements.
         unsafe {
-            let (g, u) = (T::load(s, padded(&gate[whole..]).as_ptr()), T::load(s, padded(&up[whole..]).as_ptr()));
+            let (g, u) = (
+                T::load(s, padded(&gate[whole..]).as_ptr()),
+                T::load(s, padded(&up[whole..]).as_ptr()),
+            );
             let (dg, du) = formula.gradients(s, g, u, T::load(s, padded(&dy[whole..]).as_ptr()));
             T::store(s, dg, yg.as_mut_ptr());
             T::store(s, du, yu.as_mut_ptr());

@@ -131,7 +131,8 @@ pub(super) type OutputFn<Y> = unsafe fn(PanelSums, f32, *mut Y, usize, usize);
 
 /// A dtype of x, h and y.
 pub(super) trait Io: Element + WithDType {
-    /// What surrounds products with weights of a format; none if the format does not support this dtype.
+    /// What surrounds products with weights of a format; none if the format does not support this
+    /// dtype.
     fn edges(kernels: &FormatKernels) -> Option<&Edges<Self>>;
 }
 
@@ -164,7 +165,8 @@ pub(super) trait Shape {
     fn edges<I: Isa, T: Io, H: Hidden<T>>(take_x: unsafe fn(*const T, usize, *mut u8)) -> Edges<T>;
 }
 
-/// A [`Shape`]: its vectors, its heights, and how many adjacent panels it multiplies for how many rows.
+/// A [`Shape`]: its vectors, its heights, and how many adjacent panels it multiplies for how many
+/// rows.
 macro_rules! shape {
     ($name:ident, $nv:literal, [$($mr:literal),*], [$($rows:literal => $panels:literal),*]) => {
         #[allow(dead_code, reason = "not every target has an instruction set of this shape")]
@@ -238,8 +240,19 @@ unsafe fn widen_x<I: Isa, T: Element>(from: *const T, n: usize, to: *mut u8) {
 
 /// # Safety
 /// The CPU has the instructions of I; otherwise as [`glu::tile`].
-unsafe fn gate<I: Isa, T: Element, H: Hidden<T>, const NV: usize>(op: &Glu, panel: PanelSums, h: *mut u8, h_stride: usize) {
-    struct Gate<'a, T, H, const NV: usize>(&'a Glu, PanelSums, *mut H, usize, std::marker::PhantomData<T>);
+unsafe fn gate<I: Isa, T: Element, H: Hidden<T>, const NV: usize>(
+    op: &Glu,
+    panel: PanelSums,
+    h: *mut u8,
+    h_stride: usize,
+) {
+    struct Gate<'a, T, H, const NV: usize>(
+        &'a Glu,
+        PanelSums,
+        *mut H,
+        usize,
+        std::marker::PhantomData<T>,
+    );
     impl<S: Simd, T: Element, H: Hidden<T>, const NV: usize> Body<S> for Gate<'_, T, H, NV> {
         type Output = ();
         #[inline(always)]
@@ -267,7 +280,9 @@ unsafe fn output<I: Isa, Y: Element, const NV: usize>(
 }
 
 /// The microkernels of a product, in a shape and with a tuning.
-pub(super) fn sweep<I: Isa, P: Product<I::Simd>, M: Shape, U: Tuned>(rewritten: Option<Rewritten>) -> Sweep {
+pub(super) fn sweep<I: Isa, P: Product<I::Simd>, M: Shape, U: Tuned>(
+    rewritten: Option<Rewritten>,
+) -> Sweep {
     Sweep {
         nr: M::NV * I::Simd::LANES,
         streams: U::Access::STREAMS,
@@ -283,8 +298,8 @@ pub(super) fn sweep<I: Isa, P: Product<I::Simd>, M: Shape, U: Tuned>(rewritten: 
     }
 }
 
-/// Products in f32 with weights of dtype T, each of which is widened when it is loaded, and x, h and y of
-/// the same dtype. With many rows a k-block is widened once.
+/// Products in f32 with weights of dtype T, each of which is widened when it is loaded, and x, h
+/// and y of the same dtype. With many rows a k-block is widened once.
 fn widening<I: Isa, T: Io + Stored, M: Shape, U: Tuned>() -> (Sweep, Edges<T>)
 where
     Widen<T>: Product<I::Simd>,
@@ -299,8 +314,12 @@ where
     (sweep::<I, Widen<T>, M, U>(rewritten), M::edges::<I, T, f32>(widen_x::<I, T>))
 }
 
-/// The kernels of an instruction set that multiplies f32: shapes for f32, bf16 and f16, and a tuning.
-pub(super) fn kernels<I: Isa, F32: Shape, Bf16: Shape, F16: Shape, U: Tuned>(name: &'static str, isa: I) -> CpuKernels {
+/// The kernels of an instruction set that multiplies f32: shapes for f32, bf16 and f16, and a
+/// tuning.
+pub(super) fn kernels<I: Isa, F32: Shape, Bf16: Shape, F16: Shape, U: Tuned>(
+    name: &'static str,
+    isa: I,
+) -> CpuKernels {
     let (f32, f32_edges) = widening::<I, f32, F32, U>();
     let (bf16, bf16_edges) = widening::<I, bf16, Bf16, U>();
     let (f16, f16_edges) = widening::<I, f16, F16, U>();
@@ -317,8 +336,8 @@ pub(super) fn kernels<I: Isa, F32: Shape, Bf16: Shape, F16: Shape, U: Tuned>(nam
 }
 
 /// [`kernels`] of a base instruction set whose products in bf16 are replaced by those of `I`, which
-/// multiplies bf16 as it is stored. `rewritten` is for instructions that want another order with many
-/// rows.
+/// multiplies bf16 as it is stored. `rewritten` is for instructions that want another order with
+/// many rows.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(super) fn with_bf16<I: Isa, M: Shape, U: Tuned>(
     name: &'static str,
@@ -331,5 +350,9 @@ where
 {
     let sweep = sweep::<I, super::product::DotBf16, M, U>(rewritten);
     let edges = M::edges::<I, bf16, bf16>(super::epilogue::copy_bf16);
-    CpuKernels { name, bf16: FormatKernels { sweep, f32: None, bf16: Some(edges), f16: None }, ..base }
+    CpuKernels {
+        name,
+        bf16: FormatKernels { sweep, f32: None, bf16: Some(edges), f16: None },
+        ..base
+    }
 }

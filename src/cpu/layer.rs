@@ -47,7 +47,12 @@ pub(crate) trait BlockLayer: Send + Sync {
 }
 
 /// y = x·Wᵀ + b with W (columns, k); none if the kernels do not support `dtype`.
-pub(crate) fn linear(kernels: &'static CpuKernels, dtype: DType, columns: usize, k: usize) -> Option<Box<dyn LinearLayer>> {
+pub(crate) fn linear(
+    kernels: &'static CpuKernels,
+    dtype: DType,
+    columns: usize,
+    k: usize,
+) -> Option<Box<dyn LinearLayer>> {
     let projection = Projection::new(kernels, Format::of(dtype)?, columns, k);
     match dtype {
         DType::F32 => Some(Box::new(Linear::<f32>::new(projection)?)),
@@ -84,7 +89,11 @@ fn matrix<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<
     Ok(Matrix { data: data.get(layout.start_offset()..).unwrap_or_default(), rows, k, strides })
 }
 
-fn read_rows<T: Io + Stored>(projection: &Projection, columns: Columns, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage {
+fn read_rows<T: Io + Stored>(
+    projection: &Projection,
+    columns: Columns,
+    rows: &mut dyn Iterator<Item = usize>,
+) -> CpuStorage {
     let k = projection.weight.k();
     let mut data: Vec<T> = vec![];
     for row in rows {

@@ -13,7 +13,11 @@ pub(super) struct Matrix<'a, T> {
 impl<T: Copy> Matrix<'_, T> {
     /// Every element lies within `data`.
     pub(super) fn check(&self) {
-        let last = self.rows.saturating_sub(1) * self.strides.0 + self.k.saturating_sub(1) * self.strides.1;
-        assert!(self.rows == 0 || self.k == 0 || last < self.data.len(), "the layout reaches beyond the storage");
+        let last = self.rows.saturating_sub(1) * self.strides.0
+            + self.k.saturating_sub(1) * self.strides.1;
+        assert!(
+            self.rows == 0 || self.k == 0 || last < self.data.len(),
+            "the layout reaches beyond the storage"
+        );
     }
 }

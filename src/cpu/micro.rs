@@ -1,14 +1,16 @@
 //! The microkernel `sums (MR, NR) += A (MR, k) · B (k, NR)`, with the sums in registers.
 //!
-//! B is one panel of a packed weight (`panels.rs`), or a few adjacent ones. A is row-major. Each step
-//! loads NV vectors of B and, for each of MR rows, broadcasts the row's values and adds the products
-//! (`product.rs`). Nothing is summed across lanes, and each sum runs over k in order, in parts of
-//! [`Product::SUM_K`]. A result therefore depends neither on the number of rows or threads nor on where
-//! `sweep.rs` cuts k.
+//! B is one panel of a packed weight (`panels.rs`), or a few adjacent ones. A is row-major. Each
+//! step loads NV vectors of B and, for each of MR rows, broadcasts the row's values and adds the
+//! products (`product.rs`). Nothing is summed across lanes, and each sum runs over k in order, in
+//! parts of
+//! [`Product::SUM_K`]. A result therefore depends neither on the number of rows or threads nor on
+//! where `sweep.rs` cuts k.
 //!
 //! [`run`] reads a panel of one stream: part of a sum -> {load the total, groups of steps, unrolled
-//! steps, single steps, switch of the prefetch address} -> store. [`run_streams`] reads several streams
-//! or panels: part of a sum -> {load the total, rounds over the streams, the rest of a round} -> store.
+//! steps, single steps, switch of the prefetch address} -> store. [`run_streams`] reads several
+//! streams or panels: part of a sum -> {load the total, rounds over the streams, the rest of a
+//! round} -> store.
 
 use std::marker::PhantomData;
 
@@ -72,7 +74,14 @@ impl Role {
 /// # Safety
 /// The CPU has the instructions of I; the arguments as [`run`] or, with several streams,
 /// [`run_streams`] require.
-pub(super) unsafe fn micro<I: Isa, P: Product<I::Simd>, A: Access, const ROLE: u8, const MR: usize, const NV: usize>(
+pub(super) unsafe fn micro<
+    I: Isa,
+    P: Product<I::Simd>,
+    A: Access,
+    const ROLE: u8,
+    const MR: usize,
+    const NV: usize,
+>(
     args: &MicroArgs,
 ) {
     // SAFETY: the caller's contract.
@@ -98,7 +107,10 @@ pub(super) unsafe fn micro_adjacent<
 }
 
 /// The body of [`micro`], which alone makes one.
-struct OnePanel<'a, P, A, const ROLE: u8, const MR: usize, const NV: usize>(&'a MicroArgs, PhantomData<(P, A)>);
+struct OnePanel<'a, P, A, const ROLE: u8, const MR: usize, const NV: usize>(
+    &'a MicroArgs,
+    PhantomData<(P, A)>,
+);
 
 impl<S: Simd, P: Product<S>, A: Access, const ROLE: u8, const MR: usize, const NV: usize> Body<S>
     for OnePanel<'_, P, A, ROLE, MR, NV>
@@ -112,17 +124,27 @@ impl<S: Simd, P: Product<S>, A: Access, const ROLE: u8, const MR: usize, const N
             match A::STREAMS {
                 1 => run::<S, P, MR, NV>(s, *self.0, what),
                 4 => run_streams::<S, P, MR, NV, 1, 4>(s, *self.0, what),
-                _ => const { assert!(A::STREAMS == 1 || A::STREAMS == 4, "microkernels read 1 or 4 streams") },
+                _ => {
+                    const {
+                        assert!(
+                            A::STREAMS == 1 || A::STREAMS == 4,
+                            "microkernels read 1 or 4 streams"
+                        )
+                    }
+                }
             }
         }
     }
 }
 
 /// The body of [`micro_adjacent`], which alone makes one.
-struct AdjacentPanels<'a, P, A, const MR: usize, const NV: usize, const PANELS: usize>(&'a MicroArgs, PhantomData<(P, A)>);
+struct AdjacentPanels<'a, P, A, const MR: usize, const NV: usize, const PANELS: usize>(
+    &'a MicroArgs,
+    PhantomData<(P, A)>,
+);
 
-impl<S: Simd, P: Product<S>, A: Access, const MR: usize, const NV: usize, const PANELS: usize> Body<S>
-    for AdjacentPanels<'_, P, A, MR, NV, PANELS>
+impl<S: Simd, P: Product<S>, A: Access, const MR: usize, const NV: usize, const PANELS: usize>
+    Body<S> for AdjacentPanels<'_, P, A, MR, NV, PANELS>
 {
     type Output = ();
     #[inline(always)]
@@ -138,11 +160,15 @@ impl<S: Simd, P: Product<S>, A: Access, const MR: usize, const NV: usize, const 
 }
 
 /// # Safety
-/// The CPU has the instructions of S and P. A has MR rows of at least `steps·K_STEP` readable elements,
-/// B `steps` packed steps of NV·LANES columns, `sums` MR·NV·LANES writable f32. The prefetch addresses
-/// are never read and may point anywhere.
+/// The CPU has the instructions of S and P. A has MR rows of at least `steps·K_STEP` readable
+/// elements, B `steps` packed steps of NV·LANES columns, `sums` MR·NV·LANES writable f32. The
+/// prefetch addresses are never read and may point anywhere.
 #[inline(always)]
-unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize>(s: S, args: MicroArgs, what: Prefetch) {
+unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize>(
+    s: S,
+    args: MicroArgs,
+    what: Prefetch,
+) {
     let step_len = NV * S::LANES * P::K_STEP;
     let step_bytes = step_len * size_of::<P::B>();
     // SAFETY: all pointers stay within what the caller promises.
@@ -192,7 +218,8 @@ unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize>(s: S, ar
                     next = args.prefetch[1];
                 }
             }
-            // Not `store_sums`: with it, the inner loop of AVX2 in bf16 is 6 % slower on Zen 4 (512 rows).
+            // Not `store_sums`: with it, the inner loop of AVX2 in bf16 is 6 % slower on Zen 4 (512
+            // rows).
             for (r, row) in acc.into_iter().enumerate() {
                 for (v, sum) in row.into_iter().enumerate() {
                     let total = args.sums.add((r * NV + v) * S::LANES);
@@ -208,21 +235,33 @@ unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize>(s: S, ar
     }
 }
 
-/// [`run`] over panels in several streams, PANELS adjacent ones at once: one step of each panel after
-/// the other. Step t of a panel is the next one of its stream t mod STREAMS (`panels.rs`).
+/// [`run`] over panels in several streams, PANELS adjacent ones at once: one step of each panel
+/// after the other. Step t of a panel is the next one of its stream t mod STREAMS (`panels.rs`).
 /// `prefetch_switch` is unused.
 ///
 /// # Safety
 /// As [`run`] for each panel. The panels are `panel_stride` bytes apart, the streams of a panel
 /// `stream_stride` bytes. The sums (MR, NR) of each panel follow those of the panel before it.
 #[inline(always)]
-unsafe fn run_streams<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const PANELS: usize, const STREAMS: usize>(
+unsafe fn run_streams<
+    S: Simd,
+    P: Product<S>,
+    const MR: usize,
+    const NV: usize,
+    const PANELS: usize,
+    const STREAMS: usize,
+>(
     s: S,
     args: MicroArgs,
     what: Prefetch,
 ) {
     let step_len = NV * S::LANES * P::K_STEP;
-    const { assert!(P::SUM_K == usize::MAX || P::SUM_K % (STREAMS * P::K_STEP) == 0, "a sum ends with a round") };
+    const {
+        assert!(
+            P::SUM_K == usize::MAX || P::SUM_K % (STREAMS * P::K_STEP) == 0,
+            "a sum ends with a round"
+        )
+    };
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
         let mut a = [args.a.cast::<P::A>(); MR];
@@ -245,7 +284,16 @@ unsafe fn run_streams<S: Simd, P: Product<S>, const MR: usize, const NV: usize, 
             // Unrolled rounds over the streams, then the rest of a round.
             while at + STREAMS * P::K_STEP <= sum_end {
                 for i in 0..STREAMS {
-                    stream_step::<S, P, MR, NV, PANELS>(s, &mut acc, &a, at, &b, i * args.stream_stride, next, what);
+                    stream_step::<S, P, MR, NV, PANELS>(
+                        s,
+                        &mut acc,
+                        &a,
+                        at,
+                        &b,
+                        i * args.stream_stride,
+                        next,
+                        what,
+                    );
                     at += P::K_STEP;
                 }
                 b.iter_mut().for_each(|b| *b = b.add(step_len));
@@ -294,14 +342,20 @@ unsafe fn store_sums<S: Simd>(s: S, sums: &[S::F], totals: *mut f32, joins: bool
 /// Steps that a sweep prefetches ahead in each of several streams.
 const STREAM_AHEAD: usize = 32;
 
-/// One step of each panel with its prefetching; `stream` is the distance in bytes from the first stream
-/// of the round.
+/// One step of each panel with its prefetching; `stream` is the distance in bytes from the first
+/// stream of the round.
 ///
 /// # Safety
 /// As [`Product::step`] for each panel.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn stream_step<S: Simd, P: Product<S>, const MR: usize, const NV: usize, const PANELS: usize>(
+unsafe fn stream_step<
+    S: Simd,
+    P: Product<S>,
+    const MR: usize,
+    const NV: usize,
+    const PANELS: usize,
+>(
     s: S,
     acc: &mut [[[S::F; NV]; MR]; PANELS],
     a: &[*const P::A; MR],
@@ -313,8 +367,12 @@ unsafe fn stream_step<S: Simd, P: Product<S>, const MR: usize, const NV: usize, 
 ) {
     let step_len = NV * S::LANES * P::K_STEP;
     match what {
-        Prefetch::BlockIntoL1 => fetch_half(next.wrapping_add(stream), step_len * size_of::<P::B>()),
-        Prefetch::StepIntoL1 => prefetch(b[0].wrapping_add(STREAM_AHEAD * step_len).wrapping_byte_add(stream).cast()),
+        Prefetch::BlockIntoL1 => {
+            fetch_half(next.wrapping_add(stream), step_len * size_of::<P::B>())
+        }
+        Prefetch::StepIntoL1 => {
+            prefetch(b[0].wrapping_add(STREAM_AHEAD * step_len).wrapping_byte_add(stream).cast())
+        }
         _ => (),
     }
     for (acc, b) in acc.iter_mut().zip(b) {

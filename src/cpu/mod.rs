@@ -46,10 +46,10 @@ pub(crate) fn available() -> &'static [CpuKernels] {
 }
 
 /// The names of the CPU kernels that this machine can run, best first: on x86-64 of `avx512bf16`,
-/// `avx512` and `avx2`, on 64-bit ARM of `neonbf16` and `neon`, in WebAssembly built for it `simd128`,
-/// and everywhere `scalar`. The environment variable `CANDLE_SWIGLU_KERNEL` selects one by name;
-/// without it the first one runs. `CANDLE_SWIGLU_KERNEL=plain` selects no kernel of this crate, on any
-/// device: the block is then computed by candle's own operations.
+/// `avx512` and `avx2`, on 64-bit ARM of `neonbf16` and `neon`, in WebAssembly built for it
+/// `simd128`, and everywhere `scalar`. The environment variable `CANDLE_SWIGLU_KERNEL` selects one
+/// by name; without it the first one runs. `CANDLE_SWIGLU_KERNEL=plain` selects no kernel of this
+/// crate, on any device: the block is then computed by candle's own operations.
 ///
 /// ```
 /// assert_eq!(candle_swiglu::cpu_kernels().last(), Some(&"scalar"));

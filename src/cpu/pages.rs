@@ -1,8 +1,8 @@
 //! Huge pages for large allocations.
 //!
-//! The first write to a new output of 235 MB (4096 x 14336 in f32) causes 57,000 page faults, which take
-//! longer than the arithmetic. With huge pages there are 112. Linux provides them on request in its
-//! `madvise` mode, the default of Debian and Ubuntu.
+//! The first write to a new output of 235 MB (4096 x 14336 in f32) causes 57,000 page faults, which
+//! take longer than the arithmetic. With huge pages there are 112. Linux provides them on request
+//! in its `madvise` mode, the default of Debian and Ubuntu.
 
 /// A smaller allocation may not contain a whole huge page.
 const FROM: usize = 4 << 20;
@@ -21,7 +21,8 @@ fn advise(start: usize, bytes: usize) {
     let first = start.next_multiple_of(HUGE);
     let last = (start + bytes) / HUGE * HUGE;
     if first < last {
-        // SAFETY: the range lies within one live allocation, and the advice does not change its contents.
+        // SAFETY: the range lies within one live allocation, and the advice does not change its
+        // contents.
         unsafe { libc::madvise(first as *mut libc::c_void, last - first, libc::MADV_HUGEPAGE) };
     }
 }

@@ -1,15 +1,15 @@
 //! Panels: weights in the order in which the microkernels read them.
 //!
-//! A matrix W (N, K) is cut into panels of NR rows of W, which are columns of Wᵀ. A panel holds its steps
-//! `[K / k_step][NR][k_step]`: for each step, its NR columns with the step's values side by side
-//! (`format.rs`). The last panel and the last step are padded with zeros.
+//! A matrix W (N, K) is cut into panels of NR rows of W, which are columns of Wᵀ. A panel holds its
+//! steps `[K / k_step][NR][k_step]`: for each step, its NR columns with the step's values side by
+//! side (`format.rs`). The last panel and the last step are padded with zeros.
 //!
 //! The steps of a panel follow each other in one stream or are dealt to several: step t is number
 //! t / STREAMS of stream t mod STREAMS, and the streams are stored one after the other. A hardware
 //! prefetcher follows each stream by itself; `tuning.rs` says which CPU wants how many.
 //!
-//! gate_proj and up_proj (I, H) share panels: NR/2 columns of gate, then the same NR/2 channels of up, so
-//! that both halves of a channel meet in the registers of one microkernel.
+//! gate_proj and up_proj (I, H) share panels: NR/2 columns of gate, then the same NR/2 channels of
+//! up, so that both halves of a channel meet in the registers of one microkernel.
 
 use std::ops::Range;
 
@@ -45,9 +45,16 @@ pub(super) struct Panels {
 
 impl Panels {
     /// Zeros for `columns` columns; a gate and an up column count as two.
-    pub(super) fn zeroed(format: Format, columns: usize, k: usize, nr: usize, streams: usize) -> Self {
+    pub(super) fn zeroed(
+        format: Format,
+        columns: usize,
+        k: usize,
+        nr: usize,
+        streams: usize,
+    ) -> Self {
         let count = columns.div_ceil(nr);
-        let stream_stride = k.div_ceil(format.k_step()).div_ceil(streams) * nr * format.column_bytes();
+        let stream_stride =
+            k.div_ceil(format.k_step()).div_ceil(streams) * nr * format.column_bytes();
         let buffer = Buffer::zeroed(count * streams * stream_stride);
         Self { buffer, format, k, nr, streams, stream_stride, count }
     }
@@ -123,8 +130,8 @@ impl Panels {
         }
     }
 
-    /// Calls `f` with each k of `range`, which begins with a round over the streams, and with the byte
-    /// at which it is stored in the first column of a panel.
+    /// Calls `f` with each k of `range`, which begins with a round over the streams, and with the
+    /// byte at which it is stored in the first column of a panel.
     #[inline(always)]
     fn each_k<T: Stored>(&self, range: Range<usize>, mut f: impl FnMut(usize, usize)) {
         let k_step = const { T::FORMAT.k_step() };
@@ -156,18 +163,26 @@ impl Panels {
             panels.work(|panel, _| {
                 let rows = panel * width..source.rows.min((panel + 1) * width);
                 // SAFETY: panels are disjoint, and zeroed before.
-                unsafe { this.fill_panel(data.at(panel * this.panel_stride()), first, source, rows) };
+                unsafe {
+                    this.fill_panel(data.at(panel * this.panel_stride()), first, source, rows)
+                };
             });
         });
     }
 
-    /// Writes `rows` of the source side by side into a panel, a block of k at a time so that the block
-    /// stays in L1.
+    /// Writes `rows` of the source side by side into a panel, a block of k at a time so that the
+    /// block stays in L1.
     ///
     /// # Safety
-    /// `panel` is a panel of this matrix, of T's format, which has room for the rows from column `first`
-    /// on.
-    unsafe fn fill_panel<T: Stored>(&self, panel: *mut u8, first: usize, source: Matrix<T>, rows: Range<usize>) {
+    /// `panel` is a panel of this matrix, of T's format, which has room for the rows from column
+    /// `first` on.
+    unsafe fn fill_panel<T: Stored>(
+        &self,
+        panel: *mut u8,
+        first: usize,
+        source: Matrix<T>,
+        rows: Range<usize>,
+    ) {
         const BLOCK: usize = 64; // values of k: 64 columns · 64 · 4 B = 16 KiB
         let mut start = 0;
         while start < source.k {
@@ -176,8 +191,12 @@ impl Panels {
                 let from = row * source.strides.0;
                 let column = (first + column) * const { T::FORMAT.column_bytes() };
                 self.each_k::<T>(start..end, |k, at| {
-                    // SAFETY: the caller's contract; panels and steps are aligned to their elements.
-                    unsafe { *panel.add(column + at).cast::<T>() = source.data[from + k * source.strides.1] };
+                    // SAFETY: the caller's contract; panels and steps are aligned to their
+                    // elements.
+                    unsafe {
+                        *panel.add(column + at).cast::<T>() =
+                            source.data[from + k * source.strides.1]
+                    };
                 });
             }
             start = end;

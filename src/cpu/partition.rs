@@ -12,9 +12,9 @@ const UNITS_ADJACENT: usize = 4;
 /// The share of the time that idle threads may lose before panels are split.
 const TOLERATED_LOSS: f64 = 0.01;
 
-/// The units of one product. A unit is one panel, or a few adjacent ones, with all rows. If that leaves
-/// threads idle in the last round, the panels of that round are split by rows, one part for each thread;
-/// or all panels are.
+/// The units of one product. A unit is one panel, or a few adjacent ones, with all rows. If that
+/// leaves threads idle in the last round, the panels of that round are split by rows, one part for
+/// each thread; or all panels are.
 #[derive(Clone, Copy)]
 pub(super) struct Partition {
     rows: usize,
@@ -34,12 +34,14 @@ impl Partition {
         if adjacent > 1 && panels >= UNITS_ADJACENT * threads * adjacent {
             return Self { adjacent, ..whole };
         }
-        // The time of all panels in units of one panel, if they divide evenly, and what may be lost.
+        // The time of all panels in units of one panel, if they divide evenly, and what may be
+        // lost.
         let even = (1.0 + TOLERATED_LOSS) * panels as f64 / threads as f64;
         let time = |blocks: usize| (panels * blocks).div_ceil(threads) as f64 / blocks as f64;
         let most = (rows / BLOCK_ROWS).clamp(1, threads);
         let enough = (1..=most).find(|&blocks| time(blocks) <= even);
-        let blocks = enough.or_else(|| (1..=most).min_by(|&a, &b| time(a).total_cmp(&time(b)))).unwrap_or(1);
+        let blocks =
+            enough.or_else(|| (1..=most).min_by(|&a, &b| time(a).total_cmp(&time(b)))).unwrap_or(1);
         let rest = panels % threads;
         let parts = (threads / rest.max(1)).min(rows / PART_ROWS);
         let with_parts = (panels / threads) as f64 + 1.0 / parts as f64;
@@ -72,6 +74,9 @@ impl Partition {
             let part = unit - whole;
             (self.last + part / self.parts, self.panels, part % self.parts, self.parts)
         };
-        (first..end.min(first + self.adjacent), self.rows * block / blocks..self.rows * (block + 1) / blocks)
+        (
+            first..end.min(first + self.adjacent),
+            self.rows * block / blocks..self.rows * (block + 1) / blocks,
+        )
     }
 }

@@ -1,11 +1,12 @@
 //! The whole block, `h = glu(x·Wgᵀ, x·Wuᵀ)`, `y = h·Wdᵀ`, or one projection.
 //!
-//! 1. Rows of x are copied into scratch as A: in the microkernel's element type and with padded strides,
-//!    at most [`CHUNK_ROWS`] at a time, so that scratch is bounded.
+//! 1. Rows of x are copied into scratch as A: in the microkernel's element type and with padded
+//!    strides, at most [`CHUNK_ROWS`] at a time, so that scratch is bounded.
 //! 2. A unit of work is a panel of weights, or a few, times some rows (`partition.rs`, `sweep.rs`).
-//!    Threads claim units in order. The sums of a unit, (panels, rows, NR) in f32, are in its thread's
-//!    scratch.
-//! 3. An epilogue turns the sums into h or y while they are in cache. gate and up are never written.
+//!    Threads claim units in order. The sums of a unit, (panels, rows, NR) in f32, are in its
+//!    thread's scratch.
+//! 3. An epilogue turns the sums into h or y while they are in cache. gate and up are never
+//!    written.
 //! 4. A thread starts the down projection when all of h is complete.
 
 use std::ops::Range;
@@ -22,8 +23,8 @@ use super::threads::{self, Phase, SendPtr};
 use crate::gate::activation::Glu;
 
 /// Rows of x that are processed at a time. The scratch of a block is at most
-/// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes for `rows` ≤ 512, where a is 2 if the
-/// kernel multiplies bf16 and 4 otherwise.
+/// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes for `rows` ≤ 512, where a is 2 if
+/// the kernel multiplies bf16 and 4 otherwise.
 pub(super) const CHUNK_ROWS: usize = 512;
 /// Elements of padding between the rows of A. Rows a power of two apart would share cache sets.
 const PAD: usize = 64;
@@ -71,7 +72,12 @@ pub(super) struct Block<T: 'static> {
 
 impl<T: Io> Block<T> {
     /// None if the format's kernels do not support T.
-    pub(super) fn new(glu: Glu, gate_up: Projection, down: Projection, down_multiplier: f32) -> Option<Self> {
+    pub(super) fn new(
+        glu: Glu,
+        gate_up: Projection,
+        down: Projection,
+        down_multiplier: f32,
+    ) -> Option<Self> {
         // gate_up's epilogue writes h as the element type of A that down reads.
         assert!(gate_up.sweep().a_bytes == down.sweep().a_bytes);
         let edges = T::edges(gate_up.kernels())?;
@@ -98,7 +104,13 @@ struct Stage<'a> {
 }
 
 /// x (M, k) through one or two stages -> y (M, columns), written by `output`.
-fn forward<T: Io, Y: Send>(edges: &Edges<T>, output: OutputFn<Y>, stages: &[Stage], x: Matrix<T>, columns: usize) -> Vec<Y> {
+fn forward<T: Io, Y: Send>(
+    edges: &Edges<T>,
+    output: OutputFn<Y>,
+    stages: &[Stage],
+    x: Matrix<T>,
+    columns: usize,
+) -> Vec<Y> {
     x.check();
     let mut y: Vec<Y> = Vec::with_capacity(x.rows * columns);
     pages::advise_huge(y.as_mut_ptr(), y.capacity());
@@ -142,14 +154,18 @@ struct Pass<'a, T: 'static, Y> {
 
 impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
     fn new(edges: &'a Edges<T>, stages: &'a [Stage<'a>], x: Matrix<'a, T>, out: Out<Y>) -> Self {
-        let multiply_adds: usize = stages.iter().map(|s| s.projection.weight.multiply_adds()).sum::<usize>() * x.rows;
+        let multiply_adds: usize =
+            stages.iter().map(|s| s.projection.weight.multiply_adds()).sum::<usize>() * x.rows;
         let threads = if multiply_adds < SERIAL { 1 } else { threads::count() };
         let stage = |i: usize| stages.get(i).map(|s| s.projection);
         let nr = stages[0].projection.sweep().nr;
         // h is written in whole panels of the first stage.
-        let a_strides = [0, 1].map(|i| stage(i).map_or(0, |p| p.weight.k().next_multiple_of(nr) + PAD));
-        let a_sizes = [0, 1].map(|i| stage(i).map_or(0, |p| x.rows * a_strides[i] * p.sweep().a_bytes));
-        let offsets = [0, a_sizes[0], a_sizes[0] + a_sizes[1]].map(|offset| offset.next_multiple_of(64));
+        let a_strides =
+            [0, 1].map(|i| stage(i).map_or(0, |p| p.weight.k().next_multiple_of(nr) + PAD));
+        let a_sizes =
+            [0, 1].map(|i| stage(i).map_or(0, |p| x.rows * a_strides[i] * p.sweep().a_bytes));
+        let offsets =
+            [0, a_sizes[0], a_sizes[0] + a_sizes[1]].map(|offset| offset.next_multiple_of(64));
         let partitions = [0, 1].map(|i| match stage(i) {
             Some(p) => {
                 let adjacent = p.sweep().panels_at_once(x.rows, p.weight.bytes().len());
@@ -166,7 +182,18 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         };
         let thread_bytes = own(0).max(own(1)).next_multiple_of(64);
         let scratch = Scratch::borrow(offsets[2] + threads * thread_bytes);
-        Self { edges, stages, x, out, threads, partitions, scratch, offsets, a_strides, thread_bytes }
+        Self {
+            edges,
+            stages,
+            x,
+            out,
+            threads,
+            partitions,
+            scratch,
+            offsets,
+            a_strides,
+            thread_bytes,
+        }
     }
 
     fn run(mut self) {
@@ -176,7 +203,8 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         let work = |thread: usize| {
             // SAFETY: scratch has `threads` pieces of this size from the last offset on.
             let own = unsafe { scratch.at(self.offsets[2] + thread * self.thread_bytes) };
-            // SAFETY: units of a phase write disjoint parts of A, h and y, and a phase begins when the one it reads is done.
+            // SAFETY: units of a phase write disjoint parts of A, h and y, and a phase begins when
+            // the one it reads is done.
             unsafe {
                 copy.work(|unit, _| self.copy_rows(&scratch, unit));
                 copy.wait();
@@ -221,17 +249,29 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
     /// One panel of a stage, or some adjacent ones, times all rows or some of them.
     ///
     /// # Safety
-    /// `scratch` is this pass's, `own` this thread's piece of it; A of this stage is complete; no other
-    /// thread has this unit.
-    unsafe fn unit(&self, stage: usize, scratch: &SendPtr<u8>, own: *mut u8, unit: usize, next: usize) {
+    /// `scratch` is this pass's, `own` this thread's piece of it; A of this stage is complete; no
+    /// other thread has this unit.
+    unsafe fn unit(
+        &self,
+        stage: usize,
+        scratch: &SendPtr<u8>,
+        own: *mut u8,
+        unit: usize,
+        next: usize,
+    ) {
         let (panels, Range { start, end }) = self.partitions[stage].unit(unit);
         let rows = end - start;
         let projection = self.stages[stage].projection;
-        let (sweep, weight, a_stride) = (projection.sweep(), &projection.weight, self.a_strides[stage]);
+        let (sweep, weight, a_stride) =
+            (projection.sweep(), &projection.weight, self.a_strides[stage]);
         let sums = own.cast::<f32>();
         // SAFETY: the pieces lie within scratch as `new` laid it out; y has this chunk's rows.
         unsafe {
-            let a = Rows { a: scratch.at(self.offsets[stage] + start * a_stride * sweep.a_bytes), a_stride, rows };
+            let a = Rows {
+                a: scratch.at(self.offsets[stage] + start * a_stride * sweep.a_bytes),
+                a_stride,
+                rows,
+            };
             let most = self.partitions[stage].adjacent();
             if most > 1 && panels.len() == most {
                 sweep.adjacent(weight, panels.start, a, sums);
@@ -253,7 +293,14 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
     ///
     /// # Safety
     /// As [`Pass::unit`], whose sums they are.
-    unsafe fn write(&self, stage: usize, scratch: &SendPtr<u8>, panel: usize, start: usize, sums: PanelSums) {
+    unsafe fn write(
+        &self,
+        stage: usize,
+        scratch: &SendPtr<u8>,
+        panel: usize,
+        start: usize,
+        sums: PanelSums,
+    ) {
         let (rows, Stage { projection, glu, factor }) = (sums.rows, self.stages[stage]);
         let nr = projection.sweep().nr;
         // SAFETY: as there.
@@ -261,7 +308,8 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
             match glu {
                 Some(glu) => {
                     let (width, stride) = (nr / 2, self.a_strides[1]);
-                    let h = scratch.at(self.offsets[1] + (start * stride + panel * width) * self.h_bytes());
+                    let h = scratch
+                        .at(self.offsets[1] + (start * stride + panel * width) * self.h_bytes());
                     (self.edges.gate)(glu, sums, h, stride);
                     self.pad(scratch, panel, start..start + rows);
                 }
@@ -274,21 +322,25 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         }
     }
 
-    /// The weights of a unit; after the last unit of a stage, those of the first unit of the next stage.
+    /// The weights of a unit; after the last unit of a stage, those of the first unit of the next
+    /// stage.
     fn first_byte(&self, stage: usize, unit: usize) -> *const u8 {
-        let (stage, unit) = if unit < self.partitions[stage].units() { (stage, unit) } else { (stage + 1, 0) };
-        let panel = |s: &Stage| s.projection.weight.panel(self.partitions[stage].unit(unit).0.start);
+        let (stage, unit) =
+            if unit < self.partitions[stage].units() { (stage, unit) } else { (stage + 1, 0) };
+        let panel =
+            |s: &Stage| s.projection.weight.panel(self.partitions[stage].unit(unit).0.start);
         self.stages.get(stage).map_or(std::ptr::null(), panel)
     }
 
-    /// Writes zeros behind h where its width is not a multiple of a step. Otherwise a padding weight of 0
-    /// could be multiplied with a NaN.
+    /// Writes zeros behind h where its width is not a multiple of a step. Otherwise a padding
+    /// weight of 0 could be multiplied with a NaN.
     ///
     /// # Safety
     /// As [`Pass::unit`], which has just written these rows of h.
     unsafe fn pad(&self, scratch: &SendPtr<u8>, panel: usize, rows: Range<usize>) {
         let weight = &self.stages[1].projection.weight;
-        let (k, h_bytes, width) = (weight.k(), self.h_bytes(), self.stages[0].projection.sweep().nr / 2);
+        let (k, h_bytes, width) =
+            (weight.k(), self.h_bytes(), self.stages[0].projection.sweep().nr / 2);
         let padding = weight.padded_k() - k;
         if padding > 0 && panel == (k - 1) / width {
             for row in rows {

@@ -23,7 +23,13 @@ pub(super) enum Prefetch {
 /// Prefetches for `steps` steps of `step_bytes` bytes each (a line that two steps share twice), and
 /// returns where to go on. `block_bytes` is the share of a step in the next k-block.
 #[inline(always)]
-pub(super) fn fetch(what: Prefetch, next: *const u8, steps: usize, step_bytes: usize, block_bytes: usize) -> *const u8 {
+pub(super) fn fetch(
+    what: Prefetch,
+    next: *const u8,
+    steps: usize,
+    step_bytes: usize,
+    block_bytes: usize,
+) -> *const u8 {
     let bytes = steps * step_bytes;
     let (bytes, further) = match what {
         Prefetch::Nothing => return next,
@@ -34,12 +40,17 @@ pub(super) fn fetch(what: Prefetch, next: *const u8, steps: usize, step_bytes: u
     };
     for line in 0..bytes.div_ceil(LINE) {
         let line = next.wrapping_add(line * LINE);
-        if matches!(what, Prefetch::StepIntoL1 | Prefetch::BlockIntoL1) { prefetch(line) } else { prefetch_far(line) }
+        if matches!(what, Prefetch::StepIntoL1 | Prefetch::BlockIntoL1) {
+            prefetch(line)
+        } else {
+            prefetch_far(line)
+        }
     }
     next.wrapping_add(further)
 }
 
-/// Prefetches half of the `bytes` at `next` into L1, line by line: the share of a row group in a block.
+/// Prefetches half of the `bytes` at `next` into L1, line by line: the share of a row group in a
+/// block.
 #[inline(always)]
 pub(super) fn fetch_half(next: *const u8, bytes: usize) {
     (0..(bytes / 2).div_ceil(LINE)).for_each(|line| prefetch(next.wrapping_add(line * LINE)));

@@ -16,11 +16,12 @@ pub(super) trait Product<S: Simd> {
     const FORMAT: Format = <Self::B as Stored>::FORMAT;
     /// Values of k per step.
     const K_STEP: usize = Self::FORMAT.k_step();
-    /// Sums over this many k start at zero in registers and are then added to the total. The rounding
-    /// error of a sum over n values then grows with √(`SUM_K` + n / `SUM_K`) instead of √n.
+    /// Sums over this many k start at zero in registers and are then added to the total. The
+    /// rounding error of a sum over n values then grows with √(`SUM_K` + n / `SUM_K`) instead of
+    /// √n.
     const SUM_K: usize;
-    /// There are few instructions per cache line, so that the hardware prefetcher keeps up with several
-    /// streams without help.
+    /// There are few instructions per cache line, so that the hardware prefetcher keeps up with
+    /// several streams without help.
     const MEMORY_BOUND: bool;
 
     /// acc (MR, NV·LANES) += a (MR, K_STEP) · b (K_STEP, NV·LANES)
@@ -93,7 +94,11 @@ fn one_column<S: Simd, const LANE: usize, const MR: usize, const NV: usize>(
 /// # Safety
 /// They are readable from `at` on.
 #[inline(always)]
-pub(super) unsafe fn load_rows<S: Simd, T, const MR: usize>(s: S, a: &[*const T; MR], at: usize) -> [S::F; MR] {
+pub(super) unsafe fn load_rows<S: Simd, T, const MR: usize>(
+    s: S,
+    a: &[*const T; MR],
+    at: usize,
+) -> [S::F; MR] {
     let mut rows = [s.splat(0.0); MR];
     for (row, a) in rows.iter_mut().zip(a) {
         // SAFETY: the caller's contract.
@@ -118,9 +123,9 @@ macro_rules! for_lanes {
 #[cfg(target_arch = "aarch64")]
 pub(super) use for_lanes;
 
-/// `SUM_K` of products in f32: about √K of common models, and a divisor of the length of every k-block
-/// (`sweep.rs`). Measured on Zen 4: 64 makes f32 with many rows 5 % slower; 256 is no faster and, for
-/// K = 512, less accurate than oneDNN.
+/// `SUM_K` of products in f32: about √K of common models, and a divisor of the length of every
+/// k-block (`sweep.rs`). Measured on Zen 4: 64 makes f32 with many rows 5 % slower; 256 is no
+/// faster and, for K = 512, less accurate than oneDNN.
 pub(super) const SUM_F32: usize = 128;
 
 /// A in f32, B in T. Every element of B is widened to f32 as it is loaded.
@@ -180,8 +185,8 @@ macro_rules! widen {
 widen!(f32);
 widen!(f16);
 
-/// bf16 is stored as pairs of neighbours in k. The even values of a step are widened first, then the odd
-/// ones.
+/// bf16 is stored as pairs of neighbours in k. The even values of a step are widened first, then
+/// the odd ones.
 impl<S: Simd> Product<S> for Widen<bf16> {
     type A = f32;
     type B = bf16;
@@ -242,13 +247,18 @@ impl<S: Simd> Product<S> for Widen<bf16> {
 
 /// Returns `p` unchanged. The compiler cannot know that, and loads from it again.
 #[inline(always)]
-#[cfg_attr(target_arch = "x86_64", allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is read or written"))]
+#[cfg_attr(
+    target_arch = "x86_64",
+    allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is read or written")
+)]
 fn unknown<T>(p: *const T) -> *const T {
     #[cfg(target_arch = "x86_64")]
     {
         let mut p = p;
         // SAFETY: the assembly is a comment; the register keeps its value.
-        unsafe { std::arch::asm!("/* {p} */", p = inout(reg) p, options(pure, nomem, nostack, preserves_flags)) };
+        unsafe {
+            std::arch::asm!("/* {p} */", p = inout(reg) p, options(pure, nomem, nostack, preserves_flags))
+        };
         p
     }
     #[cfg(not(target_arch = "x86_64"))]

@@ -19,14 +19,24 @@ pub(super) struct Projection {
 
 impl Projection {
     /// Zeros (columns, k).
-    pub(super) fn new(kernels: &'static CpuKernels, format: Format, columns: usize, k: usize) -> Self {
+    pub(super) fn new(
+        kernels: &'static CpuKernels,
+        format: Format,
+        columns: usize,
+        k: usize,
+    ) -> Self {
         let kernels = kernels.format(format);
         let weight = Panels::zeroed(format, columns, k, kernels.sweep.nr, kernels.sweep.streams);
         Self { kernels, weight, bias: None, columns }
     }
 
     /// Zeros for gate and up, (intermediate_size, k) each.
-    pub(super) fn new_pair(kernels: &'static CpuKernels, format: Format, intermediate_size: usize, k: usize) -> Self {
+    pub(super) fn new_pair(
+        kernels: &'static CpuKernels,
+        format: Format,
+        intermediate_size: usize,
+        k: usize,
+    ) -> Self {
         let half = kernels.format(format).sweep.nr / 2;
         let columns = 2 * intermediate_size.next_multiple_of(half);
         Self { columns: intermediate_size, ..Self::new(kernels, format, columns, k) }

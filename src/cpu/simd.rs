@@ -1,16 +1,16 @@
 //! The vectors that the CPU kernels are written with, and how each dtype is loaded and stored.
 //!
 //! Every operation is a correctly rounded IEEE one, so an algorithm gives the same bits on every
-//! instruction set; the tests assert it. The exception is `mul_add`, the step of long sums. It rounds
-//! the product too where an instruction set has no fused multiply-add (scalar, simd128).
+//! instruction set; the tests assert it. The exception is `mul_add`, the step of long sums. It
+//! rounds the product too where an instruction set has no fused multiply-add (scalar, simd128).
 //!
-//! A value of a type that implements [`Simd`] is the proof that the CPU has the instructions: it can be
-//! made only inside this folder's instruction-set files, after detection.
+//! A value of a type that implements [`Simd`] is the proof that the CPU has the instructions: it
+//! can be made only inside this folder's instruction-set files, after detection.
 
 use half::{bf16, f16};
 
-/// f32 vectors of one instruction set. All methods are `inline(always)`, so that they are compiled with
-/// the caller's target features.
+/// f32 vectors of one instruction set. All methods are `inline(always)`, so that they are compiled
+/// with the caller's target features.
 pub(super) trait Simd: Copy {
     /// Elements of one vector.
     const LANES: usize;
@@ -32,7 +32,8 @@ pub(super) trait Simd: Copy {
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
     /// a·b + c with one rounding.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// a·b + c, with one rounding if the instruction set has a fused multiply-add: the step of a sum.
+    /// a·b + c, with one rounding if the instruction set has a fused multiply-add: the step of a
+    /// sum.
     #[inline(always)]
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         self.fma(a, b, c)
@@ -42,8 +43,8 @@ pub(super) trait Simd: Copy {
     fn mul_add_lane<const LANE: usize>(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         self.mul_add(a, b, c)
     }
-    /// Returns `a` unchanged. Acts as a scheduling fence: without it the compiler hoists loads, runs out
-    /// of registers and spills accumulators.
+    /// Returns `a` unchanged. Acts as a scheduling fence: without it the compiler hoists loads,
+    /// runs out of registers and spills accumulators.
     #[inline(always)]
     fn pin(self, a: Self::F) -> Self::F {
         a
@@ -96,8 +97,8 @@ pub(super) trait Isa: Copy + 'static {
     /// The CPU has the instructions.
     unsafe fn assume() -> Self;
 
-    /// Runs `body` in a function that is compiled with the instruction set's target features. The body
-    /// is inlined into it and takes them on, as closures would not.
+    /// Runs `body` in a function that is compiled with the instruction set's target features. The
+    /// body is inlined into it and takes them on, as closures would not.
     fn vectorize<B: Body<Self::Simd>>(self, body: B) -> B::Output;
 }
 
@@ -139,5 +140,6 @@ element!(f32, load_f32, store_f32);
 element!(bf16, load_bf16, store_bf16);
 element!(f16, load_f16, store_f16);
 
-/// The largest number of lanes of any instruction set: the size of a buffer for the tail of a slice.
+/// The largest number of lanes of any instruction set: the size of a buffer for the tail of a
+/// slice.
 pub(super) const MAX_LANES: usize = 16;

@@ -1,17 +1,17 @@
-//! The product with one panel, or a few adjacent ones: A (rows, k) · panel (k, NR) -> sums (rows, NR) in
-//! f32.
+//! The product with one panel, or a few adjacent ones: A (rows, k) · panel (k, NR) -> sums (rows,
+//! NR) in f32.
 //!
-//! As many rows as a microkernel takes make one sweep along the panel, which is prefetched (decode).
-//! More rows read the panel in k-blocks that stay in cache while all rows are multiplied with them
-//! (prefill). Sums run over k in the same parts and the same order either way.
+//! As many rows as a microkernel takes make one sweep along the panel, which is prefetched
+//! (decode). More rows read the panel in k-blocks that stay in cache while all rows are multiplied
+//! with them (prefill). Sums run over k in the same parts and the same order either way.
 
 use super::micro::{Micro, MicroArgs};
 use super::panels::Panels;
 use super::product::SUM_F32;
 use super::tuning::Tuning;
 
-/// The least share of a k-block, in bytes of each stream and round, for which a prefetch is worth its
-/// instruction.
+/// The least share of a k-block, in bytes of each stream and round, for which a prefetch is worth
+/// its instruction.
 const LEAST_PREFETCH: usize = 8;
 
 /// The microkernels of one instruction set for weights of one format.
@@ -41,8 +41,8 @@ pub(super) struct Sweep {
     pub(super) tuning: Tuning,
 }
 
-/// Rewrites one k-block for all rows at once: widens it to f32, or reorders it for instructions that read
-/// it in another order.
+/// Rewrites one k-block for all rows at once: widens it to f32, or reorders it for instructions
+/// that read it in another order.
 pub(super) struct Rewritten {
     /// Rows from which this is faster. Never fewer than a sweep takes.
     pub(super) from_rows: usize,
@@ -71,10 +71,14 @@ impl Sweep {
 
     /// Bytes of scratch for a rewritten k-block.
     pub(super) fn rewritten_bytes(&self, rows: usize) -> usize {
-        self.rewritten.as_ref().filter(|r| rows >= r.from_rows).map_or(0, |_| self.tuning.many_rows_block)
+        self.rewritten
+            .as_ref()
+            .filter(|r| rows >= r.from_rows)
+            .map_or(0, |_| self.tuning.many_rows_block)
     }
 
-    /// A (rows, k) · panels (k, NR) -> sums (panels, rows, NR), for as many panels from this one on as
+    /// A (rows, k) · panels (k, NR) -> sums (panels, rows, NR), for as many panels from this one on
+    /// as
     /// [`Sweep::panels_at_once`] says.
     ///
     /// # Safety
@@ -89,7 +93,8 @@ impl Sweep {
     ///
     /// # Safety
     /// A and `sums` have the rows, A all steps of the panel, which is of this format; `scratch` has
-    /// [`Sweep::rewritten_bytes`]. `after`, what this thread is likely to read next, is only prefetched.
+    /// [`Sweep::rewritten_bytes`]. `after`, what this thread is likely to read next, is only
+    /// prefetched.
     pub(super) unsafe fn panel(
         &self,
         weight: &Panels,
@@ -119,7 +124,15 @@ impl Sweep {
     ///
     /// # Safety
     /// As there; `b` is the panel.
-    unsafe fn blocks(&self, weight: &Panels, b: *const u8, a: Rows, sums: *mut f32, scratch: *mut u8, after: *const u8) {
+    unsafe fn blocks(
+        &self,
+        weight: &Panels,
+        b: *const u8,
+        a: Rows,
+        sums: *mut f32,
+        scratch: *mut u8,
+        after: *const u8,
+    ) {
         let (steps, step_bytes) = (weight.steps(), weight.step_bytes());
         let groups = a.rows.div_ceil(self.micro.len());
         let first_row = |group: usize| a.rows * group / groups;
@@ -131,7 +144,8 @@ impl Sweep {
         let mut start = 0;
         loop {
             let count = block_steps.min(steps - start);
-            // SAFETY: the caller's contract; the block's steps exist, and prefetch addresses are not read.
+            // SAFETY: the caller's contract; the block's steps exist, and prefetch addresses are
+            // not read.
             unsafe {
                 let packed = b.add(start / self.streams * step_bytes);
                 let (block, micro, micro_steps) = match rewritten {
@@ -141,7 +155,11 @@ impl Sweep {
                     }
                     None => (packed, &self.micro, count),
                 };
-                let next = if start + count < steps { packed.wrapping_add(rounds * step_bytes) } else { after };
+                let next = if start + count < steps {
+                    packed.wrapping_add(rounds * step_bytes)
+                } else {
+                    after
+                };
                 for group in 0..groups {
                     let (row, end) = (first_row(group), first_row(group + 1));
                     let ahead = group * rounds * share;
@@ -166,7 +184,8 @@ impl Sweep {
 
     /// Steps of a k-block. Blocks end where parts of sums and rounds over the streams do.
     fn block_steps(&self, rows: usize, rewritten: Option<&Rewritten>) -> usize {
-        let k_bytes = self.nr * rewritten.map_or(self.column_bytes / self.k_step, |r| r.value_bytes);
+        let k_bytes =
+            self.nr * rewritten.map_or(self.column_bytes / self.k_step, |r| r.value_bytes);
         let block_k = if rows <= self.tuning.few_rows {
             (self.tuning.few_rows_block / k_bytes).max(SUM_F32)
         } else {
@@ -174,7 +193,10 @@ impl Sweep {
         };
         debug_assert!(block_k % SUM_F32 == 0, "blocks end where sums do");
         let steps = block_k / self.k_step;
-        debug_assert!(steps.is_multiple_of(self.streams), "blocks end where rounds over the streams do");
+        debug_assert!(
+            steps.is_multiple_of(self.streams),
+            "blocks end where rounds over the streams do"
+        );
         steps
     }
 }

@@ -23,7 +23,8 @@ fn activations() -> impl Iterator<Item = GluActivation> {
 
 pub(super) fn ops() -> Vec<Glu> {
     let plain = activations().map(Glu::new);
-    let gpt_oss = Glu::new(GluActivation::Swish { beta: 1.702 }).with_limit(7.0).with_up_offset(1.0);
+    let gpt_oss =
+        Glu::new(GluActivation::Swish { beta: 1.702 }).with_limit(7.0).with_up_offset(1.0);
     let falcon = Glu::new(GluActivation::Silu).with_gate_multiplier(0.6875);
     plain.chain([gpt_oss, falcon]).collect()
 }
@@ -47,7 +48,9 @@ fn numbers(n: usize, seed: u64, largest_exponent: i32) -> Vec<f32> {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (state >> 33) as u32
     };
-    let number = |bits: u32, exponent: i32| (1.0 + (bits & 0xfffff) as f32 / 1048576.0) * 2f32.powi(exponent);
+    let number = |bits: u32, exponent: i32| {
+        (1.0 + (bits & 0xfffff) as f32 / 1048576.0) * 2f32.powi(exponent)
+    };
     (0..n)
         .map(|_| {
             let exponent = -20 + (next() % (largest_exponent as u32 + 20)) as i32;
@@ -76,9 +79,18 @@ fn every_promised_kernel_is_there() {
     #[cfg(target_arch = "x86_64")]
     {
         let has = |name| names.contains(&name);
-        assert_eq!(has("avx512bf16"), is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw"));
-        assert_eq!(has("avx512"), is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq"));
-        assert_eq!(has("avx2"), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c"));
+        assert_eq!(
+            has("avx512bf16"),
+            is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw")
+        );
+        assert_eq!(
+            has("avx512"),
+            is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq")
+        );
+        assert_eq!(
+            has("avx2"),
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c")
+        );
     }
     #[cfg(target_arch = "aarch64")]
     {
@@ -89,7 +101,8 @@ fn every_promised_kernel_is_there() {
     assert_eq!(names.last(), Some(&"scalar"));
 }
 
-/// Where σ or Φ is denormal its error is absolute, about one 2⁻¹⁴⁹, which the products with g and up then scale.
+/// Where σ or Φ is denormal its error is absolute, about one 2⁻¹⁴⁹, which the products with g and
+/// up then scale.
 fn denormal(gate: f64, up: f64) -> f64 {
     2f64.powi(-149) * (2.0 + gate.abs()) * (1.0 + up.abs())
 }
@@ -97,7 +110,8 @@ fn denormal(gate: f64, up: f64) -> f64 {
 /// act(g) alone: up = 1, so that the product adds nothing.
 #[test]
 fn activations_meet_their_bounds_in_f32() {
-    let gate: Vec<f32> = numbers(40_000, 1, 6).into_iter().chain((-4000..4000).map(|i| i as f32 / 37.0)).collect();
+    let gate: Vec<f32> =
+        numbers(40_000, 1, 6).into_iter().chain((-4000..4000).map(|i| i as f32 / 37.0)).collect();
     let up = vec![1.0; gate.len()];
     for kernel in available() {
         for activation in activations() {
@@ -105,7 +119,8 @@ fn activations_meet_their_bounds_in_f32() {
             let mut worst = 0f64;
             for (&g, &y) in gate.iter().zip(&out) {
                 let exact = reference::activation(activation, f64::from(g)).0;
-                let bound = activation_bound(activation, f64::from(g)) * U * exact.abs() + denormal(f64::from(g), 1.0);
+                let bound = activation_bound(activation, f64::from(g)) * U * exact.abs()
+                    + denormal(f64::from(g), 1.0);
                 let error = (f64::from(y) - exact).abs();
                 worst = worst.max(error / bound);
                 assert!(
@@ -120,7 +135,8 @@ fn activations_meet_their_bounds_in_f32() {
     }
 }
 
-/// The documented error: the activation's, and one rounding of the product. The modifiers round m·gate and up + c before.
+/// The documented error: the activation's, and one rounding of the product. The modifiers round
+/// m·gate and up + c before.
 fn product_bound(op: &Glu, gate: f64, exact: f64, half_ulp: f64) -> f64 {
     let g = gate * f64::from(op.gate_multiplier);
     let modifiers = if op.is_plain() { 0.0 } else { 3.0 + 2.0 * g.abs() };
@@ -133,13 +149,16 @@ macro_rules! product_test {
         fn $name() {
             for n in [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 4096, 70_001] {
                 let (gate, up) = (numbers(n, 3, 5), numbers(n, 4, 4));
-                let [gate, up]: [Vec<$dtype>; 2] =
-                    [gate, up].map(|v| v.into_iter().map(|x| <$dtype as num_like::From32>::from32(x)).collect());
+                let [gate, up]: [Vec<$dtype>; 2] = [gate, up].map(|v| {
+                    v.into_iter().map(|x| <$dtype as num_like::From32>::from32(x)).collect()
+                });
                 let layout = contiguous(n);
                 let (g, u) = (CpuStorage::$variant(gate.clone()), CpuStorage::$variant(up.clone()));
                 for kernel in available() {
                     for op in ops() {
-                        let Ok(CpuStorage::$variant(out)) = gate_forward(kernel, &op, (&g, &layout), (&u, &layout)) else {
+                        let Ok(CpuStorage::$variant(out)) =
+                            gate_forward(kernel, &op, (&g, &layout), (&u, &layout))
+                        else {
                             panic!("{}", kernel.name)
                         };
                         assert_eq!(out.len(), n);
@@ -149,7 +168,14 @@ macro_rules! product_test {
                                 + $smallest
                                 + denormal(f64::from(gate[i]), f64::from(up[i]));
                             let error = (f64::from(out[i]) - exact).abs();
-                            assert!(error <= bound, "{} {op:?} {} {}: {} for {exact}", kernel.name, gate[i], up[i], out[i]);
+                            assert!(
+                                error <= bound,
+                                "{} {op:?} {} {}: {} for {exact}",
+                                kernel.name,
+                                gate[i],
+                                up[i],
+                                out[i]
+                            );
                         }
                     }
                 }
@@ -191,7 +217,19 @@ product_test!(products_in_f64, f64, F64, 0.0, 0.0);
 
 #[test]
 fn all_kernels_give_the_same_bits() {
-    let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN, 1e-40, -1e-40, -88.8, -104.0];
+    let special = [
+        0.0,
+        -0.0,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::NAN,
+        f32::MAX,
+        f32::MIN,
+        1e-40,
+        -1e-40,
+        -88.8,
+        -104.0,
+    ];
     let mut gate = numbers(5000, 7, 8);
     let mut up = numbers(5000, 8, 8);
     for g in special {
@@ -206,33 +244,45 @@ fn all_kernels_give_the_same_bits() {
         let storage = |v: &[f32]| CpuStorage::F32(v.to_vec());
         let (g, u, d) = (storage(&gate), storage(&up), storage(&dy));
         let mut all = run_f32(kernel, op, &gate, &up);
-        let Ok(CpuStorage::F32(gradients)) = gate_backward(kernel, op, [(&g, &layout), (&u, &layout), (&d, &layout)]) else {
+        let Ok(CpuStorage::F32(gradients)) =
+            gate_backward(kernel, op, [(&g, &layout), (&u, &layout), (&d, &layout)])
+        else {
             panic!("{}", kernel.name)
         };
         all.extend(gradients);
         // Which NaN it is may differ.
-        all.into_iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect::<Vec<_>>()
+        all.into_iter()
+            .map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() })
+            .collect::<Vec<_>>()
     };
-    // FNV-1a over all of them, the same on every machine: every operation is a correctly rounded one.
-    // An activation that is added later has a digest of its own.
+    // FNV-1a over all of them, the same on every machine: every operation is a correctly rounded
+    // one. An activation that is added later has a digest of its own.
     let mut digests = [0xcbf2_9ce4_8422_2325u64; 2];
     for op in ops() {
         let first = bits(&available()[0], &op);
         let digest = &mut digests[usize::from(op.activation == GluActivation::Relu2)];
-        *digest = first.iter().fold(*digest, |hash, &word| (hash ^ u64::from(word)).wrapping_mul(0x100_0000_01b3));
+        *digest = first
+            .iter()
+            .fold(*digest, |hash, &word| (hash ^ u64::from(word)).wrapping_mul(0x100_0000_01b3));
         for kernel in &available()[1..] {
             let other = bits(kernel, &op);
             let n = gate.len();
             for i in 0..first.len() {
-                let at = (gate[i % n], up[i % n], f32::from_bits(first[i]), f32::from_bits(other[i]));
+                let at =
+                    (gate[i % n], up[i % n], f32::from_bits(first[i]), f32::from_bits(other[i]));
                 assert_eq!(first[i], other[i], "{} {op:?} at {i}: {at:?}", kernel.name);
             }
         }
     }
-    assert_eq!(digests, [0xf6c9_253a_567a_be82, 0xb303_36f8_ebcd_2d54], "not the bits of other machines: {digests:#x?}");
+    assert_eq!(
+        digests,
+        [0xf6c9_253a_567a_be82, 0xb303_36f8_ebcd_2d54],
+        "not the bits of other machines: {digests:#x?}"
+    );
 }
 
-/// Products of two halves are exact in f32, so the store's rounding alone is tested: ties, overflow, denormals, NaN.
+/// Products of two halves are exact in f32, so the store's rounding alone is tested: ties,
+/// overflow, denormals, NaN.
 macro_rules! rounding_test {
     ($name:ident, $dtype:ty, $variant:ident) => {
         #[test]
@@ -242,9 +292,14 @@ macro_rules! rounding_test {
             let op = Glu::new(GluActivation::Identity);
             for factor in [1.0, 3.0, -0.7, 1e-3, 300.0] {
                 let factor = <$dtype>::from_f32(factor);
-                let (g, u) = (CpuStorage::$variant(gate.clone()), CpuStorage::$variant(vec![factor; gate.len()]));
+                let (g, u) = (
+                    CpuStorage::$variant(gate.clone()),
+                    CpuStorage::$variant(vec![factor; gate.len()]),
+                );
                 for kernel in available() {
-                    let Ok(CpuStorage::$variant(out)) = gate_forward(kernel, &op, (&g, &layout), (&u, &layout)) else {
+                    let Ok(CpuStorage::$variant(out)) =
+                        gate_forward(kernel, &op, (&g, &layout), (&u, &layout))
+                    else {
                         panic!("{}", kernel.name)
                     };
                     for (x, y) in gate.iter().zip(&out) {
@@ -263,10 +318,24 @@ rounding_test!(f16_rounds_to_nearest_even, f16, F16);
 
 #[test]
 fn special_values_follow_the_definition() {
-    let special =
-        [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN, -100.0, -89.0, 89.0, 1e-30, -1e-30];
-    let pairs: Vec<(f32, f32)> =
-        special.iter().flat_map(|&g| [1.0, -2.0, 0.0, f32::INFINITY, f32::NAN].map(|u| (g, u))).collect();
+    let special = [
+        0.0,
+        -0.0,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::NAN,
+        f32::MAX,
+        f32::MIN,
+        -100.0,
+        -89.0,
+        89.0,
+        1e-30,
+        -1e-30,
+    ];
+    let pairs: Vec<(f32, f32)> = special
+        .iter()
+        .flat_map(|&g| [1.0, -2.0, 0.0, f32::INFINITY, f32::NAN].map(|u| (g, u)))
+        .collect();
     let (gate, up): (Vec<f32>, Vec<f32>) = pairs.into_iter().unzip();
     for kernel in available() {
         for op in ops() {
@@ -275,13 +344,23 @@ fn special_values_follow_the_definition() {
                 let same = y == exact
                     || (y.is_nan() && exact.is_nan())
                     || (y - exact).abs() <= exact.abs() * 1e-4 + denormal(100.0, 2.0) as f32;
-                // In f32, act(g) has vanished where in f64 it has not: 0·∞ is then NaN here and ∞ there.
+                // In f32, act(g) has vanished where in f64 it has not: 0·∞ is then NaN here and ∞
+                // there.
                 let vanished = up[i].is_infinite() && y.is_nan() && gate[i] < -88.0;
                 // Likewise a square that is below or above the numbers of f32.
                 let act = reference::activation(op.activation, f64::from(gate[i])).0;
-                let beyond = act.is_finite() && act != 0.0 && (act as f32 == 0.0 || (act as f32).is_infinite());
-                let vanished = vanished || (beyond && y.is_nan() && (up[i] == 0.0 || up[i].is_infinite()));
-                assert!(same || vanished, "{} {op:?} {} {}: {y}, expected {exact}", kernel.name, gate[i], up[i]);
+                let beyond = act.is_finite()
+                    && act != 0.0
+                    && (act as f32 == 0.0 || (act as f32).is_infinite());
+                let vanished =
+                    vanished || (beyond && y.is_nan() && (up[i] == 0.0 || up[i].is_infinite()));
+                assert!(
+                    same || vanished,
+                    "{} {op:?} {} {}: {y}, expected {exact}",
+                    kernel.name,
+                    gate[i],
+                    up[i]
+                );
             }
         }
         let tail = run_f32(kernel, &Glu::new(GluActivation::Silu), &[f32::NEG_INFINITY], &[1.0]);
@@ -292,17 +371,21 @@ fn special_values_follow_the_definition() {
 #[test]
 fn gradients_meet_the_definition() {
     let n = 3001;
-    let [gate, up, dy] = [(11, 4), (12, 3), (13, 3)].map(|(seed, exponent)| numbers(n, seed, exponent));
+    let [gate, up, dy] =
+        [(11, 4), (12, 3), (13, 3)].map(|(seed, exponent)| numbers(n, seed, exponent));
     let layout = contiguous(n);
     let storages = [&gate, &up, &dy].map(|v| CpuStorage::F32(v.clone()));
     for kernel in available() {
         for op in ops() {
             let inputs = [0, 1, 2].map(|i| (&storages[i], &layout));
-            let Ok(CpuStorage::F32(out)) = gate_backward(kernel, &op, inputs) else { panic!("{}", kernel.name) };
+            let Ok(CpuStorage::F32(out)) = gate_backward(kernel, &op, inputs) else {
+                panic!("{}", kernel.name)
+            };
             for i in 0..n {
                 let [g, u, d] = [gate[i], up[i], dy[i]].map(f64::from);
                 let (dgate, dup) = reference::glu_grad(&op, g, u, d);
-                // act' is a sum of terms of size up to 1 + |g|, each within the activation's error: absolute, not relative.
+                // act' is a sum of terms of size up to 1 + |g|, each within the activation's error:
+                // absolute, not relative.
                 let bound = (activation_bound(op.activation, g.clamp(-12.0, 12.0)) + 8.0) * U;
                 let steepest = reference::activation(op.activation, g).1.abs().max(1.2);
                 let gate_scale = d.abs() * (u.abs() + f64::from(op.up_offset)) * steepest;
@@ -313,13 +396,18 @@ fn gradients_meet_the_definition() {
                     out[i]
                 );
                 let up_bound = product_bound(&op, g, dup, U) + denormal(g, d);
-                assert!((f64::from(out[n + i]) - dup).abs() <= up_bound, "{} {op:?} dup {g} {d}", kernel.name);
+                assert!(
+                    (f64::from(out[n + i]) - dup).abs() <= up_bound,
+                    "{} {op:?} dup {g} {d}",
+                    kernel.name
+                );
             }
         }
     }
 }
 
-/// Operands as candle lays them out: transposed, interleaved, halves of a packed row, broadcast along either dimension.
+/// Operands as candle lays them out: transposed, interleaved, halves of a packed row, broadcast
+/// along either dimension.
 #[test]
 fn any_layout_gives_what_a_copy_gives() {
     let (m, i) = (37, 130);
@@ -343,8 +431,17 @@ fn any_layout_gives_what_a_copy_gives() {
         for gate in &layouts {
             for up in &layouts {
                 let op = Glu::new(GluActivation::Silu);
-                let Ok(CpuStorage::F32(out)) = gate_forward(kernel, &op, (&storage, gate), (&storage, up)) else { panic!() };
-                assert_eq!(out, run_f32(kernel, &op, &copy(gate), &copy(up)), "{} {gate:?} {up:?}", kernel.name);
+                let Ok(CpuStorage::F32(out)) =
+                    gate_forward(kernel, &op, (&storage, gate), (&storage, up))
+                else {
+                    panic!()
+                };
+                assert_eq!(
+                    out,
+                    run_f32(kernel, &op, &copy(gate), &copy(up)),
+                    "{} {gate:?} {up:?}",
+                    kernel.name
+                );
             }
         }
     }

@@ -1,4 +1,5 @@
-//! Work on candle's threads. Threads claim it in units, so that a slow thread does not delay the others.
+//! Work on candle's threads. Threads claim it in units, so that a slow thread does not delay the
+//! others.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -13,8 +14,8 @@ pub(super) fn count() -> usize {
     barrier_pool().n_workers() + 1
 }
 
-/// Calls `f(i)` once for each i in 0..[`count`], on the threads that are free. One thread may make several
-/// of the calls, so no call may wait for another one to start.
+/// Calls `f(i)` once for each i in 0..[`count`], on the threads that are free. One thread may make
+/// several of the calls, so no call may wait for another one to start.
 ///
 /// All calls run on the calling thread if it is one of candle's own, or if a panic elsewhere has
 /// poisoned candle's pool.
@@ -22,7 +23,8 @@ pub(super) fn run(f: impl Fn(usize) + Sync) {
     run_chunked(count(), |calls| calls.for_each(&f));
 }
 
-/// Calls `f` with ranges that partition 0..n, about one per thread. Nothing else uses candle's pool.
+/// Calls `f` with ranges that partition 0..n, about one per thread. Nothing else uses candle's
+/// pool.
 pub(super) fn run_chunked(n: usize, f: impl Fn(Range<usize>) + Sync) {
     static UNUSABLE: AtomicBool = AtomicBool::new(false);
     if count() == 1 || UNUSABLE.load(Ordering::Relaxed) {
@@ -45,8 +47,8 @@ pub(super) fn run_chunked(n: usize, f: impl Fn(Range<usize>) + Sync) {
     }
 }
 
-/// A claim is this fraction of a thread's share of the remaining units: claims are few, and a slow thread
-/// does not delay the others for long.
+/// A claim is this fraction of a thread's share of the remaining units: claims are few, and a slow
+/// thread does not delay the others for long.
 const PARTS: usize = 8;
 
 /// Units of work that threads claim in runs. The runs get shorter towards the end.
@@ -63,8 +65,8 @@ impl Phase {
         Self { units, parts: PARTS * count(), next: AtomicUsize::new(0), done: AtomicUsize::new(0) }
     }
 
-    /// Claims units and calls `f(unit, next)` for each until none is left. `next` is the unit that this
-    /// thread will most likely claim afterwards, or `units` if there is none.
+    /// Claims units and calls `f(unit, next)` for each until none is left. `next` is the unit that
+    /// this thread will most likely claim afterwards, or `units` if there is none.
     pub(super) fn work(&self, mut f: impl FnMut(usize, usize)) {
         let run = |start: usize| ((self.units - start) / self.parts).max(1);
         let claim = |next: usize| (next < self.units).then(|| next + run(next));

@@ -1,8 +1,9 @@
-//! What depends on the CPU family rather than on its instruction set: streams, prefetching, block sizes
-//! and thresholds. Each entry names the CPU that it was measured on.
+//! What depends on the CPU family rather than on its instruction set: streams, prefetching, block
+//! sizes and thresholds. Each entry names the CPU that it was measured on.
 //!
-//! [`CpuFamily::detect`] finds the family. An instruction set's file (`isa/`) chooses the [`Tuning`]
-//! that fits its family, and a family without measurements gets the one that its file names last.
+//! [`CpuFamily::detect`] finds the family. An instruction set's file (`isa/`) chooses the
+//! [`Tuning`] that fits its family, and a family without measurements gets the one that its file
+//! names last.
 
 use super::prefetch::Prefetch;
 
@@ -93,8 +94,8 @@ pub(super) trait Tuned {
 
 /// One stream with the hardware prefetcher doing most of the work.
 ///
-/// Measured on Zen 4: four streams are 5 to 20 % slower. Up to 6 rows, prefetching every line costs 1 to
-/// 12 % (6 rows) and up to 40 % (4 rows); with 8 rows it gains 8 to 20 % while memory is fast.
+/// Measured on Zen 4: four streams are 5 to 20 % slower. Up to 6 rows, prefetching every line costs
+/// 1 to 12 % (6 rows) and up to 40 % (4 rows); with 8 rows it gains 8 to 20 % while memory is fast.
 pub(super) struct OneStreamByPages;
 
 impl Access for OneStreamByPages {
@@ -105,8 +106,8 @@ impl Access for OneStreamByPages {
     const BLOCK: Prefetch = Prefetch::BlockIntoL2;
 }
 
-/// Four streams. Measured on Zen 3, which reads 22 to 24 GB/s from one stream and 26 to 28 GB/s from
-/// four while it multiplies 2 to 6 rows.
+/// Four streams. Measured on Zen 3, which reads 22 to 24 GB/s from one stream and 26 to 28 GB/s
+/// from four while it multiplies 2 to 6 rows.
 pub(super) struct FourStreams;
 
 impl Access for FourStreams {
@@ -163,8 +164,8 @@ impl Tuned for Avx2OnZen3 {
     type Access = FourStreams;
     const TUNING: Tuning = Tuning {
         measured_on: "AMD Zen 3",
-        // Leaves room in L1 for the sums and for the same k of the rows (4 KiB: 2 to 8 % slower in 16
-        // bit; 16 KiB: up to 10 %).
+        // Leaves room in L1 for the sums and for the same k of the rows (4 KiB: 2 to 8 % slower in
+        // 16 bit; 16 KiB: up to 10 %).
         few_rows_block: 8 << 10,
         few_rows: 24,
         many_rows_block: 256 << 10,

@@ -1,15 +1,16 @@
 // The gate of src/gate/gate.h on CUDA, in f32 and f64.
 //
-// Error in f32, in units of 2^-24 relative, from the documented errors of the GPU's expf (2 ulp, taken as 4 units) and
-// rcp.approx (1 ulp, 2 units) and one unit for each other rounding: Silu and Sigmoid 9, Swish 9 + |βg|, Gelu 15,
-// GeluTanh 9 + 4|v|; with the product one more.
+// Error in f32, in units of 2^-24 relative, from the documented errors of the GPU's expf (2 ulp,
+// taken as 4 units) and rcp.approx (1 ulp, 2 units) and one unit for each other rounding: Silu and
+// Sigmoid 9, Swish 9 + |βg|, Gelu 15, GeluTanh 9 + 4|v|; with the product one more.
 #pragma once
 #include "device.cuh"
 
 #define PARAMS const GluParams&
 #define SQRT_8_OVER_PI 1.5957691216057307117
 
-// ------------------------------------------------------------------------------------------------ device maths
+// ------------------------------------------------------------------------------------------------
+// device maths
 
 DEVICE float exp_neg(float a) { return expf(-a); }
 DEVICE double exp_neg(double a) { return exp(-a); }
@@ -37,7 +38,8 @@ DEVICE Normal<double> normal(double x);
 
 DEVICE Normal<double> normal(double x) { return {0.5 * erfc(x * -0.70710678118654752440), exp_neg(0.5 * x * x)}; }
 
-// ------------------------------------------------------------------------------------------------ the gate
+// ------------------------------------------------------------------------------------------------
+// the gate
 
 template <typename R> struct Gradients {
   R gate, up;
@@ -53,7 +55,8 @@ template <typename R, typename A> struct Plain {
   }
 };
 
-// act(min(m·gate, limit)) · (clamp(up, ±limit) + c); the gradient passes below the limit and is 0 at it and beyond.
+// act(min(m·gate, limit)) · (clamp(up, ±limit) + c); the gradient passes below the limit and is 0
+// at it and beyond.
 template <typename R, typename A> struct Modified {
   A act;
   R m, limit, c;
@@ -80,7 +83,8 @@ template <typename R, typename F> struct WithModifiers {
   DEVICE void operator()(NoActivation<R>) const { f(Unknown<R>{}); }
 };
 
-// f(formula), where formula has the gate's `value` and `gradients` with everything but its parameters known at compile time.
+// f(formula), where formula has the gate's `value` and `gradients` with everything but its
+// parameters known at compile time.
 template <typename R, typename F> DEVICE void with_formula(const GluParams& op, F f) {
   with_activation<R>(op.activation, R(op.beta), WithModifiers<R, F>{op, f});
 }

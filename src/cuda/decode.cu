@@ -1,36 +1,44 @@
-// The block for few rows, M ≤ 32: `gate_up` h = glu(x·Wgᵀ + bg, x·Wuᵀ + bu) and `linear` y = (x·Wᵀ + b)·factor.
+// The block for few rows, M ≤ 32: `gate_up` h = glu(x·Wgᵀ + bg, x·Wuᵀ + bu) and `linear` y = (x·Wᵀ
+// + b)·factor.
 //
 // Time is the time to read the weights once, so everything serves to keep loads of them in flight.
 //
-// mma (bf16, f16): the weights are the 16-row A operand of mma.m16n8k16, the tokens its 8-column B operand. A dot product does
-// not care about the order of k, so lane 4g + t feeds the tensor core the 8 consecutive k of one 16-byte load, the same for
-// both operands: no shared memory, shuffle or ldmatrix on the way. A tile is 16 rows of A:
-//   gate_up: rows 0..7 are 8 features of gate, rows 8..15 the same features of up, which so meet in one thread;
-//   linear: 16 features.
-// The warps of a block share K in rounds, 128 k each, so a block reads 2 or 4 KiB of a row at a time, which memory likes (a warp for each
-// tile, 256 B of a row at a time, reads at 0.85 of an H200's speed). Blocks are persistent, two of 8 warps to a multiprocessor: tile
-// after tile, and the loads of the next tile are in flight while the sums of this one go through shared memory to the epilogue, partial
-// sums in the order of the warps: no atomics, the same bits every time, for any number of rows. One of 16 warps (w16) serves where there
-// are no more tiles than multiprocessors.
-// All of x that a register tile of weights needs is loaded before its first product: loads in between made the products wait for L2
-// once for each, 8 % of the time with 16 rows.
+// mma (bf16, f16): the weights are the 16-row A operand of mma.m16n8k16, the tokens its 8-column B
+// operand. A dot product does not care about the order of k, so lane 4g + t feeds the tensor core
+// the 8 consecutive k of one 16-byte load, the same for both operands: no shared memory, shuffle or
+// ldmatrix on the way. A tile is 16 rows of A:
+//   gate_up: rows 0..7 are 8 features of gate, rows 8..15 the same features of up, which so meet in
+//   one thread; linear: 16 features.
+// The warps of a block share K in rounds, 128 k each, so a block reads 2 or 4 KiB of a row at a
+// time, which memory likes (a warp for each tile, 256 B of a row at a time, reads at 0.85 of an
+// H200's speed). Blocks are persistent, two of 8 warps to a multiprocessor: tile after tile, and
+// the loads of the next tile are in flight while the sums of this one go through shared memory to
+// the epilogue, partial sums in the order of the warps: no atomics, the same bits every time, for
+// any number of rows. One of 16 warps (w16) serves where there are no more tiles than
+// multiprocessors. All of x that a register tile of weights needs is loaded before its first
+// product: loads in between made the products wait for L2 once for each, 8 % of the time with 16
+// rows.
 //
-// fma (f32; in bf16 and f16 the shapes that mma does not take): CUDA cores. A warp does 4 rows of weights (2 features of gate
-// and of up, or 4), its lanes share k, 16 bytes at a time in f32 and element by element where rows lie at odd addresses, and a
-// butterfly of 31 shuffles for every 32 sums ends it.
+// fma (f32; in bf16 and f16 the shapes that mma does not take): CUDA cores. A warp does 4 rows of
+// weights (2 features of gate and of up, or 4), its lanes share k, 16 bytes at a time in f32 and
+// element by element where rows lie at odd addresses, and a butterfly of 31 shuffles for every 32
+// sums ends it.
 //
-// Two register tiles in turn: while one is used the loads of the other are in flight. mma: a tile is 4 KiB per warp, so 64 to 128 KiB
-// of a multiprocessor are in flight (n4: half of that). By Little's law an H200 needs 4.5 TB/s · 1 µs / 132 = 34 KiB. fma: 2 to 4 KiB
-// per warp (n1). Tensor cores and not CUDA cores for M > 1: at M = 8 the products alone are 17 T FMA/s of about 33.
+// Two register tiles in turn: while one is used the loads of the other are in flight. mma: a tile
+// is 4 KiB per warp, so 64 to 128 KiB of a multiprocessor are in flight (n4: half of that). By
+// Little's law an H200 needs 4.5 TB/s · 1 µs / 132 = 34 KiB. fma: 2 to 4 KiB per warp (n1). Tensor
+// cores and not CUDA cores for M > 1: at M = 8 the products alone are 17 T FMA/s of about 33.
 //
 // The first tile of weights is loaded before pdl_wait, under the tail of the previous kernel.
 #include "activation.cuh"
 
 namespace {
 
-// ------------------------------------------------------------------------------------------------ device maths
+// ------------------------------------------------------------------------------------------------
+// device maths
 
-// use(tile, i) for i in 0..steps, in order, with the loads one tile ahead if AHEAD; the first ones before the dependency.
+// use(tile, i) for i in 0..steps, in order, with the loads one tile ahead if AHEAD; the first ones
+// before the dependency.
 template <typename Tile, bool AHEAD = true, typename Load, typename Use> DEVICE void sweep(int steps, Load load, Use use) {
   Tile even;
   if (steps > 0) load(even, 0);
@@ -57,7 +65,8 @@ template <typename Tile, bool AHEAD = true, typename Load, typename Use> DEVICE 
 
 constexpr int CHUNK = 64;        // k of a chunk: 2 loads x 4 lanes x 8 elements
 constexpr int RUN = 2 * CHUNK;   // a warp's part of a round
-// Chunks of a register tile: 2 · 2 loads · 2 halves of A · 512 B = 4 KiB per warp; half of that where 32 tokens need the registers.
+// Chunks of a register tile: 2 · 2 loads · 2 halves of A · 512 B = 4 KiB per warp; half of that
+// where 32 tokens need the registers.
 template <int NT> constexpr int PER_TILE = NT == 4 ? 1 : 2;
 
 // One load's worth of A: 8 k of row g and of row g+8.
@@ -87,7 +96,8 @@ template <typename T, int NT> struct MmaSums {
 // Where the first warp of a block is: a tile, and the first k of its register tile there.
 struct Cursor {
   int tile, k = 0;
-  // One register tile of `chunks` on, of rounds of `round` k up to `end`; true where a tile of output ends.
+  // One register tile of `chunks` on, of rounds of `round` k up to `end`; true where a tile of
+  // output ends.
   DEVICE bool next(int chunks, int round, int end) {
     k += chunks * CHUNK;
     if (k % RUN == 0) k += round - RUN;
@@ -98,8 +108,8 @@ struct Cursor {
   }
 };
 
-// sums = the rows row(tile, half) of lane g · x (M,K)ᵀ, over the runs `part`, `part` + SPLIT, ... of K, for this block's tiles in
-// turn; done(tile) has them.
+// sums = the rows row(tile, half) of lane g · x (M,K)ᵀ, over the runs `part`, `part` + SPLIT, ...
+// of K, for this block's tiles in turn; done(tile) has them.
 template <typename T, int NT, int SPLIT, typename Row, typename Done>
 DEVICE void dot_mma(MmaSums<T, NT>& sums, const T* x, int M, int K, int tiles, int part, Row row, Done done) {
   constexpr int CHUNKS = PER_TILE<NT>, ROUND = SPLIT * RUN;
@@ -207,15 +217,19 @@ template <int SPLIT> DEVICE void sync_tile() {
 
 template <typename T> DEVICE float bias_at(const T* bias, int i) { return bias ? widen(bias[i]) : 0.0f; }
 
-// ------------------------------------------------------------------------------------------------ tiles: sums, then pairs
+// ------------------------------------------------------------------------------------------------
+// tiles: sums, then pairs
 
-// run(shared, x, M, K, features, row, finish) of a block: a finished tile is handed on as pairs, finish(first, each), where each(emit)
-// calls emit(token, f, a, b) for tokens < M, with a the sum of feature first + f of the first half of the tile's rows and b that of the
-// second. row(first, half, f): the weights. A tile has HALF features in each of its halves, and STRIDE features are from one to the next.
+// run(shared, x, M, K, features, row, finish) of a block: a finished tile is handed on as pairs,
+// finish(first, each), where each(emit) calls emit(token, f, a, b) for tokens < M, with a the sum
+// of feature first + f of the first half of the tile's rows and b that of the second. row(first,
+// half, f): the weights. A tile has HALF features in each of its halves, and STRIDE features are
+// from one to the next.
 
 template <typename T, int NT, int SPLIT, int HALVES> struct MmaBlock {
   static constexpr int HALF = 8, STRIDE = HALF * HALVES;
-  // Two tiles' worth: while some warps still read one, others write the next. Where that is too much, one, and a barrier more.
+  // Two tiles' worth: while some warps still read one, others write the next. Where that is too
+  // much, one, and a barrier more.
   static constexpr int TURNS = SPLIT * NT > 32 ? 1 : 2;
   using Sums = float[TURNS][SPLIT][NT][4][32];
 
@@ -327,7 +341,8 @@ DEVICE void linear(const T* x, const T* w, const T* bias, T* y, int M, int N, in
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------ kernels
+// ------------------------------------------------------------------------------------------------
+// kernels
 
 // NAME, threads, least blocks per SM (for the register limit), T, the block
 #define GATE_UP(NAME, THREADS, BLOCKS, T, ...)                                                                               \

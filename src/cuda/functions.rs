@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, result, sys,
+};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{DType, Result, bail};
@@ -19,7 +21,8 @@ const PREFILL_SM90: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/prefill_sm
 pub(super) fn major(device: &CudaDevice) -> Option<i32> {
     let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
     // SAFETY: a candle device holds the context of a device that exists.
-    unsafe { result::device::get_attribute(device.cuda_stream().context().cu_device(), attribute) }.ok()
+    unsafe { result::device::get_attribute(device.cuda_stream().context().cu_device(), attribute) }
+        .ok()
 }
 
 /// A [`Kernel`] as the driver has loaded it for one dtype.
@@ -81,14 +84,20 @@ impl Functions {
             };
             Ok((dtype, Kernel::all().map(load).collect::<Result<_>>()?))
         };
-        let by_kernel = [load(DType::F32)?, load(DType::BF16)?, load(DType::F16)?, load(DType::F64)?];
+        let by_kernel =
+            [load(DType::F32)?, load(DType::BF16)?, load(DType::F16)?, load(DType::F64)?];
         Ok(Self { by_kernel, gpu })
     }
 
     pub(super) fn get(&self, kernel: Kernel, dtype: DType) -> Result<&Function> {
         let of_dtype = self.by_kernel.iter().find(|(found, _)| *found == dtype);
         let function = of_dtype.and_then(|(_, functions)| functions.get(kernel.index())?.as_ref());
-        function.ok_or_else(|| candle_core::Error::Msg(format!("this device has no CUDA kernel {}", kernel.name(dtype))))
+        function.ok_or_else(|| {
+            candle_core::Error::Msg(format!(
+                "this device has no CUDA kernel {}",
+                kernel.name(dtype)
+            ))
+        })
     }
 }
 
@@ -104,7 +113,9 @@ fn describe(context: &Arc<CudaContext>) -> Result<Gpu> {
     let bytes_per_clock = 2.0 * memory_clock * bits / 8.0 / (clock * sms as f64);
     let (major, minor) = context.compute_capability().w()?;
     if major < 8 {
-        bail!("CUDA kernels of candle-swiglu need compute capability 8.0 or newer, found {major}.{minor}");
+        bail!(
+            "CUDA kernels of candle-swiglu need compute capability 8.0 or newer, found {major}.{minor}"
+        );
     }
     Ok(Gpu { sms, bytes_per_clock, hopper: (major, minor) == (9, 0) })
 }
@@ -121,14 +132,21 @@ fn function(module: &Arc<CudaModule>, kernel: Kernel, dtype: DType) -> Result<Fu
         }
         Ok((function, waits))
     };
-    let (function, waits) = load().map_err(|error| error.context(format!("cannot load the CUDA kernel {name}")))?;
+    let (function, waits) =
+        load().map_err(|error| error.context(format!("cannot load the CUDA kernel {name}")))?;
     Ok(Function { name, function, shared: kernel.shared(), waits })
 }
 
 fn module(context: &Arc<CudaContext>, fatbin: &[u8]) -> Result<Arc<CudaModule>> {
     if fatbin.is_empty() {
-        bail!("this build of candle-swiglu has no CUDA kernels: it was built with CANDLE_SWIGLU_CUDA_SKIP_NVCC=1");
+        bail!(
+            "this build of candle-swiglu has no CUDA kernels: it was built with CANDLE_SWIGLU_CUDA_SKIP_NVCC=1"
+        );
     }
     let module = context.load_module(Ptx::from_binary(fatbin.to_vec()));
-    module.map_err(|error| candle_core::Error::Msg(format!("cannot load the CUDA kernels built into candle-swiglu: {error}")))
+    module.map_err(|error| {
+        candle_core::Error::Msg(format!(
+            "cannot load the CUDA kernels built into candle-swiglu: {error}"
+        ))
+    })
 }

@@ -1,16 +1,19 @@
-// The gate by itself, one pass over memory: `gate_forward` out = glu(gate + bg, up + bu), `gate_backward` its gradients, and rows
-// filled with a bias.
+// The gate by itself, one pass over memory: `gate_forward` out = glu(gate + bg, up + bu),
+// `gate_backward` its gradients, and rows filled with a bias.
 //
-// A thread takes V = 16 / sizeof(T) adjacent columns of a row at a time: one 16-byte access per operand where everything lies
-// on 16 bytes, V single ones elsewhere and at a row's end. Elements are widened, computed in f32 (f64 for f64) and rounded once.
-// Time is the time of the bytes: 3 elements moved per output forward, 5 per pair backward. In flight per SM: 1024 threads or
-// more · 2 loads · 16 B = 32 KiB and up. The arithmetic of SiLU in bf16 is about 20 instructions for 6 bytes, some 60 % of
-// what an H200 can issue while it moves them, which is why the formula is chosen outside of the loop. Reckoned, not measured.
+// A thread takes V = 16 / sizeof(T) adjacent columns of a row at a time: one 16-byte access per
+// operand where everything lies on 16 bytes, V single ones elsewhere and at a row's end. Elements
+// are widened, computed in f32 (f64 for f64) and rounded once. Time is the time of the bytes: 3
+// elements moved per output forward, 5 per pair backward. In flight per SM: 1024 threads or more ·
+// 2 loads · 16 B = 32 KiB and up. The arithmetic of SiLU in bf16 is about 20 instructions for 6
+// bytes, some 60 % of what an H200 can issue while it moves them, which is why the formula is
+// chosen outside of the loop. Reckoned, not measured.
 #include "activation.cuh"
 
 namespace {
 
-// ------------------------------------------------------------------------------------------------ device maths
+// ------------------------------------------------------------------------------------------------
+// device maths
 
 template <typename T> constexpr int LANES = 16 / sizeof(T);
 
@@ -58,10 +61,12 @@ template <typename T> DEVICE void add_bias(Pack<T>& pack, const T* bias, int n, 
   for (int i = 0; i < LANES<T>; ++i) pack.v[i] += b.v[i];
 }
 
-// Operands that single accesses of 16 bytes fit: all on 16 bytes, rows a multiple of 16 bytes apart.
+// Operands that single accesses of 16 bytes fit: all on 16 bytes, rows a multiple of 16 bytes
+// apart.
 template <typename T> DEVICE bool fits(const T* p, long long stride) { return on16(p) && stride % LANES<T> == 0; }
 
-// each(row, column, n) for this thread's share of the packs of a (rows, cols) matrix; n of their elements exist.
+// each(row, column, n) for this thread's share of the packs of a (rows, cols) matrix; n of their
+// elements exist.
 template <typename T, typename Each> DEVICE void for_packs(long long rows, long long cols, Each each) {
   const long long per_row = (cols + LANES<T> - 1) / LANES<T>, step = (long long)gridDim.x * blockDim.x;
   const long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -135,7 +140,8 @@ template <typename T> DEVICE void bias_rows(const T* bias, T* y, long long rows,
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------ kernels
+// ------------------------------------------------------------------------------------------------
+// kernels
 
 #define GATE_KERNELS(NAME, T)                                                                                                  \
   extern "C" __global__ void __launch_bounds__(256) gate_forward_##NAME(                                                           \

@@ -59,7 +59,11 @@ impl<'a, const N: usize> Laid<'a, N> {
         Ok(Self { operands, copies, rows: Rows::contiguous(operands[0].1.shape().elem_count()) })
     }
 
-    fn read<'b, T: Element>(&'b self, n: usize, call: &'b LaunchContext<'_>) -> Result<Pointer<'b>> {
+    fn read<'b, T: Element>(
+        &'b self,
+        n: usize,
+        call: &'b LaunchContext<'_>,
+    ) -> Result<Pointer<'b>> {
         let (storage, layout) = self.operands[n];
         match &self.copies[n] {
             Some(copy) => Pointer::read::<T>(copy, 0, call.stream),
@@ -79,10 +83,23 @@ fn forward<T: Element>(glu: &Glu, operands: [Operand<'_>; 2]) -> Result<CudaStor
         let Rows { rows, columns, strides: [gate_stride, up_stride] } = laid.rows;
         let (gate, up) = (laid.read::<T>(0, &call)?, laid.read::<T>(1, &call)?);
         let out = Pointer::write(&mut out, &stream);
-        let sizes = [rows, columns, gate_stride.row, up_stride.row, columns].map(|size| size as i64);
+        let sizes =
+            [rows, columns, gate_stride.row, up_stride.row, columns].map(|size| size as i64);
         let [r, c, gs, us, os] = sizes;
         let op = GluParams::from(glu);
-        let list = arguments![gate.address, up.address, NULL.address, NULL.address, out.address, r, c, gs, us, os, op];
+        let list = arguments![
+            gate.address,
+            up.address,
+            NULL.address,
+            NULL.address,
+            out.address,
+            r,
+            c,
+            gs,
+            us,
+            os,
+            op
+        ];
         // SAFETY: the arguments of gate_forward_*; gate and up have rows of adjacent columns at
         // these strides, out has rows·columns elements.
         unsafe { call.launch::<T>(call.over::<T>(Kernel::GateForward, rows, columns), list)? };
@@ -99,13 +116,28 @@ fn backward<T: Element>(glu: &Glu, operands: [Operand<'_>; 3]) -> Result<CudaSto
     if elements > 0 {
         let laid = Laid::new::<T>(operands)?;
         let Rows { rows, columns, strides } = laid.rows;
-        let [gate, up, dy] = [laid.read::<T>(0, &call)?, laid.read::<T>(1, &call)?, laid.read::<T>(2, &call)?];
+        let [gate, up, dy] =
+            [laid.read::<T>(0, &call)?, laid.read::<T>(1, &call)?, laid.read::<T>(2, &call)?];
         let out = Pointer::write(&mut out, &stream);
         let (dgate, dup) = (out.address, out.address + (elements * size_of::<T>()) as u64);
         let [r, c, s] = [rows, columns, columns].map(|size| size as i64);
         let [gs, us, ds] = strides.map(|stride| stride.row as i64);
         let op = GluParams::from(glu);
-        let list = arguments![gate.address, up.address, dy.address, dgate, dup, r, c, gs, us, ds, s, s, op];
+        let list = arguments![
+            gate.address,
+            up.address,
+            dy.address,
+            dgate,
+            dup,
+            r,
+            c,
+            gs,
+            us,
+            ds,
+            s,
+            s,
+            op
+        ];
         // SAFETY: the arguments of gate_backward_*; the inputs have rows of adjacent columns at
         // these strides, dgate and dup rows·columns elements each.
         unsafe { call.launch::<T>(call.over::<T>(Kernel::GateBackward, rows, columns), list)? };

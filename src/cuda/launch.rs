@@ -5,7 +5,9 @@ use std::ops::Deref;
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::sys::cudaDataType_t;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop, sys};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop, sys,
+};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage, WrapErr};
 use candle_core::{Layout, Result, Storage, Tensor, WithDType, bail};
 use half::{bf16, f16};
@@ -52,7 +54,11 @@ pub(super) const NULL: Pointer<'static> = Pointer { address: 0, _in_use: None };
 
 impl<'a> Pointer<'a> {
     /// The elements of `storage` from `offset` on, to be read.
-    pub(super) fn read<T: Element>(storage: &'a CudaStorage, offset: usize, stream: &'a CudaStream) -> Result<Self> {
+    pub(super) fn read<T: Element>(
+        storage: &'a CudaStorage,
+        offset: usize,
+        stream: &'a CudaStream,
+    ) -> Result<Self> {
         let slice = storage.as_cuda_slice::<T>()?;
         if slice.context().cu_ctx() != stream.context().cu_ctx() {
             bail!("the tensors of one operation are on different GPUs");
@@ -97,13 +103,19 @@ impl<G: Deref<Target = Storage>> Weight<G> {
     }
 
     /// Null where there is no weight.
-    pub(super) fn optional<'a, T: Element>(weight: &'a Option<Self>, stream: &'a CudaStream) -> Result<Pointer<'a>> {
+    pub(super) fn optional<'a, T: Element>(
+        weight: &'a Option<Self>,
+        stream: &'a CudaStream,
+    ) -> Result<Pointer<'a>> {
         weight.as_ref().map_or(Ok(NULL), |weight| weight.pointer::<T>(stream))
     }
 }
 
 /// The elements of `layout` in row-major order, in a storage of their own.
-pub(super) fn contiguous<T: Element>(storage: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
+pub(super) fn contiguous<T: Element>(
+    storage: &CudaStorage,
+    layout: &Layout,
+) -> Result<CudaStorage> {
     let device = storage.device();
     // SAFETY: the copy below writes all of it before anything reads it.
     let copy = unsafe { device.alloc::<T>(layout.shape().elem_count())? };
@@ -141,7 +153,9 @@ pub(super) struct Launch {
 impl LaunchContext<'_> {
     /// (rows, columns), to be written in full by the launches that follow.
     pub(super) fn alloc<T: Element>(&self, rows: usize, columns: usize) -> Result<CudaSlice<T>> {
-        let Some(elements) = rows.checked_mul(columns) else { bail!("a matrix of {rows} by {columns} is too large") };
+        let Some(elements) = rows.checked_mul(columns) else {
+            bail!("a matrix of {rows} by {columns} is too large")
+        };
         // SAFETY: every path writes each element before anything reads it, on the stream that
         // allocates.
         unsafe { self.device.alloc::<T>(elements) }
@@ -159,13 +173,20 @@ impl LaunchContext<'_> {
     /// The arguments are those of the kernel in number, order and type; its pointers are valid for
     /// what it reads and writes. With `early`, the weights it reads were complete before whatever
     /// precedes it on the stream was launched.
-    pub(super) unsafe fn launch<T: Element>(&self, launch: Launch, arguments: &mut [*mut c_void]) -> Result<()> {
+    pub(super) unsafe fn launch<T: Element>(
+        &self,
+        launch: Launch,
+        arguments: &mut [*mut c_void],
+    ) -> Result<()> {
         let Launch { kernel, grid, rows, early } = launch;
         let function = self.functions.get(kernel, T::DTYPE)?;
         let name = function.name.as_str();
         tracing::trace!(kernel = name, grid = grid.blocks, threads = grid.threads, rows, "launch");
         let Ok(blocks) = u32::try_from(grid.blocks) else {
-            bail!("the CUDA kernel {name} takes a grid of fewer than 2^32 blocks, found {}", grid.blocks)
+            bail!(
+                "the CUDA kernel {name} takes a grid of fewer than 2^32 blocks, found {}",
+                grid.blocks
+            )
         };
         self.stream.context().bind_to_thread().w()?;
         let mut attribute = sys::CUlaunchAttribute {
@@ -187,10 +208,17 @@ impl LaunchContext<'_> {
         };
         // SAFETY: the configuration and its attribute outlive the call and the context is current;
         // the rest is the caller's promise.
-        unsafe { sys::cuLaunchKernelEx(&config, function.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()) }
-            .result()
-            .w()
-            .map_err(|error| error.context(format!("cannot launch the CUDA kernel {name}")))
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &config,
+                function.cu_function(),
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        }
+        .result()
+        .w()
+        .map_err(|error| error.context(format!("cannot launch the CUDA kernel {name}")))
     }
 }
 

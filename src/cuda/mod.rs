@@ -74,7 +74,11 @@ pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
 }
 
 /// x (M,H) of any layout -> y (M,H)
-pub(crate) fn block(block: &DeviceBlock, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+pub(crate) fn block(
+    block: &DeviceBlock,
+    x: &CudaStorage,
+    layout: &Layout,
+) -> Result<(CudaStorage, Shape)> {
     block_with(&*Functions::of(x.device())?, block, x, layout)
 }
 
@@ -94,7 +98,11 @@ pub(crate) fn block_with(
 }
 
 /// x (M,K) of any layout, weight (N,K), bias (N) -> y (M,N) = x·Wᵀ + b
-pub(crate) fn linear(linear: &DeviceLinear, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+pub(crate) fn linear(
+    linear: &DeviceLinear,
+    x: &CudaStorage,
+    layout: &Layout,
+) -> Result<(CudaStorage, Shape)> {
     linear_with(&*Functions::of(x.device())?, linear, x, layout)
 }
 

@@ -59,14 +59,16 @@ pub(super) enum DecodeRows {
 }
 
 const CORES: [Cores; 3] = [Cores::Cuda, Cores::Tensor8, Cores::Tensor16];
-const DECODE_ROWS: [DecodeRows; 3] = [DecodeRows::Eight, DecodeRows::Sixteen, DecodeRows::ThirtyTwo];
+const DECODE_ROWS: [DecodeRows; 3] =
+    [DecodeRows::Eight, DecodeRows::Sixteen, DecodeRows::ThirtyTwo];
 const DECODE_KERNELS: usize = 2 * CORES.len() * DECODE_ROWS.len();
 
 impl Kernel {
     /// Every kernel, in the order of [`Self::index`].
     pub(super) fn all() -> impl Iterator<Item = Self> {
         let decode = [true, false].into_iter().flat_map(|gated| {
-            let variants = CORES.into_iter().flat_map(|cores| DECODE_ROWS.map(|rows| (cores, rows)));
+            let variants =
+                CORES.into_iter().flat_map(|cores| DECODE_ROWS.map(|rows| (cores, rows)));
             variants.map(move |(cores, rows)| Self::Decode { gated, cores, rows })
         });
         let fused = (0..TILES.len()).map(Self::Fused);
@@ -91,9 +93,13 @@ impl Kernel {
     pub(super) fn has(self, dtype: DType) -> bool {
         let half = matches!(dtype, DType::BF16 | DType::F16);
         match self {
-            Self::Decode { cores: Cores::Cuda, rows, .. } => dtype == DType::F32 || (half && rows == DecodeRows::ThirtyTwo),
+            Self::Decode { cores: Cores::Cuda, rows, .. } => {
+                dtype == DType::F32 || (half && rows == DecodeRows::ThirtyTwo)
+            }
             Self::Decode { .. } | Self::Fused(_) => half,
-            Self::GateForward | Self::GateBackward => half || matches!(dtype, DType::F32 | DType::F64),
+            Self::GateForward | Self::GateBackward => {
+                half || matches!(dtype, DType::F32 | DType::F64)
+            }
             Self::BiasRows => half || dtype == DType::F32,
         }
     }
@@ -171,7 +177,14 @@ const fn decode_features(gated: bool, tensor_cores: bool) -> usize {
 
 /// The kernel of decode.cu for `m` rows and `features` outputs, and its grid. `aligned`: the shape
 /// and the addresses are what tensor cores need (README.md).
-pub(super) fn decode(gated: bool, dtype: DType, m: usize, features: usize, aligned: bool, sms: usize) -> (Kernel, Grid) {
+pub(super) fn decode(
+    gated: bool,
+    dtype: DType,
+    m: usize,
+    features: usize,
+    aligned: bool,
+    sms: usize,
+) -> (Kernel, Grid) {
     let rows = match m {
         0..=8 => DecodeRows::Eight,
         9..=16 => DecodeRows::Sixteen,
@@ -179,7 +192,10 @@ pub(super) fn decode(gated: bool, dtype: DType, m: usize, features: usize, align
     };
     let of_block = |tensor_cores| features.div_ceil(decode_features(gated, tensor_cores));
     if dtype == DType::F32 {
-        return (Kernel::Decode { gated, cores: Cores::Cuda, rows }, Grid::new(of_block(false), 128));
+        return (
+            Kernel::Decode { gated, cores: Cores::Cuda, rows },
+            Grid::new(of_block(false), 128),
+        );
     }
     if !aligned {
         let kernel = Kernel::Decode { gated, cores: Cores::Cuda, rows: DecodeRows::ThirtyTwo };
@@ -244,7 +260,8 @@ pub(super) fn forced() -> Result<Option<Prefill>> {
     if let Some(way) = FORCED.get() {
         return Ok(Some(way));
     }
-    let asked = ASKED.get_or_init(|| parse(std::env::var("CANDLE_SWIGLU_CUDA_PREFILL").ok().as_deref()));
+    let asked =
+        ASKED.get_or_init(|| parse(std::env::var("CANDLE_SWIGLU_CUDA_PREFILL").ok().as_deref()));
     asked.clone().map_err(candle_core::Error::Msg)
 }
 
@@ -253,7 +270,9 @@ fn parse(value: Option<&str>) -> std::result::Result<Option<Prefill>, String> {
         None => Ok(None),
         Some("cublas") => Ok(Some(Prefill::Cublas)),
         Some("fused") => Ok(Some(Prefill::Fused)),
-        Some(other) => Err(format!("CANDLE_SWIGLU_CUDA_PREFILL: expected fused or cublas, found {other}")),
+        Some(other) => {
+            Err(format!("CANDLE_SWIGLU_CUDA_PREFILL: expected fused or cublas, found {other}"))
+        }
     }
 }
 
@@ -325,9 +344,11 @@ impl FusedGrid {
 
 /// The tile that divides (M,I) best among `sms` multiprocessors.
 pub(super) fn fused_grid(m: usize, i: usize, sms: usize) -> FusedGrid {
-    let all = (0..TILES.len()).filter(|&tile| TILES[tile].cluster <= sms.min(m.div_ceil(TILE_ROWS)));
+    let all =
+        (0..TILES.len()).filter(|&tile| TILES[tile].cluster <= sms.min(m.div_ceil(TILE_ROWS)));
     let all = all.map(|tile| FusedGrid::of(tile, m, i, sms));
-    all.min_by(|a, b| a.time(m).total_cmp(&b.time(m))).unwrap_or_else(|| FusedGrid::of(0, m, i, sms))
+    all.min_by(|a, b| a.time(m).total_cmp(&b.time(m)))
+        .unwrap_or_else(|| FusedGrid::of(0, m, i, sms))
 }
 
 /// Threshold of [`Gpu::bytes_per_clock`]. Above it (H200: 18.4; H100: 12.8) cuBLAS is faster than
@@ -355,7 +376,8 @@ pub(super) fn prefill((m, i): (usize, usize), gpu: &Gpu) -> Prefill {
     }
     let even = i as f64 / gpu.sms as f64;
     let tiles = m as f64 / TILE_ROWS as f64;
-    let bound = if m <= TILE_ROWS { READS_FASTER } else { (COMPUTES_FASTER * tiles).max(READING_IN_TILES) };
+    let bound =
+        if m <= TILE_ROWS { READS_FASTER } else { (COMPUTES_FASTER * tiles).max(READING_IN_TILES) };
     if fused_grid(m, i, gpu.sms).load(m) <= bound * even { Prefill::Fused } else { Prefill::Cublas }
 }
 

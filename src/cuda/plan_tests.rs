@@ -15,7 +15,9 @@ fn indices_are_the_places_among_all() {
 #[test]
 fn names_are_those_of_the_contract() {
     let dtypes = [DType::F32, DType::BF16, DType::F16, DType::F64];
-    let has = |name: &str| Kernel::all().any(|kernel| dtypes.iter().any(|&t| kernel.has(t) && kernel.name(t) == name));
+    let has = |name: &str| {
+        Kernel::all().any(|kernel| dtypes.iter().any(|&t| kernel.has(t) && kernel.name(t) == name))
+    };
     for name in [
         "gate_up_mma_bf16_n1_w8",
         "linear_mma_f16_n4_w16",
@@ -29,7 +31,9 @@ fn names_are_those_of_the_contract() {
     ] {
         assert!(has(name), "{name}");
     }
-    for name in ["bias_rows_f64", "linear_fma_bf16_n1", "gate_up_mma_f32_n1_w8", "gate_up_sm90_f32_c1_w64"] {
+    for name in
+        ["bias_rows_f64", "linear_fma_bf16_n1", "gate_up_mma_f32_n1_w8", "gate_up_sm90_f32_c1_w64"]
+    {
         assert!(!has(name), "{name}");
     }
     let count = |t| Kernel::all().filter(|kernel| kernel.has(t)).count();
@@ -38,15 +42,30 @@ fn names_are_those_of_the_contract() {
 
 #[test]
 fn decode_takes_tensor_cores_where_it_can() {
-    for (m, rows) in [(1, DecodeRows::Eight), (8, DecodeRows::Eight), (9, DecodeRows::Sixteen), (17, DecodeRows::ThirtyTwo)] {
+    for (m, rows) in [
+        (1, DecodeRows::Eight),
+        (8, DecodeRows::Eight),
+        (9, DecodeRows::Sixteen),
+        (17, DecodeRows::ThirtyTwo),
+    ] {
         for (gated, tiles) in [(true, 100), (false, 50)] {
             let expected = Kernel::Decode { gated, cores: Cores::Tensor16, rows };
-            assert_eq!(decode(gated, DType::BF16, m, 800, true, 132), (expected, Grid::new(tiles, 512)));
+            assert_eq!(
+                decode(gated, DType::BF16, m, 800, true, 132),
+                (expected, Grid::new(tiles, 512))
+            );
             let expected = Kernel::Decode { gated, cores: Cores::Cuda, rows };
             let blocks = if gated { 100 } else { 200 };
-            assert_eq!(decode(gated, DType::F32, m, 800, true, 132), (expected, Grid::new(blocks, 128)));
-            let expected = Kernel::Decode { gated, cores: Cores::Cuda, rows: DecodeRows::ThirtyTwo };
-            assert_eq!(decode(gated, DType::F16, m, 800, false, 132), (expected, Grid::new(blocks, 128)));
+            assert_eq!(
+                decode(gated, DType::F32, m, 800, true, 132),
+                (expected, Grid::new(blocks, 128))
+            );
+            let expected =
+                Kernel::Decode { gated, cores: Cores::Cuda, rows: DecodeRows::ThirtyTwo };
+            assert_eq!(
+                decode(gated, DType::F16, m, 800, false, 132),
+                (expected, Grid::new(blocks, 128))
+            );
         }
     }
     let many = Kernel::Decode { gated: true, cores: Cores::Tensor8, rows: DecodeRows::Eight };
@@ -55,9 +74,14 @@ fn decode_takes_tensor_cores_where_it_can() {
 
 #[test]
 fn chunks_cover_all_rows_within_the_bound() {
-    for (m, i, element) in
-        [(33, 14336, 2), (4096, 14336, 2), (40_000, 14336, 2), (100_000, 28672, 4), (1000, 1 << 28, 2), (5, 1, 4)]
-    {
+    for (m, i, element) in [
+        (33, 14336, 2),
+        (4096, 14336, 2),
+        (40_000, 14336, 2),
+        (100_000, 28672, 4),
+        (1000, 1 << 28, 2),
+        (5, 1, 4),
+    ] {
         let rows = chunk_rows(m, i, element);
         assert!(rows > 0 && rows.is_multiple_of(128));
         assert!(rows == 128 || rows * 3 * i * element <= SCRATCH_BYTES, "{m} {i}: {rows}");
@@ -99,7 +123,9 @@ fn tiles_divide_the_features() {
 
 #[test]
 fn decode_blocks_fill_the_device() {
-    for (tiles, blocks, warps) in [(1, 1, 16), (128, 128, 16), (132, 132, 16), (133, 133, 8), (256, 256, 8), (3584, 264, 8)] {
+    for (tiles, blocks, warps) in
+        [(1, 1, 16), (128, 128, 16), (132, 132, 16), (133, 133, 8), (256, 256, 8), (3584, 264, 8)]
+    {
         assert_eq!(decode_grid(tiles, 132), DecodeGrid { blocks, warps }, "{tiles} tiles");
     }
 }
@@ -117,9 +143,17 @@ fn blocks_that_fill_the_device_are_fused() {
             assert_eq!(prefill((m, i), &gpu(18.4)), on_h200, "M = {m}, I = {i}");
         }
     }
-    assert_eq!(prefill((129, 128), &gpu(12.8)), Prefill::Cublas, "two tiles on 132 multiprocessors");
+    assert_eq!(
+        prefill((129, 128), &gpu(12.8)),
+        Prefill::Cublas,
+        "two tiles on 132 multiprocessors"
+    );
     assert_eq!(prefill((64, 1376), &gpu(12.8)), Prefill::Cublas, "22 tiles");
-    assert_eq!(prefill((300, 14336), &gpu(12.8)), Prefill::Cublas, "three rows of tiles for the work of 2.3");
+    assert_eq!(
+        prefill((300, 14336), &gpu(12.8)),
+        Prefill::Cublas,
+        "three rows of tiles for the work of 2.3"
+    );
 }
 
 #[test]
@@ -130,6 +164,9 @@ fn a_way_can_be_forced() -> Result<()> {
     }
     force_prefill(None);
     assert_eq!((parse(None), parse(Some("fused"))), (Ok(None), Ok(Some(Prefill::Fused))));
-    assert!(parse(Some("fast")).is_err_and(|error| error.contains("expected fused or cublas, found fast")));
+    assert!(
+        parse(Some("fast"))
+            .is_err_and(|error| error.contains("expected fused or cublas, found fast"))
+    );
     Ok(())
 }

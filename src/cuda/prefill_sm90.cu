@@ -1,27 +1,33 @@
-// `gate_up` on Hopper (sm_90a) for any number of rows: h = glu(x·Wgᵀ + bg, x·Wuᵀ + bu), both products and the gate in one kernel.
+// `gate_up` on Hopper (sm_90a) for any number of rows: h = glu(x·Wgᵀ + bg, x·Wuᵀ + bu), both
+// products and the gate in one kernel.
 //
-// A tile is 128 rows of x by W features of gate and the same W of up. The 2W rows of weights lie in shared memory as [gate W | up W],
-// so one wgmma m64n2Wk16 leaves gate of a feature in acc[i] and up of it in acc[W/2 + i] of one thread, and the gate is computed in
-// registers. The weights need no repacking; they may be one packed matrix or two. The host takes the W whose tiles divide best among
-// the multiprocessors: what counts is how many the busiest one gets, for few rows too, because each multiprocessor reads memory at
-// about its share of the whole speed and no faster (an H100: 24 GB/s of 3.1 TB/s).
+// A tile is 128 rows of x by W features of gate and the same W of up. The 2W rows of weights lie in
+// shared memory as [gate W | up W], so one wgmma m64n2Wk16 leaves gate of a feature in acc[i] and
+// up of it in acc[W/2 + i] of one thread, and the gate is computed in registers. The weights need
+// no repacking; they may be one packed matrix or two. The host takes the W whose tiles divide best
+// among the multiprocessors: what counts is how many the busiest one gets, for few rows too,
+// because each multiprocessor reads memory at about its share of the whole speed and no faster (an
+// H100: 24 GB/s of 3.1 TB/s).
 //
-// Warpgroup 0 produces: one thread brings x and the weights by TMA, 64 k at a time, through a ring of 4 to 6 stages. Warpgroups 1
-// and 2 consume, 64 rows each. `full[s]` completes when the bytes of stage s are there, `empty[s]` when every warpgroup that
-// reads it is done. In a cluster of 2 along M rank 0 brings the gate half of the weights to both blocks and rank 1 the up half,
-// so a stage is free when the consumers of both blocks say so. Blocks are persistent: tile after tile, in strips of 8 tile
-// rows, so that a strip of x and the weights in flight stay in L2. The first stages of weights are brought before pdl_wait.
+// Warpgroup 0 produces: one thread brings x and the weights by TMA, 64 k at a time, through a ring
+// of 4 to 6 stages. Warpgroups 1 and 2 consume, 64 rows each. `full[s]` completes when the bytes of
+// stage s are there, `empty[s]` when every warpgroup that reads it is done. In a cluster of 2 along
+// M rank 0 brings the gate half of the weights to both blocks and rank 1 the up half, so a stage is
+// free when the consumers of both blocks say so. Blocks are persistent: tile after tile, in strips
+// of 8 tile rows, so that a strip of x and the weights in flight stay in L2. The first stages of
+// weights are brought before pdl_wait.
 //
-// W = 128: per k step a block needs 48 KiB (c1) or 32 KiB of its own reads (c2) for 1024 clocks of wgmma; 4 stages hold 192 KiB in
-// flight or in use. Measured on an H100 with M = 4096, H = 4096, I = 14336: 1.89 M clocks of 1.84 M for wgmma alone, and then its
-// power limit decides.
+// W = 128: per k step a block needs 48 KiB (c1) or 32 KiB of its own reads (c2) for 1024 clocks of
+// wgmma; 4 stages hold 192 KiB in flight or in use. Measured on an H100 with M = 4096, H = 4096, I
+// = 14336: 1.89 M clocks of 1.84 M for wgmma alone, and then its power limit decides.
 #include "hopper.cuh"
 
 #include "activation.cuh"
 
 namespace {
 
-// ------------------------------------------------------------------------------------------------ sizes
+// ------------------------------------------------------------------------------------------------
+// sizes
 
 constexpr int BM = 128, BK = 64, CONSUMERS = 2;
 constexpr uint32_t X_BYTES = BM * BK * 2;
@@ -38,7 +44,8 @@ template <int W> struct Size {
 static_assert(Size<64>::SHARED == 214272 && Size<80>::SHARED == 206080 && Size<96>::SHARED == 230656 && Size<112>::SHARED == 210176 &&
               Size<128>::SHARED == 230656 && Size<128>::SHARED <= 232448);
 
-// ------------------------------------------------------------------------------------------------ device maths
+// ------------------------------------------------------------------------------------------------
+// device maths
 
 template <int W> struct Ring {
   int stage = 0;
@@ -148,8 +155,9 @@ template <int W, typename T> DEVICE void add_biases(float (&sums)[W], const Bias
     }
 }
 
-// The gate of the 8 pairs (sums[FIRST], sums[W/2 + FIRST]).., features 16·c.. of the tile, -> 16 rows of shared memory, as TMA takes
-// them: in a box of 64 features rows are swizzled, in one of 16 they follow one another.
+// The gate of the 8 pairs (sums[FIRST], sums[W/2 + FIRST]).., features 16·c.. of the tile, -> 16
+// rows of shared memory, as TMA takes them: in a box of 64 features rows are swizzled, in one of 16
+// they follow one another.
 template <typename T, int FIRST, int W, typename Formula> DEVICE void put_columns(const float (&sums)[W], int c, uint32_t out, Formula formula) {
   using S = Size<W>;
   const int lane = threadIdx.x & 31, row = ((threadIdx.x >> 5) & 3) * 16 + (lane & 15);
@@ -169,8 +177,9 @@ template <typename T, int C, int W, typename Formula> DEVICE void put_all(const 
   }
 }
 
-// Plain SwiGLU with everything unrolled. Any other formula in a loop that moves the sums down to where its body finds them,
-// because registers cannot be indexed and fourteen unrolled copies would be a megabyte of code.
+// Plain SwiGLU with everything unrolled. Any other formula in a loop that moves the sums down to
+// where its body finds them, because registers cannot be indexed and fourteen unrolled copies would
+// be a megabyte of code.
 template <typename T, int W> DEVICE void put_tile(float (&sums)[W], uint32_t out, const GluParams& op) {
   if (op.activation == SILU && is_plain(op)) {
     put_all<T, 0>(sums, out, Plain<float, Swish<float>>{{1.0f}});
@@ -286,7 +295,8 @@ DEVICE void gate_up(const Maps& maps, const T* b_gate, const T* b_up, int M, int
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------ kernels
+// ------------------------------------------------------------------------------------------------
+// kernels
 
 #define GATE_UP_SM90(T, N, W)                                                                                                \
   extern "C" __global__ void CLUSTER(N) __launch_bounds__(384, 1) gate_up_sm90_##T##_c##N##_w##W(                            \

@@ -3,7 +3,9 @@
 use candle_core::{DType, Result};
 
 use super::cublas::gemm;
-use super::launch::{Element, Launch, LaunchContext, NULL, Pointer, arguments, is_capturing, tensor_map};
+use super::launch::{
+    Element, Launch, LaunchContext, NULL, Pointer, arguments, is_capturing, tensor_map,
+};
 use super::plan::{self, Grid, Kernel, Prefill, TILES, Tile, chunk_rows};
 use crate::gate::params::GluParams;
 
@@ -15,7 +17,9 @@ fn decode_rows<T: Element>(call: &LaunchContext<'_>) -> Result<usize> {
 
 /// A size as the kernels take it.
 fn int(size: usize) -> Result<i32> {
-    i32::try_from(size).map_err(|_| candle_core::Error::Msg(format!("the CUDA kernels take sizes below 2^31, found {size}")))
+    i32::try_from(size).map_err(|_| {
+        candle_core::Error::Msg(format!("the CUDA kernels take sizes below 2^31, found {size}"))
+    })
 }
 
 // ---------------------------------------------------------------- a projection
@@ -31,7 +35,12 @@ pub(super) struct Projection<'a> {
 
 impl Projection<'_> {
     /// y (M,N) of x (M,K) in any rows.
-    pub(super) fn run<T: Element>(&self, call: &LaunchContext<'_>, (x, y): (&Pointer<'_>, u64), m: usize) -> Result<()> {
+    pub(super) fn run<T: Element>(
+        &self,
+        call: &LaunchContext<'_>,
+        (x, y): (&Pointer<'_>, u64),
+        m: usize,
+    ) -> Result<()> {
         if m <= decode_rows::<T>(call)? {
             self.decode::<T>(call, (x, y), m, !is_capturing(call.stream))
         } else {
@@ -40,20 +49,32 @@ impl Projection<'_> {
     }
 
     /// At most [`plan::decode_rows`] rows of x (M,K) into y (M,N).
-    fn decode<T: Element>(&self, call: &LaunchContext<'_>, (x, y): (&Pointer<'_>, u64), m: usize, early: bool) -> Result<()> {
+    fn decode<T: Element>(
+        &self,
+        call: &LaunchContext<'_>,
+        (x, y): (&Pointer<'_>, u64),
+        m: usize,
+        early: bool,
+    ) -> Result<()> {
         let (n, k) = self.sizes;
         let aligned = k.is_multiple_of(8) && x.is_aligned() && self.weight.is_aligned();
         let (kernel, grid) = plan::decode(false, T::DTYPE, m, n, aligned, call.functions.gpu.sms);
         let launch = Launch { kernel, grid, rows: m, early };
         let (m, n, k) = (int(m)?, int(n)?, int(k)?);
-        let list = arguments![x.address, self.weight.address, self.bias.address, y, m, n, k, self.factor];
+        let list =
+            arguments![x.address, self.weight.address, self.bias.address, y, m, n, k, self.factor];
         // SAFETY: the arguments of linear_*; x has M·K elements, the weight N·K, the bias N or
         // none, y M·N; `prepare` has waited for the weight.
         unsafe { call.launch::<T>(launch, list) }
     }
 
     /// Any rows, through cuBLAS.
-    fn product<T: Element>(&self, call: &LaunchContext<'_>, (x, y): (u64, u64), m: usize) -> Result<()> {
+    fn product<T: Element>(
+        &self,
+        call: &LaunchContext<'_>,
+        (x, y): (u64, u64),
+        m: usize,
+    ) -> Result<()> {
         let (n, k) = self.sizes;
         let biased = self.bias.address != 0;
         if biased {
@@ -83,7 +104,11 @@ pub(super) struct Operands<'a> {
 
 impl Operands<'_> {
     pub(super) fn run<T: Element>(&self, call: &LaunchContext<'_>) -> Result<()> {
-        if self.sizes.0 <= decode_rows::<T>(call)? { self.decode::<T>(call) } else { self.prefill::<T>(call) }
+        if self.sizes.0 <= decode_rows::<T>(call)? {
+            self.decode::<T>(call)
+        } else {
+            self.prefill::<T>(call)
+        }
     }
 
     /// up's half of gate_up_proj.
@@ -165,30 +190,53 @@ impl Operands<'_> {
     }
 
     /// p (rows,2I) = x·Wguᵀ, then h (rows,I) from its halves.
-    fn merged<T: Element>(&self, call: &LaunchContext<'_>, (x, halves, hidden): (u64, u64, u64), rows: usize) -> Result<()> {
+    fn merged<T: Element>(
+        &self,
+        call: &LaunchContext<'_>,
+        (x, halves, hidden): (u64, u64, u64),
+        rows: usize,
+    ) -> Result<()> {
         let (_, h, i) = self.sizes;
         // SAFETY: x has rows·H elements, the weights 2I·H, p rows·2I.
-        unsafe { gemm::<T>(call.device, (x, &self.gate_up, halves), (rows, 2 * i, h), 1.0, false)? };
+        unsafe {
+            gemm::<T>(call.device, (x, &self.gate_up, halves), (rows, 2 * i, h), 1.0, false)?
+        };
         let up = halves + (i * size_of::<T>()) as u64;
         let (gate_bias, up_bias) = self.biases::<T>();
         let (m, columns, stride) = (rows as i64, i as i64, 2 * i as i64);
-        let list = arguments![halves, up, gate_bias, up_bias, hidden, m, columns, stride, stride, columns, self.glu];
+        let list = arguments![
+            halves, up, gate_bias, up_bias, hidden, m, columns, stride, stride, columns, self.glu
+        ];
         // SAFETY: the arguments of gate_forward_*; p has rows·2I elements, of which gate and up are
         // the halves of each row, the biases have I or none, h has rows·I.
         unsafe { call.launch::<T>(call.over::<T>(Kernel::GateForward, rows, i), list) }
     }
 
     /// h (rows,I) = glu(x·Wgᵀ + b, x·Wuᵀ + b)
-    fn fused<T: Element>(&self, call: &LaunchContext<'_>, (x, hidden): (u64, u64), rows: usize) -> Result<()> {
+    fn fused<T: Element>(
+        &self,
+        call: &LaunchContext<'_>,
+        (x, hidden): (u64, u64),
+        rows: usize,
+    ) -> Result<()> {
         let (_, h, i) = self.sizes;
         let plan = plan::fused_grid(rows, i, call.functions.gpu.sms);
         let Tile { width, .. } = TILES[plan.tile];
         let grid = Grid { blocks: plan.blocks, threads: plan::FUSED_THREADS };
-        let launch = Launch { kernel: Kernel::Fused(plan.tile), grid, rows, early: !is_capturing(call.stream) };
+        let launch = Launch {
+            kernel: Kernel::Fused(plan.tile),
+            grid,
+            rows,
+            early: !is_capturing(call.stream),
+        };
         let x = tensor_map::<T>(x, (rows, h), (128, 64))?;
         let gate = tensor_map::<T>(self.gate_up.address, (i, h), (width as u32, 64))?;
         let up = tensor_map::<T>(self.up::<T>(), (i, h), (width as u32, 64))?;
-        let hidden = tensor_map::<T>(hidden, (rows, i), (64, if width.is_multiple_of(64) { 64 } else { 16 }))?;
+        let hidden = tensor_map::<T>(
+            hidden,
+            (rows, i),
+            (64, if width.is_multiple_of(64) { 64 } else { 16 }),
+        )?;
         let (gate_bias, up_bias) = self.biases::<T>();
         let (m, columns, k) = (int(rows)?, int(i)?, int(h)?);
         let list = arguments![x, gate, up, hidden, gate_bias, up_bias, m, columns, k, self.glu];

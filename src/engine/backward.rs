@@ -12,7 +12,12 @@ pub(super) fn projection(layer: &dyn Projection, dy: &Tensor) -> Result<Tensor> 
 
 /// dx, with gate and up computed again: dh = d·dy·Wd, (dgate, dup) = the gate's gradients,
 /// dx = dgate·Wg + dup·Wu. A packed weight is unpacked for each product and dropped after it.
-pub(super) fn block(block: &dyn Block, spec: &BlockSpec, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+pub(super) fn block(
+    block: &dyn Block,
+    spec: &BlockSpec,
+    x: &Tensor,
+    dy: &Tensor,
+) -> Result<Tensor> {
     let dh = (dy * f64::from(spec.down_multiplier))?.matmul(&block.weight(Which::Down)?)?;
     let (gate, up) = (project(block, Which::Gate, x)?, project(block, Which::Up, x)?);
     let (dgate, dup) = spec.glu.gradients(&gate, &up, &dh)?;

@@ -3,7 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, WithDType};
+use candle_core::{
+    CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, WithDType,
+};
 use half::{bf16, f16};
 
 use super::{BlockSpec, Projection, backward, check_addressable, run, set_views};
@@ -41,7 +43,12 @@ impl super::Builder for BlockBuilder {
         Ok(())
     }
 
-    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: FusedOrder) -> Result<()> {
+    fn set_gate_up(
+        &mut self,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        order: FusedOrder,
+    ) -> Result<()> {
         set_views(self, weight, bias, order)
     }
 
@@ -49,7 +56,8 @@ impl super::Builder for BlockBuilder {
         let Self { layer, spec, dtype, kernel, biased } = *self;
         let mut all = [false; 3];
         for which in Which::ALL {
-            all[which as usize] = biased[which as usize].ok_or_else(|| Error::missing(which.name()))?;
+            all[which as usize] =
+                biased[which as usize].ok_or_else(|| Error::missing(which.name()))?;
         }
         Ok(Arc::new(Block(Arc::new(Inner { layer, spec, dtype, kernel, biased: all }))))
     }

@@ -24,7 +24,13 @@ pub(super) struct BlockBuilder {
 
 impl BlockBuilder {
     pub(super) fn new(spec: &BlockSpec, dtype: DType, device: &Device) -> Self {
-        Self { parts: Parts::default(), spec: *spec, dtype, device: device.clone(), biased: [false; 3] }
+        Self {
+            parts: Parts::default(),
+            spec: *spec,
+            dtype,
+            device: device.clone(),
+            biased: [false; 3],
+        }
     }
 }
 
@@ -35,9 +41,16 @@ impl super::Builder for BlockBuilder {
     }
 
     /// Gate above up is the kernels' own layout. Contiguous tensors are used without a copy.
-    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: FusedOrder) -> Result<()> {
+    fn set_gate_up(
+        &mut self,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        order: FusedOrder,
+    ) -> Result<()> {
         if order == FusedOrder::GateFirst {
-            [Which::Gate, Which::Up].into_iter().for_each(|which| self.biased[which as usize] = bias.is_some());
+            [Which::Gate, Which::Up]
+                .into_iter()
+                .for_each(|which| self.biased[which as usize] = bias.is_some());
             return Ok(self.parts.set_gate_up(weight, bias)?);
         }
         set_views(self, weight, bias, order)
@@ -70,7 +83,12 @@ struct Inner {
 impl fmt::Debug for Block {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Inner { spec, dtype, device, kernel, .. } = &*self.0;
-        f.debug_tuple("gpu::Block").field(dtype).field(&device.location()).field(kernel).field(spec).finish()
+        f.debug_tuple("gpu::Block")
+            .field(dtype)
+            .field(&device.location())
+            .field(kernel)
+            .field(spec)
+            .finish()
     }
 }
 

@@ -130,7 +130,12 @@ trait Builder {
     fn set(&mut self, which: Which, weight: &Tensor, bias: Option<&Tensor>) -> Result<()>;
 
     /// Takes gate and up as rows of one tensor (2I,H), and their biases (2I).
-    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: FusedOrder) -> Result<()>;
+    fn set_gate_up(
+        &mut self,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        order: FusedOrder,
+    ) -> Result<()>;
 
     /// # Errors
     /// A matrix was not set.
@@ -141,13 +146,20 @@ impl dyn Builder + '_ {
     fn take(&mut self, piece: &Piece) -> Result<()> {
         match piece {
             Piece::One { which, weight, bias } => self.set(*which, weight, bias.as_ref()),
-            Piece::GateUp { weight, bias, order } => self.set_gate_up(weight, bias.as_ref(), *order),
+            Piece::GateUp { weight, bias, order } => {
+                self.set_gate_up(weight, bias.as_ref(), *order)
+            }
         }
     }
 }
 
 /// [`Builder::set_gate_up`] by two calls of [`Builder::set`], with views of the tensors.
-fn set_views(builder: &mut impl Builder, weight: &Tensor, bias: Option<&Tensor>, order: FusedOrder) -> Result<()> {
+fn set_views(
+    builder: &mut impl Builder,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    order: FusedOrder,
+) -> Result<()> {
     let (gate, up) = split(weight, order)?;
     let bias = bias.map(|bias| split(bias, order)).transpose()?;
     builder.set(Which::Gate, &gate, bias.as_ref().map(|(gate, _)| gate))?;
@@ -172,7 +184,10 @@ pub(crate) fn build_block(spec: &BlockSpec, weights: Weights) -> Result<Arc<dyn 
 ///
 /// # Errors
 /// Those of `load`; pieces whose dtype or device differs from the first's; a missing piece.
-pub(crate) fn load_block(spec: &BlockSpec, load: impl Fn(Take<'_>) -> Result<()>) -> Result<Arc<dyn Block>> {
+pub(crate) fn load_block(
+    spec: &BlockSpec,
+    load: impl Fn(Take<'_>) -> Result<()>,
+) -> Result<Arc<dyn Block>> {
     for may_pack in [true, false] {
         let mut loading = Loading { spec, may_pack, first: None };
         load(&mut |piece| loading.take(&piece))?;
@@ -231,7 +246,12 @@ impl First {
     }
 }
 
-fn builder(spec: &BlockSpec, dtype: DType, device: &Device, constant: bool) -> Result<Box<dyn Builder>> {
+fn builder(
+    spec: &BlockSpec,
+    dtype: DType,
+    device: &Device,
+    constant: bool,
+) -> Result<Box<dyn Builder>> {
     if !constant || !has_kernels(device, dtype) {
         return Ok(Box::new(plain::BlockBuilder::new(spec, dtype, device)));
     }
@@ -286,7 +306,10 @@ fn check_addressable(name: &'static str, rows: usize, columns: usize) -> Result<
 }
 
 /// Runs a layer as one operation of candle's graph, which keeps the layer if x is tracked.
-fn run<L: CustomOp1 + Clone + Send + Sync + 'static>(layer: &L, x: &Tensor) -> candle_core::Result<Tensor> {
+fn run<L: CustomOp1 + Clone + Send + Sync + 'static>(
+    layer: &L,
+    x: &Tensor,
+) -> candle_core::Result<Tensor> {
     if x.track_op() { x.apply_op1(layer.clone()) } else { x.apply_op1_no_bwd(layer) }
 }
 

@@ -29,7 +29,16 @@ impl BlockBuilder {
     pub(super) fn new(spec: &BlockSpec, dtype: DType, device: &Device) -> Self {
         let BlockSpec { glu, down_multiplier, .. } = *spec;
         let device = device.clone();
-        Self { glu, down_multiplier, dtype, device, gate: None, up: None, gate_up: None, down: None }
+        Self {
+            glu,
+            down_multiplier,
+            dtype,
+            device,
+            gate: None,
+            up: None,
+            gate_up: None,
+            down: None,
+        }
     }
 }
 
@@ -44,14 +53,21 @@ impl super::Builder for BlockBuilder {
         Ok(())
     }
 
-    fn set_gate_up(&mut self, weight: &Tensor, bias: Option<&Tensor>, order: FusedOrder) -> Result<()> {
+    fn set_gate_up(
+        &mut self,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        order: FusedOrder,
+    ) -> Result<()> {
         self.gate_up = Some((Linear::new(weight.clone(), bias.cloned())?, order));
         Ok(())
     }
 
     fn finish(self: Box<Self>) -> Result<Arc<dyn super::Block>> {
         let kernel = match self.device {
-            Device::Cpu if !forced::is_plain() => format!("plain-{}", cpu::selected()?.name_of(DType::F32)),
+            Device::Cpu if !forced::is_plain() => {
+                format!("plain-{}", cpu::selected()?.name_of(DType::F32))
+            }
             _ => forced::PLAIN.to_string(),
         };
         let missing = |which: Which| move || Error::missing(which.name());
@@ -128,15 +144,21 @@ impl super::Block for Block {
             (_, Which::Down) => self.down.bias(),
             (Projections::Separate { gate, .. }, Which::Gate) => gate.bias(),
             (Projections::Separate { up, .. }, Which::Up) => up.bias(),
-            (Projections::Fused { layer, order }, _) => layer.bias()?.map(|bias| half(&bias, *order, which)).transpose(),
+            (Projections::Fused { layer, order }, _) => {
+                layer.bias()?.map(|bias| half(&bias, *order, which)).transpose()
+            }
         }
     }
 
     /// The tensors that the block was built from, with gate and up in one tensor if they were.
     fn weights(&self) -> candle_core::Result<Weights> {
         let gate_up = match &self.gate_up {
-            Projections::Separate { gate, up } => GateUp::separate(gate.weight()?, up.weight()?, gate.bias()?, up.bias()?),
-            Projections::Fused { layer, order } => GateUp::fused(layer.weight()?, layer.bias()?, *order),
+            Projections::Separate { gate, up } => {
+                GateUp::separate(gate.weight()?, up.weight()?, gate.bias()?, up.bias()?)
+            }
+            Projections::Fused { layer, order } => {
+                GateUp::fused(layer.weight()?, layer.bias()?, *order)
+            }
         };
         Ok(Weights::new(gate_up, self.down.weight()?, self.down.bias()?))
     }

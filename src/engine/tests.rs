@@ -26,7 +26,8 @@ fn builders() -> [(&'static str, Box<dyn Builder>); 3] {
 /// Different small numbers for each `seed`.
 fn numbers(seed: usize, shape: &[usize]) -> Tensor {
     let len = shape.iter().product::<usize>();
-    let data: Vec<f32> = (0..len).map(|at| ((at * 7 + seed * 5) % 23) as f32 / 8.0 - 1.25).collect();
+    let data: Vec<f32> =
+        (0..len).map(|at| ((at * 7 + seed * 5) % 23) as f32 / 8.0 - 1.25).collect();
     Tensor::from_vec(data, shape, &Device::Cpu).unwrap()
 }
 
@@ -71,7 +72,8 @@ fn a_block_returns_the_weights_it_was_built_from() {
 
 #[test]
 fn a_block_returns_the_halves_of_a_fused_tensor() {
-    let interleave = |gate: &Tensor, up: &Tensor| Tensor::stack(&[gate, up], 1).unwrap().flatten(0, 1).unwrap();
+    let interleave =
+        |gate: &Tensor, up: &Tensor| Tensor::stack(&[gate, up], 1).unwrap().flatten(0, 1).unwrap();
     for (order, biases) in [FusedOrder::GateFirst, FusedOrder::UpFirst, FusedOrder::Interleaved]
         .into_iter()
         .flat_map(|order| [(order, Biases::NONE), (order, Biases::ALL)])
@@ -81,10 +83,16 @@ fn a_block_returns_the_halves_of_a_fused_tensor() {
             FusedOrder::UpFirst => Tensor::cat(&[up, gate], 0).unwrap(),
             FusedOrder::Interleaved => interleave(gate, up),
         };
-        let both = bias(Which::Gate, biases).zip(bias(Which::Up, biases)).map(|(gate, up)| fuse(&gate, &up));
+        let both = bias(Which::Gate, biases)
+            .zip(bias(Which::Up, biases))
+            .map(|(gate, up)| fuse(&gate, &up));
         for (kind, mut builder) in builders() {
-            builder.set_gate_up(&fuse(&weight(Which::Gate), &weight(Which::Up)), both.as_ref(), order).unwrap();
-            builder.set(Which::Down, &weight(Which::Down), bias(Which::Down, biases).as_ref()).unwrap();
+            builder
+                .set_gate_up(&fuse(&weight(Which::Gate), &weight(Which::Up)), both.as_ref(), order)
+                .unwrap();
+            builder
+                .set(Which::Down, &weight(Which::Down), bias(Which::Down, biases).as_ref())
+                .unwrap();
             assert_holds(&*builder.finish().unwrap(), biases, &format!("{kind} {order:?}"));
         }
     }
@@ -110,13 +118,23 @@ fn the_gradient_of_x_is_that_of_the_plain_form() {
     for biases in all_biases() {
         let blocks = builders().map(|(_, builder)| build(builder, biases));
         let y = blocks[0].forward(&x).unwrap();
-        let expected = (y * &dy).unwrap().sum_all().unwrap().backward().unwrap().get(&x).unwrap().clone();
+        let expected =
+            (y * &dy).unwrap().sum_all().unwrap().backward().unwrap().get(&x).unwrap().clone();
         let y = blocks[1].forward(&x).unwrap();
-        let packed = (y * &dy).unwrap().sum_all().unwrap().backward().unwrap().get(&x).unwrap().clone();
+        let packed =
+            (y * &dy).unwrap().sum_all().unwrap().backward().unwrap().get(&x).unwrap().clone();
         for block in &blocks {
             let found = backward::block(&**block, &spec(), &x, &dy).unwrap();
-            let difference =
-                |other: &Tensor| (&found - other).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            let difference = |other: &Tensor| {
+                (&found - other)
+                    .unwrap()
+                    .abs()
+                    .unwrap()
+                    .max_all()
+                    .unwrap()
+                    .to_scalar::<f32>()
+                    .unwrap()
+            };
             assert!(difference(&expected) < 1e-5, "{block:?}: {found} {expected}");
             assert!(difference(&packed) == 0.0, "{block:?}: {found} {packed}");
         }

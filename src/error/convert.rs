@@ -22,7 +22,9 @@ impl Error {
         use candle_core::Error as E;
         match error {
             E::Io(io) => io.get_ref()?.downcast_ref(),
-            E::Context { inner, .. } | E::WithPath { inner, .. } | E::WithBacktrace { inner, .. } => Self::find(inner),
+            E::Context { inner, .. }
+            | E::WithPath { inner, .. }
+            | E::WithBacktrace { inner, .. } => Self::find(inner),
             _ => None,
         }
     }
@@ -67,7 +69,9 @@ impl From<candle_core::Error> for Error {
                 Ok(own) => own,
                 Err(io) => Error::Candle(candle_core::Error::Io(io)),
             },
-            candle_core::Error::WithBacktrace { inner, .. } if Error::find(&inner).is_some() => Error::from(*inner),
+            candle_core::Error::WithBacktrace { inner, .. } if Error::find(&inner).is_some() => {
+                Error::from(*inner)
+            }
             other => Error::Candle(other),
         }
     }

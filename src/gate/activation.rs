@@ -137,16 +137,28 @@ impl Glu {
             _ => 1.0,
         };
         let fields = [
-            ("limit", self.limit.unwrap_or(1.0), "a number above 0", self.limit.is_none_or(|limit| limit > 0.0)),
-            ("gate_multiplier", self.gate_multiplier, "a finite number", self.gate_multiplier.is_finite()),
+            (
+                "limit",
+                self.limit.unwrap_or(1.0),
+                "a number above 0",
+                self.limit.is_none_or(|limit| limit > 0.0),
+            ),
+            (
+                "gate_multiplier",
+                self.gate_multiplier,
+                "a finite number",
+                self.gate_multiplier.is_finite(),
+            ),
             ("up_offset", self.up_offset, "a finite number", self.up_offset.is_finite()),
             ("beta", beta, "a finite number", beta.is_finite()),
         ];
         match fields.into_iter().find(|(.., valid)| !valid) {
             None => Ok(()),
-            Some((field, found, expected, _)) => {
-                Err(Error::InvalidField { field: field.to_string(), expected, found: found.to_string() })
-            }
+            Some((field, found, expected, _)) => Err(Error::InvalidField {
+                field: field.to_string(),
+                expected,
+                found: found.to_string(),
+            }),
         }
     }
 
@@ -169,14 +181,15 @@ impl FromStr for GluActivation {
             "sigmoid" | "glu" => Self::Sigmoid,
             "relu" | "reglu" => Self::Relu,
             "gelu" | "gelu_python" | "geglu" => Self::Gelu,
-            "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" | "gelu_tanh" => {
-                Self::GeluTanh
-            }
+            "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_new" | "gelu_fast"
+            | "gelu_accurate" | "gelu_tanh" => Self::GeluTanh,
             "linear" | "identity" | "bilinear" => Self::Identity,
             "relu2" | "relu_squared" => Self::Relu2,
             other => match swish_beta(other) {
                 Some(beta) => Self::Swish { beta },
-                None => return Err(Error::UnknownActivation { name: other.to_string(), known: KNOWN }),
+                None => {
+                    return Err(Error::UnknownActivation { name: other.to_string(), known: KNOWN });
+                }
             },
         })
     }
@@ -221,9 +234,15 @@ impl TryFrom<candle_nn::Activation> for GluActivation {
             A::NewGelu | A::GeluPytorchTanh => return Ok(Self::GeluTanh),
             A::Relu2 => return Ok(Self::Relu2),
             A::Swiglu => "candle_nn's Swiglu halves its input; the gate of SwiGLU is Silu",
-            A::Relu6 | A::HardSigmoid | A::Mish | A::HardSwish | A::Elu(_) | A::LeakyRelu(_) => "no GluActivation computes it",
+            A::Relu6 | A::HardSigmoid | A::Mish | A::HardSwish | A::Elu(_) | A::LeakyRelu(_) => {
+                "no GluActivation computes it"
+            }
         };
-        Err(Error::Unsupported { field: "activation".into(), value: format!("{activation:?}"), reason })
+        Err(Error::Unsupported {
+            field: "activation".into(),
+            value: format!("{activation:?}"),
+            reason,
+        })
     }
 }
 
@@ -261,7 +280,8 @@ mod tests {
 
     #[test]
     fn all_has_every_variant_and_its_name_is_known() {
-        let chain: Vec<GluActivation> = std::iter::successors(Some(Silu), |&activation| after(activation)).collect();
+        let chain: Vec<GluActivation> =
+            std::iter::successors(Some(Silu), |&activation| after(activation)).collect();
         assert_eq!(chain, GluActivation::ALL);
         for &activation in GluActivation::ALL {
             let name = activation.to_string();

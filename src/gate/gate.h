@@ -1,15 +1,18 @@
-// The gate act(min(m·gate, limit)) · (clamp(up, ±limit) + c) on scalars, for CUDA (R = float or double) and Metal (R = float): the one
-// table of activations of both, with the formulas of src/cpu/activation.rs and src/cpu/glu.rs.
+// The gate act(min(m·gate, limit)) · (clamp(up, ±limit) + c) on scalars, for CUDA (R = float or
+// double) and Metal (R = float): the one table of activations of both, with the formulas of
+// src/cpu/activation.rs and src/cpu/glu.rs.
 //
 // Method. Everything exponential goes through t = e^-|z| in [0, 1], which cannot overflow:
 // 1. σ(z) = 1/(1+t) for z > 0 and t/(1+t) otherwise; σ'(z) = t/(1+t)².
 // 2. Swish: g·σ(βg). GELU in its tanh form: g·σ(v), v = √(8/π)·(g + 0.044715·g³).
-// 3. GELU: g·Φ(g). f64: ½·erfc(-g/√2). f32: Φ(-a) = e^(-a²/2)·E(a), E a polynomial of degree 9 in (a-4)/(a+4) divided by
-//    a+4; the rounding error of a² is known exactly (one fma) and put back as a factor.
-// NaN stays NaN throughout (every comparison with NaN is false and takes the branch that keeps it); a tail that has vanished
-// gives -0, also at g = -∞.
+// 3. GELU: g·Φ(g). f64: ½·erfc(-g/√2). f32: Φ(-a) = e^(-a²/2)·E(a), E a polynomial of degree 9 in
+//    (a-4)/(a+4) divided by a+4; the rounding error of a² is known exactly (one fma) and put back
+//    as a factor.
+// NaN stays NaN throughout (every comparison with NaN is false and takes the branch that keeps it);
+// a tail that has vanished gives -0, also at g = -∞.
 //
-// The including file defines these first, because exponentials, reciprocals and their rounding belong to a device:
+// The including file defines these first, because exponentials, reciprocals and their rounding
+// belong to a device:
 //   DEVICE                  precedes every function
 //   PARAMS                  the type of a reference to GluParams
 //   exp_neg(a)              e^-a
@@ -17,9 +20,9 @@
 //   absolute(x)             |x|
 //   fused(a, b, c)          a·b + c with one rounding
 //   one_plus_square(a, x)   1 + a·x²
-//   SQRT_8_OVER_PI          √(8/π); in f32 the CPU kernels and Metal take the neighbour of the nearest number
-//   Sigma<R>(z)             σ(z) as `value`, σ'(z) as `slope()`, and `plus_slope(f)` = σ(z) + f·σ'(z)
-//   normal(double)          as below, where there is f64
+//   SQRT_8_OVER_PI          √(8/π); in f32 the CPU kernels and Metal take the neighbour of the
+//   nearest number Sigma<R>(z)             σ(z) as `value`, σ'(z) as `slope()`, and `plus_slope(f)`
+//   = σ(z) + f·σ'(z) normal(double)          as below, where there is f64
 #ifndef CANDLE_SWIGLU_GATE_H
 #define CANDLE_SWIGLU_GATE_H
 
@@ -35,7 +38,8 @@ struct GluParams {
   float up_offset;        // c
 };
 
-// ------------------------------------------------------------------------------------------------ activations
+// ------------------------------------------------------------------------------------------------
+// activations
 
 // act(g) and act'(g)
 template <typename R> struct Both {
@@ -138,8 +142,8 @@ template <typename R> struct NoActivation {
   DEVICE Both<R> both(R) const { return {R(NAN), R(NAN)}; }
 };
 
-// f(act) for the activation of this number. Without a default the compiler names an activation that has no case (-Wswitch, an
-// error in the emulators' builds).
+// f(act) for the activation of this number. Without a default the compiler names an activation that
+// has no case (-Wswitch, an error in the emulators' builds).
 template <typename R, typename F> DEVICE auto with_activation(int activation, R beta, F f) {
   switch (Activation(activation)) {
     case SILU: return f(Swish<R>{R(1)});
@@ -154,7 +158,8 @@ template <typename R, typename F> DEVICE auto with_activation(int activation, R 
   return f(NoActivation<R>{});
 }
 
-// ------------------------------------------------------------------------------------------------ modifiers
+// ------------------------------------------------------------------------------------------------
+// modifiers
 
 DEVICE bool is_plain(PARAMS op) { return op.gate_multiplier == 1.0f && !(op.limit < INFINITY) && op.up_offset == 0.0f; }
 
@@ -167,7 +172,8 @@ template <typename R> DEVICE R bounded_gate(R m, R limit, R gate) {
 // clamp(up, ±limit) + c
 template <typename R> DEVICE R bounded_up(R limit, R c, R up) { return bounded(up, limit) + c; }
 
-// The gradient of x where it is below the limit, else 0. NaN is below; so is everything when there is no limit.
+// The gradient of x where it is below the limit, else 0. NaN is below; so is everything when there
+// is no limit.
 template <typename R> DEVICE R below(R limit, R x, R gradient) { return limit < R(INFINITY) && x >= limit ? R(0) : gradient; }
 
 #endif

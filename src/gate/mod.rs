@@ -72,11 +72,20 @@ impl Glu {
     pub fn mul(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         self.validate()?;
         check_pair(gate, up)?;
-        if has_glu(gate.device(), gate.dtype()) { Ok(gate.apply_op2(up, *self)?) } else { Ok(self.compose(gate, up)?) }
+        if has_glu(gate.device(), gate.dtype()) {
+            Ok(gate.apply_op2(up, *self)?)
+        } else {
+            Ok(self.compose(gate, up)?)
+        }
     }
 
     /// dgate and dup under dy, where the device has the fused gate.
-    pub(crate) fn gradients(&self, gate: &Tensor, up: &Tensor, dy: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+    pub(crate) fn gradients(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Tensor, Tensor)> {
         let gradients = gate.apply_op3(up, dy, GluGradient(*self))?;
         Ok((gradients.get(0)?, gradients.get(1)?))
     }
@@ -100,7 +109,9 @@ impl Glu {
 fn bound_above(x: &Tensor, limit: Option<f32>) -> candle_core::Result<Tensor> {
     match limit {
         None => Ok(x.clone()),
-        Some(limit) => x.ge(f64::from(limit))?.where_cond(&x.ones_like()?.affine(f64::from(limit), 0.0)?, x),
+        Some(limit) => {
+            x.ge(f64::from(limit))?.where_cond(&x.ones_like()?.affine(f64::from(limit), 0.0)?, x)
+        }
     }
 }
 
@@ -147,12 +158,21 @@ fn check_pair(gate: &Tensor, up: &Tensor) -> Result<()> {
 pub(crate) fn check_float(name: &str, tensor: &Tensor) -> Result<()> {
     match tensor.dtype() {
         DType::F16 | DType::BF16 | DType::F32 | DType::F64 => Ok(()),
-        other => Err(Error::DTypeUnsupported { name: name.to_string(), found: format!("{other:?}"), location: None }),
+        other => Err(Error::DTypeUnsupported {
+            name: name.to_string(),
+            found: format!("{other:?}"),
+            location: None,
+        }),
     }
 }
 
 /// `tensor` has the dtype and the device of `other`.
-pub(crate) fn check_same(name: &'static str, tensor: &Tensor, other_name: &'static str, other: &Tensor) -> Result<()> {
+pub(crate) fn check_same(
+    name: &'static str,
+    tensor: &Tensor,
+    other_name: &'static str,
+    other: &Tensor,
+) -> Result<()> {
     check_like(name, tensor, other_name, other.dtype(), other.device())
 }
 
@@ -181,7 +201,13 @@ impl CustomOp2 for Glu {
         "glu_mul"
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
         Ok((cpu::gate_forward(cpu::selected()?, self, (s1, l1), (s2, l2))?, l1.shape().clone()))
     }
 
@@ -237,7 +263,8 @@ impl CustomOp3 for GluGradient {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let storage = cpu::gate_backward(cpu::selected()?, &self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
+        let storage =
+            cpu::gate_backward(cpu::selected()?, &self.0, [(s1, l1), (s2, l2), (s3, l3)])?;
         Ok((storage, pair_of(l1)))
     }
 

@@ -26,7 +26,13 @@ impl From<&Glu> for GluParams {
             GluActivation::Relu2 => (7, 1.0),
         };
         let limit = glu.limit.unwrap_or(f32::INFINITY);
-        Self { activation, beta, gate_multiplier: glu.gate_multiplier, limit, up_offset: glu.up_offset }
+        Self {
+            activation,
+            beta,
+            gate_multiplier: glu.gate_multiplier,
+            limit,
+            up_offset: glu.up_offset,
+        }
     }
 }
 
@@ -55,7 +61,13 @@ mod tests {
     fn every_activation_has_its_number_and_its_case_in_the_kernels() {
         let numbers: Vec<String> = GluActivation::ALL
             .iter()
-            .map(|&activation| format!("{} = {}", constant(activation), GluParams::from(&Glu::new(activation)).activation))
+            .map(|&activation| {
+                format!(
+                    "{} = {}",
+                    constant(activation),
+                    GluParams::from(&Glu::new(activation)).activation
+                )
+            })
             .collect();
         let declared = format!("enum Activation : int {{ {} }};", numbers.join(", "));
         assert!(HEADER.contains(&declared), "gate.h has no line {declared}");
@@ -76,8 +88,9 @@ mod tests {
             for name in GluActivation::ALL.iter().copied().map(constant) {
                 let listed = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
                 let listed =
-                    text.split('{').skip(1).any(|item| item.split(listed).find(|word| !word.is_empty()) == Some(&name))
-                        || text.contains(&format!("\", {name}}}"))
+                    text.split('{').skip(1).any(|item| {
+                        item.split(listed).find(|word| !word.is_empty()) == Some(&name)
+                    }) || text.contains(&format!("\", {name}}}"))
                         || text.contains(&format!("\", {name},"));
                 assert!(listed, "tests/{file} has no case of {name}");
             }
@@ -95,17 +108,36 @@ mod tests {
             "  float up_offset;",
             "};",
         ];
-        let without_comments: Vec<&str> = HEADER.lines().map(|line| line.split("//").next().unwrap().trim_end()).collect();
-        assert!(without_comments.join("\n").contains(&fields.join("\n")), "gate.h declares other fields");
+        let without_comments: Vec<&str> =
+            HEADER.lines().map(|line| line.split("//").next().unwrap().trim_end()).collect();
+        assert!(
+            without_comments.join("\n").contains(&fields.join("\n")),
+            "gate.h declares other fields"
+        );
         assert_eq!((size_of::<GluParams>(), align_of::<GluParams>()), (20, 4));
     }
 
     #[test]
     fn modifiers_reach_the_kernel() {
-        let op = Glu::new(GluActivation::Swish { beta: 1.5 }).with_limit(7.0).with_up_offset(1.0).with_gate_multiplier(0.5);
-        let expected = GluParams { activation: 1, beta: 1.5, gate_multiplier: 0.5, limit: 7.0, up_offset: 1.0 };
+        let op = Glu::new(GluActivation::Swish { beta: 1.5 })
+            .with_limit(7.0)
+            .with_up_offset(1.0)
+            .with_gate_multiplier(0.5);
+        let expected = GluParams {
+            activation: 1,
+            beta: 1.5,
+            gate_multiplier: 0.5,
+            limit: 7.0,
+            up_offset: 1.0,
+        };
         assert_eq!(GluParams::from(&op), expected);
-        let plain = GluParams { activation: 4, beta: 1.0, gate_multiplier: 1.0, limit: f32::INFINITY, up_offset: 0.0 };
+        let plain = GluParams {
+            activation: 4,
+            beta: 1.0,
+            gate_multiplier: 1.0,
+            limit: f32::INFINITY,
+            up_offset: 0.0,
+        };
         assert_eq!(GluParams::from(&Glu::new(GluActivation::Gelu)), plain);
     }
 }

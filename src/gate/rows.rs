@@ -46,14 +46,20 @@ impl<const N: usize> Rows<N> {
         Self::from_parts((1, [elements; N]), (elements, [1; N]))
     }
 
-    fn from_parts((rows, outer): (usize, [usize; N]), (columns, inner): (usize, [usize; N])) -> Self {
+    fn from_parts(
+        (rows, outer): (usize, [usize; N]),
+        (columns, inner): (usize, [usize; N]),
+    ) -> Self {
         let strides = std::array::from_fn(|n| Stride { row: outer[n], column: inner[n] });
         Self { rows, columns, strides }
     }
 
     /// The row strides, if the elements of every row are adjacent in every operand. A single row of
     /// elements that are apart is seen as many rows of one element.
-    #[cfg_attr(not(any(feature = "cuda", test)), allow(dead_code, reason = "the CUDA kernels need adjacent columns"))]
+    #[cfg_attr(
+        not(any(feature = "cuda", test)),
+        allow(dead_code, reason = "the CUDA kernels need adjacent columns")
+    )]
     pub(crate) fn with_adjacent_columns(self) -> Option<Self> {
         if self.strides.iter().all(|stride| stride.column == 1) {
             return Some(self);
@@ -103,10 +109,14 @@ mod tests {
 
     #[test]
     fn columns_that_are_apart() {
-        let interleaved = |t: &Tensor| Ok([t.narrow(2, 0, 1)?.squeeze(2)?, t.narrow(2, 1, 1)?.squeeze(2)?]);
+        let interleaved =
+            |t: &Tensor| Ok([t.narrow(2, 0, 1)?.squeeze(2)?, t.narrow(2, 1, 1)?.squeeze(2)?]);
         let one_row = rows(&[6, 7, 2], interleaved);
         assert_eq!(found(one_row), Some((1, 42, [(42, 2), (42, 2)])));
-        assert_eq!(found(one_row.unwrap().with_adjacent_columns()), Some((42, 1, [(2, 1), (2, 1)])));
+        assert_eq!(
+            found(one_row.unwrap().with_adjacent_columns()),
+            Some((42, 1, [(2, 1), (2, 1)]))
+        );
         let transposed = rows(&[6, 7], |t| Ok([t.t()?, t.t()?]));
         assert_eq!(found(transposed), Some((7, 6, [(1, 7), (1, 7)])));
         assert_eq!(transposed.unwrap().with_adjacent_columns(), None);
@@ -117,7 +127,9 @@ mod tests {
 
     #[test]
     fn three_dimensions_that_do_not_merge() {
-        let middle = |t: &Tensor| Ok([t.narrow(1, 1, 2)?.narrow(2, 0, 3)?, t.narrow(1, 0, 2)?.narrow(2, 1, 3)?]);
+        let middle = |t: &Tensor| {
+            Ok([t.narrow(1, 1, 2)?.narrow(2, 0, 3)?, t.narrow(1, 0, 2)?.narrow(2, 1, 3)?])
+        };
         assert_eq!(rows(&[4, 3, 5], middle), None);
     }
 }

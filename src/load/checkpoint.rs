@@ -90,13 +90,22 @@ impl Checkpoint {
     /// The float dtype (f16, bf16, f32 or f64) that holds most of the bytes in the files; `None` if
     /// there is no such tensor.
     pub fn dtype(&self) -> Option<DType> {
-        let floats = [(DType::BF16, Dtype::BF16), (DType::F16, Dtype::F16), (DType::F32, Dtype::F32), (DType::F64, Dtype::F64)];
+        let floats = [
+            (DType::BF16, Dtype::BF16),
+            (DType::F16, Dtype::F16),
+            (DType::F32, Dtype::F32),
+            (DType::F64, Dtype::F64),
+        ];
         let bytes_of = |dtype| {
             let of_dtype = self.contents.tensors.values().filter(|entry| entry.dtype == dtype);
             of_dtype.map(|entry| entry.bytes).sum::<u64>()
         };
         let sizes = floats.map(|(dtype, in_file)| (bytes_of(in_file), dtype));
-        sizes.into_iter().filter(|(bytes, _)| *bytes > 0).max_by_key(|(bytes, _)| *bytes).map(|(_, dtype)| dtype)
+        sizes
+            .into_iter()
+            .filter(|(bytes, _)| *bytes > 0)
+            .max_by_key(|(bytes, _)| *bytes)
+            .map(|(_, dtype)| dtype)
     }
 
     /// The names of the tensors whose data nobody has read through this checkpoint, a clone of it
@@ -106,7 +115,11 @@ impl Checkpoint {
     /// `rotary_emb.inv_freq`, `position_ids` or `masked_bias`, and causal masks (names that end in
     /// `.attn.bias` or `.attention.bias`, of shape (1, 1, n, n)).
     pub fn unread(&self) -> Vec<String> {
-        let unread = self.contents.tensors.iter().filter(|(name, entry)| entry.is_unread(name) && !entry.is_hidden());
+        let unread = self
+            .contents
+            .tensors
+            .iter()
+            .filter(|(name, entry)| entry.is_unread(name) && !entry.is_hidden());
         unread.map(|(name, _)| name.clone()).collect()
     }
 
@@ -186,15 +199,22 @@ impl Checkpoint {
             DType::BF16 => self.load::<bf16>(name, entry, device),
             DType::F32 => self.load::<f32>(name, entry, device),
             DType::F64 => self.load::<f64>(name, entry, device),
-            other => {
-                Err(Error::DTypeUnsupported { name: format!("{name} in memory"), found: format!("{other:?}"), location: None })
-            }
+            other => Err(Error::DTypeUnsupported {
+                name: format!("{name} in memory"),
+                found: format!("{other:?}"),
+                location: None,
+            }),
         }?;
         entry.mark_read();
         Ok(tensor)
     }
 
-    fn load<T: Element + candle_core::WithDType>(&self, name: &str, entry: &Entry, device: &Device) -> Result<Tensor> {
+    fn load<T: Element + candle_core::WithDType>(
+        &self,
+        name: &str,
+        entry: &Entry,
+        device: &Device,
+    ) -> Result<Tensor> {
         let data = match entry.dtype {
             d if d == T::IN_FILE => self.read_same::<T>(entry),
             Dtype::F16 => self.read_as::<f16, T>(entry),
@@ -203,7 +223,11 @@ impl Checkpoint {
             Dtype::F64 => self.read_as::<f64, T>(entry),
             other => {
                 let location = Some(self.contents.files[entry.file].0.clone());
-                return Err(Error::DTypeUnsupported { name: name.to_string(), found: other.to_string(), location });
+                return Err(Error::DTypeUnsupported {
+                    name: name.to_string(),
+                    found: other.to_string(),
+                    location,
+                });
             }
         };
         Ok(Tensor::from_vec(data?, entry.shape.as_slice(), device)?)
@@ -249,13 +273,24 @@ impl Checkpoint {
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Contents { dir, files, tensors, .. } = &*self.contents;
-        f.debug_struct("Checkpoint").field("dir", dir).field("files", &files.len()).field("tensors", &tensors.len()).finish()
+        f.debug_struct("Checkpoint")
+            .field("dir", dir)
+            .field("files", &files.len())
+            .field("tensors", &tensors.len())
+            .finish()
     }
 }
 
 /// The checkpoint as the source of a `VarBuilder`.
 impl SimpleBackend for Checkpoint {
-    fn get(&self, shape: Shape, name: &str, _: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
         let entry = self.contents.entry(name)?;
         self.contents.check_float(name, entry)?;
         if entry.shape != shape.dims() {
@@ -266,7 +301,12 @@ impl SimpleBackend for Checkpoint {
         Ok(self.tensor(name, dtype, device)?)
     }
 
-    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+    fn get_unchecked(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
         match listed_prefix(name) {
             Some(prefix) => self.contents.list(prefix).to_tensor(),
             None => Ok(self.tensor(name, dtype, device)?),

@@ -96,7 +96,11 @@ impl Names {
     }
 
     /// gate_proj and up_proj in one tensor.
-    pub fn fused(gate_up: impl Into<Cow<'static, str>>, down: impl Into<Cow<'static, str>>, order: FusedOrder) -> Self {
+    pub fn fused(
+        gate_up: impl Into<Cow<'static, str>>,
+        down: impl Into<Cow<'static, str>>,
+        order: FusedOrder,
+    ) -> Self {
         Self::Fused { gate_up: gate_up.into(), down: down.into(), order }
     }
 
@@ -138,8 +142,11 @@ impl Family {
     /// The names of this family.
     pub fn names(self) -> Names {
         use FusedOrder::*;
-        let pair = |gate: &'static str, up: &'static str, down: &'static str| Names::separate(gate, up, down);
-        let fused = |gate_up: &'static str, down: &'static str, order| Names::fused(gate_up, down, order);
+        let pair = |gate: &'static str, up: &'static str, down: &'static str| {
+            Names::separate(gate, up, down)
+        };
+        let fused =
+            |gate_up: &'static str, down: &'static str, order| Names::fused(gate_up, down, order);
         match self {
             Family::Llama => pair("gate_proj", "up_proj", "down_proj"),
             Family::Meta => pair("w1", "w3", "w2"),

@@ -46,11 +46,20 @@ const SMALL_FILES: [&str; 7] = [
 /// let checkpoint = Checkpoint::open(dir)?;
 /// # Ok::<(), candle_swiglu::Error>(())
 /// ```
-pub fn download(model_id: &str, revision: &str, progress: impl Fn(u64, u64) + Send + Sync + 'static) -> Result<PathBuf> {
-    fetch(model_id, revision, progress).map_err(|reason| Error::Hub { model_id: model_id.to_string(), reason })
+pub fn download(
+    model_id: &str,
+    revision: &str,
+    progress: impl Fn(u64, u64) + Send + Sync + 'static,
+) -> Result<PathBuf> {
+    fetch(model_id, revision, progress)
+        .map_err(|reason| Error::Hub { model_id: model_id.to_string(), reason })
 }
 
-fn fetch(model_id: &str, revision: &str, progress: impl Fn(u64, u64) + Send + Sync + 'static) -> Result<PathBuf, String> {
+fn fetch(
+    model_id: &str,
+    revision: &str,
+    progress: impl Fn(u64, u64) + Send + Sync + 'static,
+) -> Result<PathBuf, String> {
     let client = HFClientSync::new().map_err(|error| with_sources(&error))?;
     let (owner, name) = split_id(model_id);
     if name.is_empty() || [owner, name].iter().any(|part| !is_plain(part)) {
@@ -64,7 +73,9 @@ fn fetch(model_id: &str, revision: &str, progress: impl Fn(u64, u64) + Send + Sy
     match fetch_online(&repo, revision, progress) {
         Ok(dir) => Ok(dir),
         Err(Failure::Unreachable(reason)) => cached(&repo, revision, cache, &reason),
-        Err(Failure::Cache(reason)) => Err(format!("the cache {} cannot be used: {reason}", cache.display())),
+        Err(Failure::Cache(reason)) => {
+            Err(format!("the cache {} cannot be used: {reason}", cache.display()))
+        }
         Err(Failure::Other(reason)) => Err(reason),
     }
 }
@@ -89,7 +100,11 @@ fn fetch_online(
         .collect();
     let files = weight_files(&present, &dir).map_err(Failure::Other)?;
     let meter = Meter { done: Mutex::default(), report: progress };
-    repo.snapshot_download().revision(commit).allow_patterns(files.clone()).progress(meter).send()?;
+    repo.snapshot_download()
+        .revision(commit)
+        .allow_patterns(files.clone())
+        .progress(meter)
+        .send()?;
     match files.iter().find(|name| !dir.join(name).is_file()) {
         Some(lost) => Err(Failure::Other(format!("{lost} did not arrive in {}", dir.display()))),
         None => Ok(dir),
@@ -109,7 +124,8 @@ fn weight_files(present: &BTreeSet<String>, dir: &Path) -> Result<Vec<String>, S
             None => Ok(shards.into_iter().collect()),
         };
     }
-    let consolidated: Vec<String> = present.iter().filter(|name| is_consolidated(name)).cloned().collect();
+    let consolidated: Vec<String> =
+        present.iter().filter(|name| is_consolidated(name)).cloned().collect();
     if consolidated.is_empty() {
         let names: Vec<&str> = present.iter().map(String::as_str).collect();
         return Err(format!(
@@ -121,9 +137,16 @@ fn weight_files(present: &BTreeSet<String>, dir: &Path) -> Result<Vec<String>, S
 }
 
 /// The copy in the cache, if it is complete.
-fn cached(repo: &HFRepositorySync<RepoTypeModel>, revision: &str, cache: &Path, reason: &str) -> Result<PathBuf, String> {
+fn cached(
+    repo: &HFRepositorySync<RepoTypeModel>,
+    revision: &str,
+    cache: &Path,
+    reason: &str,
+) -> Result<PathBuf, String> {
     let local = repo.snapshot_download().revision(revision).local_files_only(true).send();
-    let dir = local.map_err(|_| format!("{reason}; nothing of revision {revision} in the cache {}", cache.display()))?;
+    let dir = local.map_err(|_| {
+        format!("{reason}; nothing of revision {revision} in the cache {}", cache.display())
+    })?;
     match Checkpoint::open(&dir) {
         Ok(_) => Ok(dir),
         Err(error) => Err(format!("{reason}; the copy in the cache is not complete: {error}")),
@@ -142,7 +165,9 @@ impl From<HFError> for Failure {
         let reason = with_sources(&error);
         match error {
             HFError::Request { .. } => Self::Unreachable(reason),
-            HFError::Http { context } if context.status.is_server_error() => Self::Unreachable(reason),
+            HFError::Http { context } if context.status.is_server_error() => {
+                Self::Unreachable(reason)
+            }
             HFError::Io(_) | HFError::CacheLockTimeout { .. } => Self::Cache(reason),
             _ => Self::Other(reason),
         }
@@ -164,7 +189,8 @@ fn with_sources(error: &HFError) -> String {
 }
 
 fn is_plain(part: &str) -> bool {
-    !part.starts_with('.') && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+    !part.starts_with('.')
+        && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
 }
 
 fn is_offline() -> bool {
@@ -195,9 +221,12 @@ impl<F: Fn(u64, u64) + Send + Sync> ProgressHandler for Meter<F> {
             // One for all files, then one for each.
             DownloadEvent::Start { total_bytes, .. } => sum.total = sum.total.max(*total_bytes),
             DownloadEvent::Progress { files } => {
-                sum.files.extend(files.iter().map(|file| (file.filename.clone(), file.bytes_completed)));
+                sum.files
+                    .extend(files.iter().map(|file| (file.filename.clone(), file.bytes_completed)));
             }
-            DownloadEvent::AggregateProgress { bytes_completed, .. } => sum.chunked = *bytes_completed,
+            DownloadEvent::AggregateProgress { bytes_completed, .. } => {
+                sum.chunked = *bytes_completed
+            }
             DownloadEvent::Complete => return,
         }
         let done = sum.files.values().sum::<u64>().max(sum.chunked);

@@ -19,21 +19,30 @@ pub(crate) fn suggest(vb: &VarBuilder, names: &[String]) -> Vec<String> {
     }
     let (wanted, root) = (vb.prefix(), vb.root());
     match Listing::of(&root) {
-        Some(listing) => nearest(&wanted, names, listing.tensors.iter().map(|tensor| tensor.name.as_str())),
+        Some(listing) => {
+            nearest(&wanted, names, listing.tensors.iter().map(|tensor| tensor.name.as_str()))
+        }
         None => {
-            let there = |prefix: &String| names.iter().any(|name| root.contains_tensor(&joined(prefix, name)));
+            let there = |prefix: &String| {
+                names.iter().any(|name| root.contains_tensor(&joined(prefix, name)))
+            };
             variants(&wanted).into_iter().filter(there).take(MOST).collect()
         }
     }
 }
 
 /// The prefixes of `tensors` under which one of `names` is, those most similar to `wanted` first.
-pub(crate) fn nearest<'a>(wanted: &str, names: &[String], tensors: impl Iterator<Item = &'a str>) -> Vec<String> {
+pub(crate) fn nearest<'a>(
+    wanted: &str,
+    names: &[String],
+    tensors: impl Iterator<Item = &'a str>,
+) -> Vec<String> {
     let prefix = |tensor: &'a str, name: &String| {
         let prefix = tensor.strip_suffix(name.as_str())?;
         if prefix.is_empty() { Some(prefix) } else { prefix.strip_suffix('.') }
     };
-    let prefixes: BTreeSet<&str> = tensors.filter_map(|tensor| names.iter().find_map(|name| prefix(tensor, name))).collect();
+    let prefixes: BTreeSet<&str> =
+        tensors.filter_map(|tensor| names.iter().find_map(|name| prefix(tensor, name))).collect();
     let mut prefixes: Vec<&str> = prefixes.into_iter().filter(|prefix| *prefix != wanted).collect();
     prefixes.sort_by_key(|prefix| rank(wanted, prefix));
     prefixes.into_iter().take(MOST).map(str::to_string).collect()
@@ -42,8 +51,10 @@ pub(crate) fn nearest<'a>(wanted: &str, names: &[String], tensors: impl Iterator
 /// Smaller is likelier: the same layer first, then the longer common end, then the longer common
 /// beginning.
 fn rank(wanted: &str, prefix: &str) -> (bool, Reverse<usize>, Reverse<usize>, Vec<u64>) {
-    let numbers = |text: &str| text.split('.').filter_map(|part| part.parse().ok()).collect::<Vec<u64>>();
-    let equal = |pairs: &mut dyn Iterator<Item = (&str, &str)>| pairs.take_while(|(a, b)| a == b).count();
+    let numbers =
+        |text: &str| text.split('.').filter_map(|part| part.parse().ok()).collect::<Vec<u64>>();
+    let equal =
+        |pairs: &mut dyn Iterator<Item = (&str, &str)>| pairs.take_while(|(a, b)| a == b).count();
     let end = equal(&mut wanted.rsplit('.').zip(prefix.rsplit('.')));
     let beginning = equal(&mut wanted.split('.').zip(prefix.split('.')));
     let (asked, found) = (numbers(wanted), numbers(prefix));
@@ -52,17 +63,30 @@ fn rank(wanted: &str, prefix: &str) -> (bool, Reverse<usize>, Reverse<usize>, Ve
 
 /// Where the same module is in other checkpoints: below another head, or one module further down.
 fn variants(wanted: &str) -> Vec<String> {
-    const HEADS: [&str; 6] =
-        ["model", "", "transformer", "language_model.model", "model.language_model", "base_model.model.model"];
+    const HEADS: [&str; 6] = [
+        "model",
+        "",
+        "transformer",
+        "language_model.model",
+        "model.language_model",
+        "base_model.model.model",
+    ];
     const TAILS: [&str; 3] = ["", "mlp", "feed_forward"];
     let stripped = HEADS.iter().filter_map(|head| wanted.strip_prefix(head)?.strip_prefix('.'));
     let core = stripped.min_by_key(|core| core.len()).unwrap_or(wanted);
-    let module = core.rsplit_once('.').filter(|(_, last)| TAILS.contains(last)).map_or(core, |(parent, _)| parent);
+    let module = core
+        .rsplit_once('.')
+        .filter(|(_, last)| TAILS.contains(last))
+        .map_or(core, |(parent, _)| parent);
     let mut all = vec![];
     for base in [core, module] {
         for tail in TAILS {
             let end = if tail.is_empty() { base.to_string() } else { joined(base, tail) };
-            all.extend(HEADS.iter().map(|head| if end.is_empty() { head.to_string() } else { joined(head, &end) }));
+            all.extend(
+                HEADS
+                    .iter()
+                    .map(|head| if end.is_empty() { head.to_string() } else { joined(head, &end) }),
+            );
         }
     }
     let mut seen = BTreeSet::from([wanted.to_string()]);

@@ -13,14 +13,19 @@ use crate::which::Which;
 
 /// Finds the weights under `vb`'s prefix and passes each projection to `take` before the next is
 /// read.
-pub(crate) fn load_each(wanted: &Wanted<'_>, vb: &VarBuilder, take: &mut dyn FnMut(Piece) -> Result<()>) -> Result<()> {
+pub(crate) fn load_each(
+    wanted: &Wanted<'_>,
+    vb: &VarBuilder,
+    take: &mut dyn FnMut(Piece) -> Result<()>,
+) -> Result<()> {
     let (h, i) = (wanted.hidden_size, wanted.intermediate_size);
     let names = match (wanted.names, wanted.family) {
         (Some(names), _) => names.clone(),
         (None, Some(family)) => family.names(),
         (None, None) => detect(vb)?.names(),
     };
-    let loader = Loader { vb, names: &names, named: wanted.names.is_some() || wanted.family.is_some() };
+    let loader =
+        Loader { vb, names: &names, named: wanted.names.is_some() || wanted.family.is_some() };
     let down = match &names {
         Names::Separate { gate, up, down } => {
             take(Piece::one(Which::Gate, loader.projection(gate, (i, h), wanted.biases.gate)?))?;
@@ -38,16 +43,22 @@ pub(crate) fn load_each(wanted: &Wanted<'_>, vb: &VarBuilder, take: &mut dyn FnM
     take(Piece::one(Which::Down, down))
 }
 
-/// The family whose names are under `vb`'s prefix; `Llama` if the source contains every name or none.
+/// The family whose names are under `vb`'s prefix; `Llama` if the source contains every name or
+/// none.
 fn detect(vb: &VarBuilder) -> Result<Family> {
     if contains_anything(vb) {
         return Ok(Family::Llama);
     }
-    let present = |family: &Family| family.weight_names().iter().filter(|name| vb.contains_tensor(name)).count();
+    let present = |family: &Family| {
+        family.weight_names().iter().filter(|name| vb.contains_tensor(name)).count()
+    };
     let complete = |family: &Family| present(family) == family.weight_names().len();
-    let candidates: Vec<Family> = Family::ALL.into_iter().filter(|f| !f.must_be_named() && complete(f)).collect();
+    let candidates: Vec<Family> =
+        Family::ALL.into_iter().filter(|f| !f.must_be_named() && complete(f)).collect();
     match candidates[..] {
-        [Family::Meta] if !prefix_is_meta(&vb.prefix()) => Err(ambiguous(vb, &[Family::Meta, Family::Xformers])),
+        [Family::Meta] if !prefix_is_meta(&vb.prefix()) => {
+            Err(ambiguous(vb, &[Family::Meta, Family::Xformers]))
+        }
         [family] => Ok(family),
         [_, _, ..] => Err(ambiguous(vb, &candidates)),
         [] => {
@@ -68,7 +79,8 @@ fn ambiguous(vb: &VarBuilder, families: &[Family]) -> Error {
     let mut names: Vec<String> = families.iter().flat_map(|family| family.weight_names()).collect();
     names.sort();
     names.dedup();
-    let families = families.iter().map(|family| format!("{family:?}: {}", family.names())).collect();
+    let families =
+        families.iter().map(|family| format!("{family:?}: {}", family.names())).collect();
     Error::AmbiguousNames { prefix: vb.prefix(), names, families }
 }
 
@@ -83,14 +95,28 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     /// `name.weight` (out,in) and `name.bias` (out)
-    fn projection(&self, name: &str, (out_dim, in_dim): (usize, usize), bias: bool) -> Result<(Tensor, Option<Tensor>)> {
-        load_projection(&self.vb.pp(name), out_dim, in_dim, Some(bias)).map_err(|error| match error {
-            Error::MissingTensor { present, location, .. } => self.missing(name, bias, present, location),
+    fn projection(
+        &self,
+        name: &str,
+        (out_dim, in_dim): (usize, usize),
+        bias: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        load_projection(&self.vb.pp(name), out_dim, in_dim, Some(bias)).map_err(|error| match error
+        {
+            Error::MissingTensor { present, location, .. } => {
+                self.missing(name, bias, present, location)
+            }
             other => other,
         })
     }
 
-    fn missing(&self, name: &str, bias: bool, listed: Box<[String]>, location: Option<std::path::PathBuf>) -> Error {
+    fn missing(
+        &self,
+        name: &str,
+        bias: bool,
+        listed: Box<[String]>,
+        location: Option<std::path::PathBuf>,
+    ) -> Error {
         let mut present: Vec<String> = Family::ALL.iter().flat_map(|f| f.weight_names()).collect();
         present.retain(|name| self.vb.contains_tensor(name));
         present.extend(listed);
@@ -107,11 +133,20 @@ impl Loader<'_> {
                 format!("{name}.weight")
             }]
         } else {
-            let firsts = Family::ALL.iter().filter(|f| !f.must_be_named()).map(|f| f.weight_names().remove(0));
+            let firsts = Family::ALL
+                .iter()
+                .filter(|f| !f.must_be_named())
+                .map(|f| f.weight_names().remove(0));
             firsts.collect()
         };
         let suggestions = suggest(self.vb, &tried).into();
-        Error::MissingTensor { prefix: self.vb.prefix(), tried, present: present.into(), suggestions, location }
+        Error::MissingTensor {
+            prefix: self.vb.prefix(),
+            tried,
+            present: present.into(),
+            suggestions,
+            location,
+        }
     }
 }
 
@@ -141,17 +176,28 @@ pub(crate) fn load_projection(
 pub(crate) fn get(vb: &VarBuilder, shape: &[usize], name: &str, hint: Init) -> Result<Tensor> {
     use candle_core::Error as E;
     let full = || joined(&vb.prefix(), name);
-    let tensor = vb.get_with_hints(shape, name, hint).map_err(|error| match strip_backtrace(error) {
-        E::CannotFindTensor { .. } | E::SafeTensor(safetensors::SafeTensorError::TensorNotFound(_)) => {
-            let tried = vec![name.to_string()];
-            let suggestions = suggest(vb, &tried).into();
-            Error::MissingTensor { prefix: vb.prefix(), tried, present: Box::default(), suggestions, location: None }
-        }
-        E::UnexpectedShape { expected, got, .. } => {
-            Error::Shape { name: full(), expected: expected.into_dims(), found: got.into_dims(), location: None }
-        }
-        other => Error::from(other),
-    })?;
+    let tensor =
+        vb.get_with_hints(shape, name, hint).map_err(|error| match strip_backtrace(error) {
+            E::CannotFindTensor { .. }
+            | E::SafeTensor(safetensors::SafeTensorError::TensorNotFound(_)) => {
+                let tried = vec![name.to_string()];
+                let suggestions = suggest(vb, &tried).into();
+                Error::MissingTensor {
+                    prefix: vb.prefix(),
+                    tried,
+                    present: Box::default(),
+                    suggestions,
+                    location: None,
+                }
+            }
+            E::UnexpectedShape { expected, got, .. } => Error::Shape {
+                name: full(),
+                expected: expected.into_dims(),
+                found: got.into_dims(),
+                location: None,
+            },
+            other => Error::from(other),
+        })?;
     // Not every backend of a VarBuilder compares the shape with the expected one.
     if tensor.dims() != shape {
         let (expected, found) = (shape.to_vec(), tensor.dims().to_vec());

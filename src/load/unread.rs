@@ -157,7 +157,8 @@ const PARAMETERS: [&str; 4] = ["weight", "bias", "scale", "scales"];
 
 /// Modules that are next to a block in a transformer's layer: parts of their names between
 /// underscores.
-const BESIDE_A_BLOCK: [&str; 9] = ["attn", "att", "attention", "mixer", "mamba", "ssm", "mix", "conv", "shortconv"];
+const BESIDE_A_BLOCK: [&str; 9] =
+    ["attn", "att", "attention", "mixer", "mamba", "ssm", "mix", "conv", "shortconv"];
 
 /// Parts of a name that mark a module as a block, not a layer, regardless of its other tensors.
 const IS_A_BLOCK: [&str; 5] = ["mlp", "ffn", "feed", "ff", "experts"];
@@ -191,7 +192,8 @@ pub(crate) fn check_linear(vb: &VarBuilder, layer: &'static str) -> Result<()> {
     let unread = match Listing::of(vb).filter(|listing| !listing.tensors.is_empty()) {
         Some(listing) => {
             let everything = !listing.prefix.is_empty();
-            listing.unread(|name| everything || !name.contains('.') || OF_A_PROJECTION.contains(&name))
+            listing
+                .unread(|name| everything || !name.contains('.') || OF_A_PROJECTION.contains(&name))
         }
         None if contains_anything(vb) => vec![],
         None => known_of_a_projection(vb, ""),
@@ -200,7 +202,11 @@ pub(crate) fn check_linear(vb: &VarBuilder, layer: &'static str) -> Result<()> {
 }
 
 fn refuse(vb: &VarBuilder, layer: &'static str, names: Vec<String>) -> Result<()> {
-    if names.is_empty() { Ok(()) } else { Err(Error::UnreadTensors { layer, prefix: vb.prefix(), names }) }
+    if names.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::UnreadTensors { layer, prefix: vb.prefix(), names })
+    }
 }
 
 /// Which of the tensors under a prefix belong to the block.
@@ -227,9 +233,12 @@ impl<'a> Scope<'a> {
         let inside = listing.tensors.iter().filter_map(|tensor| tensor.name.strip_prefix(parent));
         let mut modules = inside.map(first_part);
         let has_part = |name: &str, of: &[&str]| name.split('_').any(|part| of.contains(&part));
-        let is_beside = |module: &str| has_part(module, &BESIDE_A_BLOCK) && !has_part(module, &["norm", "ln", "layernorm"]);
+        let is_beside = |module: &str| {
+            has_part(module, &BESIDE_A_BLOCK) && !has_part(module, &["norm", "ln", "layernorm"])
+        };
         let path = joined(&listing.prefix, parent);
-        let module = path.rsplit('.').find(|name| !name.is_empty() && name.parse::<usize>().is_err());
+        let module =
+            path.rsplit('.').find(|name| !name.is_empty() && name.parse::<usize>().is_err());
         let is_block = module.is_some_and(|name| has_part(name, &IS_A_BLOCK));
         let extent = if !is_block && modules.any(is_beside) {
             Extent::Layer
@@ -242,7 +251,9 @@ impl<'a> Scope<'a> {
     }
 
     fn contains(&self, name: &str) -> bool {
-        let of_projection = |projection: &&str| name.strip_prefix(*projection).is_some_and(|rest| rest.starts_with('.'));
+        let of_projection = |projection: &&str| {
+            name.strip_prefix(*projection).is_some_and(|rest| rest.starts_with('.'))
+        };
         if self.projections.iter().any(of_projection) {
             return true;
         }
@@ -250,7 +261,9 @@ impl<'a> Scope<'a> {
         match self.extent {
             Extent::Module => true,
             Extent::Layer => OF_A_BLOCK.contains(&first_part(inside)),
-            Extent::File => inside.matches('.').count() <= 1 || OF_A_BLOCK.contains(&first_part(inside)),
+            Extent::File => {
+                inside.matches('.').count() <= 1 || OF_A_BLOCK.contains(&first_part(inside))
+            }
         }
     }
 }
@@ -263,19 +276,32 @@ fn first_part(name: &str) -> &str {
 fn common_parent<'a>(names: &[&'a str]) -> &'a str {
     let Some((first, others)) = names.split_first() else { return "" };
     let parents = first.rmatch_indices('.').map(|(dot, _)| &first[..=dot]);
-    parents.into_iter().find(|parent| others.iter().all(|name| name.starts_with(parent))).unwrap_or_default()
+    parents
+        .into_iter()
+        .find(|parent| others.iter().all(|name| name.starts_with(parent)))
+        .unwrap_or_default()
 }
 
 /// The tensors of known names that are there.
 fn known(vb: &VarBuilder, projections: &[&str], intermediate_size: usize) -> Vec<String> {
     let parent = common_parent(projections);
-    let mut found: Vec<String> = projections.iter().flat_map(|name| known_of_a_projection(vb, name)).collect();
-    let parameters = |module: &&str| PARAMETERS.map(|parameter| format!("{parent}{module}.{parameter}"));
+    let mut found: Vec<String> =
+        projections.iter().flat_map(|name| known_of_a_projection(vb, name)).collect();
+    let parameters =
+        |module: &&str| PARAMETERS.map(|parameter| format!("{parent}{module}.{parameter}"));
     let present = |name: &String| vb.contains_tensor(name);
-    found.extend(OF_A_BLOCK.iter().flat_map(parameters).filter(present).map(|name| joined(&vb.prefix(), &name)));
+    found.extend(
+        OF_A_BLOCK
+            .iter()
+            .flat_map(parameters)
+            .filter(present)
+            .map(|name| joined(&vb.prefix(), &name)),
+    );
     // A tensor that is there is not created by `get`, and one of another shape is refused.
     let inner = |name: &String| present(name) && vb.get(intermediate_size, name).is_ok();
-    found.extend(NORMS.iter().flat_map(parameters).filter(inner).map(|name| joined(&vb.prefix(), &name)));
+    found.extend(
+        NORMS.iter().flat_map(parameters).filter(inner).map(|name| joined(&vb.prefix(), &name)),
+    );
     found
 }
 

@@ -75,7 +75,12 @@ pub enum GateUp {
 
 impl GateUp {
     /// gate_proj (I,H), up_proj (I,H), and their biases (I).
-    pub fn separate(gate_proj: Tensor, up_proj: Tensor, gate_bias: Option<Tensor>, up_bias: Option<Tensor>) -> Self {
+    pub fn separate(
+        gate_proj: Tensor,
+        up_proj: Tensor,
+        gate_bias: Option<Tensor>,
+        up_bias: Option<Tensor>,
+    ) -> Self {
         Self::Separate { gate_proj, up_proj, gate_bias, up_bias }
     }
 
@@ -104,7 +109,10 @@ impl Weights {
     }
 
     /// The weights after `f` was applied to every tensor.
-    pub(crate) fn map(&self, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Self> {
+    pub(crate) fn map(
+        &self,
+        f: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Self> {
         let optional = |bias: &Option<Tensor>| bias.as_ref().map(&f).transpose();
         let gate_up = match &self.gate_up {
             GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => GateUp::Separate {
@@ -113,9 +121,11 @@ impl Weights {
                 gate_bias: optional(gate_bias)?,
                 up_bias: optional(up_bias)?,
             },
-            GateUp::Fused { gate_up_proj, bias, order } => {
-                GateUp::Fused { gate_up_proj: f(gate_up_proj)?, bias: optional(bias)?, order: *order }
-            }
+            GateUp::Fused { gate_up_proj, bias, order } => GateUp::Fused {
+                gate_up_proj: f(gate_up_proj)?,
+                bias: optional(bias)?,
+                order: *order,
+            },
         };
         Ok(Self { gate_up, down_proj: f(&self.down_proj)?, down_bias: optional(&self.down_bias)? })
     }
@@ -140,7 +150,9 @@ impl Piece {
     pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
         let (names, weight, bias) = match self {
             Self::One { which, weight, bias } => ([which.name(), which.bias_name()], weight, bias),
-            Self::GateUp { weight, bias, .. } => (["gate_up_proj", "gate_up_proj bias"], weight, bias),
+            Self::GateUp { weight, bias, .. } => {
+                (["gate_up_proj", "gate_up_proj bias"], weight, bias)
+            }
         };
         names.into_iter().zip(std::iter::once(weight).chain(bias))
     }
@@ -173,9 +185,14 @@ impl Weights {
     pub(crate) fn into_pieces(self) -> Vec<Piece> {
         let mut pieces = match self.gate_up {
             GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => {
-                vec![Piece::one(Which::Gate, (gate_proj, gate_bias)), Piece::one(Which::Up, (up_proj, up_bias))]
+                vec![
+                    Piece::one(Which::Gate, (gate_proj, gate_bias)),
+                    Piece::one(Which::Up, (up_proj, up_bias)),
+                ]
             }
-            GateUp::Fused { gate_up_proj, bias, order } => vec![Piece::gate_up((gate_up_proj, bias), order)],
+            GateUp::Fused { gate_up_proj, bias, order } => {
+                vec![Piece::gate_up((gate_up_proj, bias), order)]
+            }
         };
         pieces.push(Piece::one(Which::Down, (self.down_proj, self.down_bias)));
         pieces
@@ -187,12 +204,18 @@ impl Weights {
     pub(crate) fn check(&self, wanted: &Wanted<'_>) -> Result<()> {
         for (name, tensor, expected) in self.expected(wanted) {
             if tensor.rank() != expected.len() {
-                let expected = if expected.len() == 2 { "rank 2 (out, in)" } else { "rank 1 (out)" };
+                let expected =
+                    if expected.len() == 2 { "rank 2 (out, in)" } else { "rank 1 (out)" };
                 return Err(Error::Rank { name, expected, found: tensor.dims().to_vec() });
             }
             if tensor.dims() != expected {
                 let found = tensor.dims().to_vec();
-                return Err(Error::Shape { name: name.to_string(), expected, found, location: None });
+                return Err(Error::Shape {
+                    name: name.to_string(),
+                    expected,
+                    found,
+                    location: None,
+                });
             }
             check_float(name, tensor)?;
             check_same(name, tensor, "down_proj", &self.down_proj)?;
@@ -207,9 +230,13 @@ impl Weights {
             }
             GateUp::Fused { bias, .. } => vec![("gate_up_proj", bias, fused_bias(biases)?)],
         };
-        for (name, bias, expected) in gate_up.into_iter().chain([("down_proj", &self.down_bias, biases.down)]) {
+        for (name, bias, expected) in
+            gate_up.into_iter().chain([("down_proj", &self.down_bias, biases.down)])
+        {
             match bias {
-                Some(_) if !expected => return Err(Error::UnexpectedBias { name: format!("{name}.bias") }),
+                Some(_) if !expected => {
+                    return Err(Error::UnexpectedBias { name: format!("{name}.bias") });
+                }
                 None if expected => return Err(Error::missing_tensor(format!("{name}.bias"))),
                 _ => {}
             }
@@ -224,7 +251,10 @@ impl Weights {
         all.extend(self.down_bias.iter().map(|b| ("down_proj bias", b, vec![h])));
         match &self.gate_up {
             GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => {
-                all.extend([("gate_proj", gate_proj, vec![i, h]), ("up_proj", up_proj, vec![i, h])]);
+                all.extend([
+                    ("gate_proj", gate_proj, vec![i, h]),
+                    ("up_proj", up_proj, vec![i, h]),
+                ]);
                 all.extend(gate_bias.iter().map(|b| ("gate_proj bias", b, vec![i])));
                 all.extend(up_bias.iter().map(|b| ("up_proj bias", b, vec![i])));
             }

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{DType, Layout, MetalDevice, MetalError, MetalStorage, Result, Shape, Storage, Tensor};
+use candle_core::{
+    DType, Layout, MetalDevice, MetalError, MetalStorage, Result, Shape, Storage, Tensor,
+};
 use candle_metal_kernels::metal::{Buffer, ComputeCommandEncoder};
 use candle_metal_kernels::{BufferOffset, GemmDType, Output, call_mlx_gemm, set_params};
 use objc2_metal::MTLSize;
@@ -14,11 +16,21 @@ use crate::device::{DeviceBlock, DeviceLinear};
 use crate::gate::activation::Glu;
 
 /// x (M,H) contiguous -> y (M,H), by two dispatches
-pub(crate) fn block(block: &DeviceBlock, x: &MetalStorage, layout: &Layout) -> Result<(MetalStorage, Shape)> {
+pub(crate) fn block(
+    block: &DeviceBlock,
+    x: &MetalStorage,
+    layout: &Layout,
+) -> Result<(MetalStorage, Shape)> {
     let rows = layout.shape().dims2()?.0;
-    let gate_up = Projection { weight: &block.gate_up, bias: block.gate_up_bias.as_ref(), glu: Some(block.glu), factor: 1.0 };
+    let gate_up = Projection {
+        weight: &block.gate_up,
+        bias: block.gate_up_bias.as_ref(),
+        glu: Some(block.glu),
+        factor: 1.0,
+    };
     let factor = block.down_multiplier;
-    let down = Projection { weight: &block.down, bias: block.down_bias.as_ref(), glu: None, factor };
+    let down =
+        Projection { weight: &block.down, bias: block.down_bias.as_ref(), glu: None, factor };
     let h = gate_up.run(x.device(), x.buffer(), layout.start_offset(), rows)?; // (M,I)
     let y = down.run(x.device(), &h, 0, rows)?;
     let shape = Shape::from((rows, block.down.dim(0)?));
@@ -26,9 +38,14 @@ pub(crate) fn block(block: &DeviceBlock, x: &MetalStorage, layout: &Layout) -> R
 }
 
 /// x (M,in) contiguous -> y (M,out)
-pub(crate) fn linear(linear: &DeviceLinear, x: &MetalStorage, layout: &Layout) -> Result<(MetalStorage, Shape)> {
+pub(crate) fn linear(
+    linear: &DeviceLinear,
+    x: &MetalStorage,
+    layout: &Layout,
+) -> Result<(MetalStorage, Shape)> {
     let rows = layout.shape().dims2()?.0;
-    let projection = Projection { weight: &linear.weight, bias: linear.bias.as_ref(), glu: None, factor: 1.0 };
+    let projection =
+        Projection { weight: &linear.weight, bias: linear.bias.as_ref(), glu: None, factor: 1.0 };
     let y = projection.run(x.device(), x.buffer(), layout.start_offset(), rows)?;
     let shape = Shape::from((rows, linear.weight.dim(0)?));
     Ok((MetalStorage::new(y, x.device().clone(), shape.elem_count(), x.dtype()), shape))
@@ -47,14 +64,32 @@ struct Projection<'a> {
 
 impl Projection<'_> {
     /// x (rows, k) contiguous from this element on -> (rows, columns)
-    fn run(&self, device: &MetalDevice, x: &Buffer, x_start: usize, rows: usize) -> Result<Arc<Buffer>> {
+    fn run(
+        &self,
+        device: &MetalDevice,
+        x: &Buffer,
+        x_start: usize,
+        rows: usize,
+    ) -> Result<Arc<Buffer>> {
         let (weight_rows, k) = self.weight.dims2()?;
         let columns = if self.glu.is_some() { weight_rows / 2 } else { weight_rows };
-        let product = Product { rows, columns, k, glu: self.glu, has_bias: self.bias.is_some(), factor: self.factor };
+        let product = Product {
+            rows,
+            columns,
+            k,
+            glu: self.glu,
+            has_bias: self.bias.is_some(),
+            factor: self.factor,
+        };
         let parameters = product.parameters();
-        let parameters = parameters.ok_or_else(|| candle_core::Error::Msg(format!("too large for Metal: {product:?}")))?;
+        let parameters = parameters
+            .ok_or_else(|| candle_core::Error::Msg(format!("too large for Metal: {product:?}")))?;
         let dtype = self.weight.dtype();
-        let out = device.new_buffer_builder().with_size_for(rows * columns, dtype).with_label("swiglu").build()?;
+        let out = device
+            .new_buffer_builder()
+            .with_size_for(rows * columns, dtype)
+            .with_label("swiglu")
+            .build()?;
         if rows * columns > 0 {
             self.encode(device, &product, parameters, (x, x_start), &out)?;
         }
@@ -72,14 +107,18 @@ impl Projection<'_> {
         let dtype = self.weight.dtype();
         let (weight, weight_layout) = self.weight.storage_and_layout();
         let weight = on_metal(&weight)?;
-        let at = |buffer, start: usize| BufferOffset { buffer, offset_in_bytes: start * dtype.size_in_bytes() };
+        let at = |buffer, start: usize| BufferOffset {
+            buffer,
+            offset_in_bytes: start * dtype.size_in_bytes(),
+        };
         let (x, w) = (at(x, x_start), at(weight.buffer(), weight_layout.start_offset()));
         let kernel = match product.choice() {
             Choice::Kernel(kernel) => kernel,
             Choice::Candle => return gemm(device, dtype, product, (&x, &w), out),
         };
         let aligned = product.is_aligned(dtype, [x_start, weight_layout.start_offset()]);
-        let launch = Launch { kernel, dtype, aligned, grid: product.grid(kernel), rows: product.rows };
+        let launch =
+            Launch { kernel, dtype, aligned, grid: product.grid(kernel), rows: product.rows };
         // Without a bias something must be bound all the same: the weight, which is not read as
         // one.
         let Some(bias) = self.bias else {
@@ -151,7 +190,11 @@ pub(super) struct Launch {
 
 /// Dispatches on candle's encoder, with the buffers that `bind` sets. The encoder is locked
 /// meanwhile, so `bind` must not call candle.
-pub(super) fn dispatch(device: &MetalDevice, launch: Launch, bind: impl FnOnce(&ComputeCommandEncoder)) -> Result<()> {
+pub(super) fn dispatch(
+    device: &MetalDevice,
+    launch: Launch,
+    bind: impl FnOnce(&ComputeCommandEncoder),
+) -> Result<()> {
     let Launch { kernel, dtype, aligned, grid, rows } = launch;
     tracing::trace!(kernel = kernel.name(dtype), aligned, grid = ?grid, threads = THREADS, rows, "launch");
     let pipeline = pipeline(device, kernel, dtype, aligned)?;
@@ -160,6 +203,9 @@ pub(super) fn dispatch(device: &MetalDevice, launch: Launch, bind: impl FnOnce(&
     encoder.set_compute_pipeline_state(&pipeline);
     bind(encoder);
     let [width, height, depth] = grid;
-    encoder.dispatch_thread_groups(MTLSize { width, height, depth }, MTLSize { width: THREADS, height: 1, depth: 1 });
+    encoder.dispatch_thread_groups(
+        MTLSize { width, height, depth },
+        MTLSize { width: THREADS, height: 1, depth: 1 },
+    );
     Ok(())
 }

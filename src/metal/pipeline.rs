@@ -12,7 +12,8 @@ use candle_metal_kernels::metal::{ComputePipeline, ConstantValues, Library, Valu
 use objc2::available;
 use objc2::rc::Retained;
 use objc2_metal::{
-    MTLCompileOptions, MTLComputePipelineState, MTLDevice, MTLGPUFamily, MTLMathFloatingPointFunctions, MTLMathMode,
+    MTLCompileOptions, MTLComputePipelineState, MTLDevice, MTLGPUFamily,
+    MTLMathFloatingPointFunctions, MTLMathMode,
 };
 
 use super::plan::{Kernel, THREADS};
@@ -48,11 +49,17 @@ pub(crate) fn supports_glu(device: &MetalDevice, dtype: DType) -> bool {
 }
 
 /// The pipeline of a kernel. The first use of a GPU compiles the library, which takes seconds.
-pub(super) fn pipeline(device: &MetalDevice, kernel: Kernel, dtype: DType, aligned: bool) -> Result<ComputePipeline> {
+pub(super) fn pipeline(
+    device: &MetalDevice,
+    kernel: Kernel,
+    dtype: DType,
+    aligned: bool,
+) -> Result<ComputePipeline> {
     static CACHE: OnceLock<Mutex<Cache>> = OnceLock::new();
     // A thread that panicked while it held the lock has inserted an entry or not, never a part of
     // one.
-    let mut cache = CACHE.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    let mut cache =
+        CACHE.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
     let gpu = device.metal_device().registry_id();
     let key = (gpu, kernel, dtype, aligned);
     if let Some(pipeline) = cache.pipelines.get(&key) {
@@ -61,8 +68,10 @@ pub(super) fn pipeline(device: &MetalDevice, kernel: Kernel, dtype: DType, align
     let library = match cache.libraries.get(&gpu) {
         Some(library) => library.clone(),
         None => {
-            let library =
-                device.metal_device().new_library_with_source(&source(), Some(&options())).map_err(MetalError::from)?;
+            let library = device
+                .metal_device()
+                .new_library_with_source(&source(), Some(&options()))
+                .map_err(MetalError::from)?;
             cache.libraries.insert(gpu, library.clone());
             library
         }
@@ -72,15 +81,28 @@ pub(super) fn pipeline(device: &MetalDevice, kernel: Kernel, dtype: DType, align
     Ok(pipeline)
 }
 
-fn compile(device: &MetalDevice, library: &Library, name: &str, aligned: bool) -> Result<ComputePipeline> {
-    let failed =
-        |error| candle_core::Error::from(MetalError::from(error)).context(format!("cannot make the Metal kernel {name}"));
+fn compile(
+    device: &MetalDevice,
+    library: &Library,
+    name: &str,
+    aligned: bool,
+) -> Result<ComputePipeline> {
+    let failed = |error| {
+        candle_core::Error::from(MetalError::from(error))
+            .context(format!("cannot make the Metal kernel {name}"))
+    };
     let constants = ConstantValues::new(vec![(ALIGNED, Value::Bool(aligned))]);
     let function = library.get_function(name, Some(&constants)).map_err(failed)?;
-    let pipeline = device.metal_device().new_compute_pipeline_state_with_function(&function).map_err(failed)?;
-    let (lanes, threads) = (pipeline.as_ref().threadExecutionWidth(), pipeline.max_total_threads_per_threadgroup());
+    let pipeline = device
+        .metal_device()
+        .new_compute_pipeline_state_with_function(&function)
+        .map_err(failed)?;
+    let (lanes, threads) =
+        (pipeline.as_ref().threadExecutionWidth(), pipeline.max_total_threads_per_threadgroup());
     if lanes != LANES || threads < THREADS {
-        candle_core::bail!("{name}: expected simdgroups of {LANES} and {THREADS} threads, found {lanes} and {threads}");
+        candle_core::bail!(
+            "{name}: expected simdgroups of {LANES} and {THREADS} threads, found {lanes} and {threads}"
+        );
     }
     Ok(pipeline)
 }

@@ -89,7 +89,9 @@ impl Product {
         let gated = self.glu.is_some();
         let bare = !gated && !self.has_bias && self.factor == 1.0;
         match self.rows {
-            0..=DECODE_ROWS => Choice::Kernel(Kernel::Decode { gated, rows: self.rows.max(1).next_power_of_two() }),
+            0..=DECODE_ROWS => {
+                Choice::Kernel(Kernel::Decode { gated, rows: self.rows.max(1).next_power_of_two() })
+            }
             _ if bare && self.k > 0 => Choice::Candle,
             9..=32 => Choice::Kernel(Kernel::Tile { gated, rows: 32 }),
             _ => Choice::Kernel(Kernel::Tile { gated, rows: 64 }),
@@ -98,14 +100,21 @@ impl Product {
 
     /// Threadgroups of `kernel`.
     pub(super) fn grid(&self, kernel: Kernel) -> [usize; 3] {
-        let features = |weight_rows: usize| if self.glu.is_some() { weight_rows / 2 } else { weight_rows };
+        let features =
+            |weight_rows: usize| if self.glu.is_some() { weight_rows / 2 } else { weight_rows };
         match kernel {
-            Kernel::Decode { rows, .. } => {
-                [self.columns.div_ceil(SIMDGROUPS * features(WEIGHT_ROWS)), self.rows.div_ceil(rows), 1]
-            }
+            Kernel::Decode { rows, .. } => [
+                self.columns.div_ceil(SIMDGROUPS * features(WEIGHT_ROWS)),
+                self.rows.div_ceil(rows),
+                1,
+            ],
             Kernel::Tile { rows, .. } => {
                 let tiles = self.rows.div_ceil(rows);
-                [tiles.min(RASTER), self.columns.div_ceil(features(TILE_COLUMNS)), tiles.div_ceil(RASTER)]
+                [
+                    tiles.min(RASTER),
+                    self.columns.div_ceil(features(TILE_COLUMNS)),
+                    tiles.div_ceil(RASTER),
+                ]
             }
             Kernel::GateForward | Kernel::GateBackward => [0; 3],
         }
@@ -114,7 +123,8 @@ impl Product {
     /// Whether each row of x and w, which begin at these elements, is whole 16 B chunks at
     /// multiples of 4 elements.
     pub(super) fn is_aligned(&self, dtype: DType, offsets: [usize; 2]) -> bool {
-        self.k.is_multiple_of(16 / dtype.size_in_bytes()) && offsets.iter().all(|offset| offset.is_multiple_of(4))
+        self.k.is_multiple_of(16 / dtype.size_in_bytes())
+            && offsets.iter().all(|offset| offset.is_multiple_of(4))
     }
 
     /// None if a size does not fit.
@@ -156,7 +166,8 @@ impl<const N: usize> Pair<N> {
     /// large.
     pub(super) fn new(layouts: [&Layout; N]) -> Option<Self> {
         let rows = Rows::new(layouts)?;
-        let fits = rows.strides.iter().all(|stride| u32::try_from(stride.row.max(stride.column)).is_ok());
+        let fits =
+            rows.strides.iter().all(|stride| u32::try_from(stride.row.max(stride.column)).is_ok());
         (fits && size(rows.rows).is_some() && size(rows.columns).is_some()).then_some(Self(rows))
     }
 
@@ -180,10 +191,23 @@ impl<const N: usize> Pair<N> {
     pub(super) fn parameters(&self, op: &Glu) -> PairParameters {
         let Rows { rows, columns, strides } = self.0;
         // `new` has checked that the numbers fit.
-        let stride = |i: usize| strides.get(i).map_or((0, 0), |stride| (stride.row as u32, stride.column as u32));
-        let ((gate_row, gate_column), (up_row, up_column), (dy_row, dy_column)) = (stride(0), stride(1), stride(2));
+        let stride = |i: usize| {
+            strides.get(i).map_or((0, 0), |stride| (stride.row as u32, stride.column as u32))
+        };
+        let ((gate_row, gate_column), (up_row, up_column), (dy_row, dy_column)) =
+            (stride(0), stride(1), stride(2));
         let (rows, columns, glu) = (rows as u32, columns as u32, GluParams::from(op));
-        PairParameters { rows, columns, gate_row, gate_column, up_row, up_column, dy_row, dy_column, glu }
+        PairParameters {
+            rows,
+            columns,
+            gate_row,
+            gate_column,
+            up_row,
+            up_column,
+            dy_row,
+            dy_column,
+            glu,
+        }
     }
 }
 

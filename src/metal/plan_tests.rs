@@ -10,8 +10,12 @@ const PLAN: &str = include_str!("plan.rs");
 
 /// `constant constexpr uint NAME = value;` of the kernels
 fn constant(name: &str) -> usize {
-    let line = SOURCE.lines().find(|line| line.starts_with(&format!("constant constexpr uint {name} ="))).unwrap();
-    let value: String = line.chars().skip_while(|&c| c != '=').filter(char::is_ascii_digit).collect();
+    let line = SOURCE
+        .lines()
+        .find(|line| line.starts_with(&format!("constant constexpr uint {name} =")))
+        .unwrap();
+    let value: String =
+        line.chars().skip_while(|&c| c != '=').filter(char::is_ascii_digit).collect();
     // Comments have digits too: only those before the semicolon count.
     let digits = line.split(['=', ';']).nth(1).unwrap().trim();
     assert!(value.starts_with(digits), "{line}");
@@ -43,12 +47,20 @@ fn metal_compiles_one_string() {
 fn fields(text: &str, head: &str) -> Vec<(String, String)> {
     let body = text.split(&format!("struct {head} {{")).nth(1).unwrap().split('}').next().unwrap();
     let mut all = vec![];
-    for line in body.lines().map(|line| line.split("//").next().unwrap().trim()).filter(|line| !line.is_empty()) {
+    for line in body
+        .lines()
+        .map(|line| line.split("//").next().unwrap().trim())
+        .filter(|line| !line.is_empty())
+    {
         match line.split_once(':') {
-            Some((name, kind)) => all.push((kind.trim_matches([',', ' ']).to_string(), name.trim().to_string())),
+            Some((name, kind)) => {
+                all.push((kind.trim_matches([',', ' ']).to_string(), name.trim().to_string()))
+            }
             None => {
                 let (kind, names) = line.trim_end_matches(';').split_once(' ').unwrap();
-                all.extend(names.split(',').map(|name| (kind.to_string(), name.trim().to_string())));
+                all.extend(
+                    names.split(',').map(|name| (kind.to_string(), name.trim().to_string())),
+                );
             }
         }
     }
@@ -88,9 +100,14 @@ fn product(rows: usize, gated: bool, has_bias: bool, factor: f32) -> Product {
 fn every_choice_is_a_kernel_that_is_tested() {
     let tested: Vec<&str> = include_str!("../../tests/metal_shim/kernels.txt").lines().collect();
     for rows in 1..200 {
-        for (gated, has_bias, factor) in [(true, false, 1.0), (false, true, 1.0), (false, false, 0.5), (false, false, 1.0)] {
+        for (gated, has_bias, factor) in
+            [(true, false, 1.0), (false, true, 1.0), (false, false, 0.5), (false, false, 1.0)]
+        {
             let Choice::Kernel(kernel) = product(rows, gated, has_bias, factor).choice() else {
-                assert!(rows > 8 && !gated && !has_bias && factor == 1.0, "candle's only where nothing follows the product");
+                assert!(
+                    rows > 8 && !gated && !has_bias && factor == 1.0,
+                    "candle's only where nothing follows the product"
+                );
                 continue;
             };
             for dtype in [DType::F32, DType::F16, DType::BF16] {
@@ -112,11 +129,18 @@ fn grids_cover_every_row_and_column() {
                 let Choice::Kernel(kernel) = product.choice() else { panic!("{product:?}") };
                 let halves = if gated { 2 } else { 1 };
                 let (covered_rows, covered_columns, used) = match (kernel, product.grid(kernel)) {
-                    (Kernel::Decode { rows, .. }, [x, y, z]) => (y * rows, x * SIMDGROUPS * WEIGHT_ROWS / halves, z == 1),
-                    (Kernel::Tile { rows, .. }, [x, y, z]) => (x * z * rows, y * TILE_COLUMNS / halves, x <= RASTER),
+                    (Kernel::Decode { rows, .. }, [x, y, z]) => {
+                        (y * rows, x * SIMDGROUPS * WEIGHT_ROWS / halves, z == 1)
+                    }
+                    (Kernel::Tile { rows, .. }, [x, y, z]) => {
+                        (x * z * rows, y * TILE_COLUMNS / halves, x <= RASTER)
+                    }
                     (other, _) => panic!("{other:?}"),
                 };
-                assert!(used && covered_rows >= rows && covered_columns >= columns, "{product:?} {kernel:?}");
+                assert!(
+                    used && covered_rows >= rows && covered_columns >= columns,
+                    "{product:?} {kernel:?}"
+                );
             }
         }
     }
@@ -156,7 +180,10 @@ fn four_elements_at_a_time_need_whole_vectors_in_every_operand() {
     let halves = Layout::new(Shape::from((2, 3, 4)), vec![24, 8, 1], 4);
     assert!(pair([halves, contiguous()]).unwrap().is_aligned([4, 0]));
     assert!(!pair([layout((3, 4), (6, 1))]).unwrap().is_aligned([0]), "rows 6 elements apart");
-    assert!(!pair([layout((3, 4), (1, 3)), layout((3, 4), (4, 1))]).unwrap().is_aligned([0, 0]), "transposed");
+    assert!(
+        !pair([layout((3, 4), (1, 3)), layout((3, 4), (4, 1))]).unwrap().is_aligned([0, 0]),
+        "transposed"
+    );
     assert!(!pair([layout((3, 5), (8, 1))]).unwrap().is_aligned([0]), "five columns");
 }
 
@@ -172,13 +199,18 @@ fn pairs_that_do_not_fit_are_refused() {
     assert!(pair([layout((3, 1 << 31), (1 << 31, 1))]).is_none(), "columns");
     assert!(pair([layout((3, 4), (1 << 32, 1))]).is_none(), "a stride");
     let permuted = Layout::new(Shape::from((2, 3, 4)), vec![4, 8, 1], 0);
-    assert!(pair([permuted, Layout::contiguous(Shape::from((2, 3, 4)))]).is_none(), "three dimensions");
+    assert!(
+        pair([permuted, Layout::contiguous(Shape::from((2, 3, 4)))]).is_none(),
+        "three dimensions"
+    );
 }
 
 #[test]
 fn strides_reach_the_kernel() {
     let op = Glu::new(GluActivation::Swish { beta: 1.5 }).with_limit(7.0);
-    let found = pair([(9, 2), (8, 1), (4, 1)].map(|strides| layout((3, 4), strides))).unwrap().parameters(&op);
+    let found = pair([(9, 2), (8, 1), (4, 1)].map(|strides| layout((3, 4), strides)))
+        .unwrap()
+        .parameters(&op);
     assert_eq!((found.rows, found.columns, found.glu), (3, 4, GluParams::from(&op)));
     assert_eq!((found.gate_row, found.gate_column, found.up_row, found.up_column), (9, 2, 8, 1));
     assert_eq!((found.dy_row, found.dy_column), (4, 1));

@@ -1,17 +1,20 @@
-// The block on Apple GPUs: h = act(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu) in one dispatch, y = (h·Wdᵀ + bd)·factor in a second, and the gate
-// alone with its gradient. W (2I,H) holds the gate's rows first, then up's.
+// The block on Apple GPUs: h = act(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu) in one dispatch, y = (h·Wdᵀ +
+// bd)·factor in a second, and the gate alone with its gradient. W (2I,H) holds the gate's rows
+// first, then up's.
 //
 // Method.
-// 1. decode: few rows. A simdgroup reads WEIGHT_ROWS rows of W once, 16 B a lane at a time, and multiplies them with ROWS rows of x,
-//    which stay in the cache; gate and up of a feature meet in one simdgroup. No barrier, no threadgroup memory.
-// 2. tile: many rows. A threadgroup of 2 x 2 simdgroups makes BM x 64 sums; of the 64 columns 32 are gate's and 32 the same
-//    features of up, so that the fragments of a pair lie in the same lanes and the gate is the epilogue. BK elements of k (64 B) of x
-//    and of W at a time go through threadgroup memory, rows 80 B apart so that the rows of a fragment lie in different banks.
+// 1. decode: few rows. A simdgroup reads WEIGHT_ROWS rows of W once, 16 B a lane at a time, and
+//    multiplies them with ROWS rows of x, which stay in the cache; gate and up of a feature meet in
+//    one simdgroup. No barrier, no threadgroup memory.
+// 2. tile: many rows. A threadgroup of 2 x 2 simdgroups makes BM x 64 sums; of the 64 columns 32
+//    are gate's and 32 the same features of up, so that the fragments of a pair lie in the same
+//    lanes and the gate is the epilogue. BK elements of k (64 B) of x and of W at a time go through
+//    threadgroup memory, rows 80 B apart so that the rows of a fragment lie in different banks.
 // 3. Products are exact, sums in f32; h and y are rounded once each to T.
 //
-// The activations are those of src/gate/gate.h and, with the exponential below, of the CPU kernels, operation by operation; their
-// file gives the error bounds. They rely on fma, on a division rounded correctly, and on comparisons that are false for NaN:
-// compile with fast math off.
+// The activations are those of src/gate/gate.h and, with the exponential below, of the CPU kernels,
+// operation by operation; their file gives the error bounds. They rely on fma, on a division
+// rounded correctly, and on comparisons that are false for NaN: compile with fast math off.
 // A GPU may take f32 and bf16 denormals (below 1.2e-38) for 0.
 #include <metal_stdlib>
 #include <metal_simdgroup_matrix>
@@ -27,7 +30,8 @@ constant constexpr uint TILE_COLUMNS = 64;        // tile: columns of sums per t
 constant constexpr uint RASTER = 8;               // tile: row tiles that share the weights of a column tile before the next one
 constant constexpr uint ELEMENTS = 4;             // glu: elements per thread
 
-// Every row starts on a multiple of 16 B (products) or of 4 elements (glu), and none has a remainder.
+// Every row starts on a multiple of 16 B (products) or of 4 elements (glu), and none has a
+// remainder.
 constant bool ALIGNED [[function_constant(0)]];
 
 // ---------------------------------------------------------------- the gate
@@ -150,8 +154,8 @@ inline void load_chunk(device const T* src, thread float* dst) {
     }
 }
 
-// Group (x, y): features from (x·SIMDGROUPS + simd)·FEATURES on, rows from y·ROWS on. Beyond the last row or feature the last one
-// is computed again and not stored.
+// Group (x, y): features from (x·SIMDGROUPS + simd)·FEATURES on, rows from y·ROWS on. Beyond the
+// last row or feature the last one is computed again and not stored.
 template <typename T, uint ROWS, bool GATED>
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]
 void decode(device const T* x [[buffer(0)]], device const T* w [[buffer(1)]], device const T* bias [[buffer(2)]],
@@ -229,7 +233,8 @@ inline void stage(threadgroup T* dst, device const T* row, bool inside, uint k, 
     }
 }
 
-// Where the two neighbouring elements that a lane holds of an 8 x 8 fragment lie: (row, first column).
+// Where the two neighbouring elements that a lane holds of an 8 x 8 fragment lie: (row, first
+// column).
 inline uint2 lane_position(uint lane) {
     return uint2(((lane / 4) & 4) + lane / 2 % 4, ((lane / 4) & 2) * 2 + lane % 2 * 2);
 }
@@ -241,8 +246,8 @@ inline void load_fragment(thread simdgroup_matrix<float, 8, 8>& fragment, thread
     fragment.thread_elements()[1] = float(src[at.x * down + at.y * right + right]);
 }
 
-// Group (x, y, z): row tile z·RASTER + x, column tile y. Simdgroup (sm, sn) makes BM/2 rows and 32 columns of sums: with a gate 16
-// columns of gate and the same 16 of up.
+// Group (x, y, z): row tile z·RASTER + x, column tile y. Simdgroup (sm, sn) makes BM/2 rows and 32
+// columns of sums: with a gate 16 columns of gate and the same 16 of up.
 template <typename T, uint BM, bool GATED>
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]
 void tile(device const T* x [[buffer(0)]], device const T* w [[buffer(1)]], device const T* bias [[buffer(2)]],

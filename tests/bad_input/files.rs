@@ -9,7 +9,11 @@ use super::*;
 fn not_a_directory() {
     let dir = directory(&[("model.safetensors", &block())]);
     let file = dir.path().join("model.safetensors");
-    assert_error!(Checkpoint::open(&file), Error::NotADirectory { .. }, [file.to_str().unwrap(), "directory", "found a file"]);
+    assert_error!(
+        Checkpoint::open(&file),
+        Error::NotADirectory { .. },
+        [file.to_str().unwrap(), "directory", "found a file"]
+    );
     let nowhere = dir.path().join("nowhere");
     assert_error!(Checkpoint::open(&nowhere), Error::Io { .. }, [nowhere.to_str().unwrap()]);
     assert_error!(Checkpoint::open(file.join("below")), Error::Io { .. }, ["below"]);
@@ -20,12 +24,23 @@ fn not_a_directory() {
 fn files_that_are_not_there() {
     let empty = TempDir::new().unwrap();
     let place = empty.path().to_str().unwrap();
-    assert_error!(Checkpoint::open(place), Error::NoConfig { .. }, [place, "config.json", "params.json"]);
+    assert_error!(
+        Checkpoint::open(place),
+        Error::NoConfig { .. },
+        [place, "config.json", "params.json"]
+    );
     fs::write(empty.path().join("model.safetensors"), block()).unwrap();
     assert_error!(Checkpoint::open(place), Error::NoConfig { .. }, [place]);
-    for other in ["pytorch_model.bin", "model.gguf", "adapter_model.safetensors", "consolidated.00.pth"] {
+    for other in
+        ["pytorch_model.bin", "model.gguf", "adapter_model.safetensors", "consolidated.00.pth"]
+    {
         let dir = directory(&[(other, b"")]);
-        let parts = [dir.path().to_str().unwrap(), "model.safetensors", "model.safetensors.index.json", "consolidated"];
+        let parts = [
+            dir.path().to_str().unwrap(),
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "consolidated",
+        ];
         assert_error!(Checkpoint::open(dir.path()), Error::NoWeights { .. }, parts);
     }
 }
@@ -51,7 +66,11 @@ fn directories_instead_of_files() {
             fs::write(dir.path().join(other), bytes).unwrap();
         }
         let place = dir.path().join(name);
-        assert_error!(Checkpoint::open(dir.path()), Error::NotAFile { .. }, [place.to_str().unwrap(), "found a directory"]);
+        assert_error!(
+            Checkpoint::open(dir.path()),
+            Error::NotAFile { .. },
+            [place.to_str().unwrap(), "found a directory"]
+        );
     }
 }
 
@@ -76,23 +95,43 @@ fn files_that_may_not_be_read() {
         if fs::read(&path).is_ok() {
             return eprintln!("skipped: this user may read every file");
         }
-        assert_error!(Checkpoint::open(dir.path()), Error::Io { .. }, [path.to_str().unwrap(), "denied"]);
+        assert_error!(
+            Checkpoint::open(dir.path()),
+            Error::Io { .. },
+            [path.to_str().unwrap(), "denied"]
+        );
     }
 }
 
 #[test]
 fn configs_that_are_not_json() {
-    for bytes in [&b""[..], b"{", b"{\"hidden_size\": }", b"\xff\xfe", b"{} {}", b"{\"a\": \"\xff\"}", &[b'['; 100_000]] {
+    for bytes in [
+        &b""[..],
+        b"{",
+        b"{\"hidden_size\": }",
+        b"\xff\xfe",
+        b"{} {}",
+        b"{\"a\": \"\xff\"}",
+        &[b'['; 100_000],
+    ] {
         let dir = directory(&[("model.safetensors", &block())]);
         fs::write(dir.path().join("config.json"), bytes).unwrap();
-        assert_error!(Checkpoint::open(dir.path()), Error::Json { .. }, ["config.json: not valid JSON"]);
+        assert_error!(
+            Checkpoint::open(dir.path()),
+            Error::Json { .. },
+            ["config.json: not valid JSON"]
+        );
     }
     // Valid JSON that is not a config: the error names the missing field.
     for json in ["[]", "null", "{}", "7", "\"llama\""] {
         let dir = directory(&[("model.safetensors", &block())]);
         fs::write(dir.path().join("config.json"), json).unwrap();
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
-        assert_error!(FfnConfig::from_json(checkpoint.config()), Error::MissingField { .. }, ["missing field hidden_size"]);
+        assert_error!(
+            FfnConfig::from_json(checkpoint.config()),
+            Error::MissingField { .. },
+            ["missing field hidden_size"]
+        );
     }
 }
 
@@ -103,9 +142,17 @@ fn a_file_cut_anywhere() {
     for length in 0..whole.len() {
         let opened = open_file(&whole[..length]);
         if length < header {
-            assert_error!(opened, Error::Header { .. }, ["model.safetensors: broken safetensors header"]);
+            assert_error!(
+                opened,
+                Error::Header { .. },
+                ["model.safetensors: broken safetensors header"]
+            );
         } else {
-            let parts = [format!("expected {} bytes", whole.len()), format!("found {length}"), "model.safetensors".into()];
+            let parts = [
+                format!("expected {} bytes", whole.len()),
+                format!("found {length}"),
+                "model.safetensors".into(),
+            ];
             assert_error!(opened, Error::FileSize { .. }, parts.iter().map(String::as_str));
         }
     }
@@ -124,14 +171,22 @@ fn a_file_cut_after_it_was_opened() {
     let path = dir.path().join("model.safetensors");
     fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(400).unwrap();
     let vb = checkpoint.var_builder(DType::F32, &Device::Cpu);
-    assert_error!(SwiGluFfn::new(&FfnConfig::new(H, I), vb.pp("mlp")), Error::Io { .. }, [path.to_str().unwrap()]);
+    assert_error!(
+        SwiGluFfn::new(&FfnConfig::new(H, I), vb.pp("mlp")),
+        Error::Io { .. },
+        [path.to_str().unwrap()]
+    );
 }
 
 #[test]
 fn headers_that_lie() {
-    let one = |shape: &str, offsets: &str| format!(r#"{{"w":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}"#);
+    let one = |shape: &str, offsets: &str| {
+        format!(r#"{{"w":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}"#)
+    };
     let two = |first: &str, second: &str| {
-        let tensor = |name, offsets| format!(r#""{name}":{{"dtype":"F32","shape":[2],"data_offsets":{offsets}}}"#);
+        let tensor = |name, offsets| {
+            format!(r#""{name}":{{"dtype":"F32","shape":[2],"data_offsets":{offsets}}}"#)
+        };
         format!("{{{},{}}}", tensor("first", first), tensor("second", second))
     };
     let max = u64::MAX;
@@ -177,17 +232,31 @@ fn headers_that_lie() {
     // Without elements any shape has the right size, but its strides overflow.
     for shape in ["[0,4294967296,4294967296]", "[4294967296,0,4294967296]"] {
         let opened = open_file(&file(&one(shape, "[0,0]"), 0));
-        assert_error!(opened, Error::Header { .. }, ["model.safetensors", "w: shape [", "strides that overflow"]);
+        assert_error!(
+            opened,
+            Error::Header { .. },
+            ["model.safetensors", "w: shape [", "strides that overflow"]
+        );
     }
     // bytes that are not UTF-8
     let mut bytes = file(&one("[4]", "[0,16]"), 16);
     bytes[10] = 0xff;
-    assert_error!(open_file(&bytes), Error::Header { .. }, ["model.safetensors: broken safetensors header"]);
+    assert_error!(
+        open_file(&bytes),
+        Error::Header { .. },
+        ["model.safetensors: broken safetensors header"]
+    );
     // a valid header with data of another length
-    for (header, data) in
-        [(one("[4]", "[0,16]"), 12), (one("[4]", "[0,16]"), 20), (one("[144115188075855872]", "[0,576460752303423488]"), 16)]
-    {
-        assert_error!(open_file(&file(&header, data)), Error::FileSize { .. }, ["model.safetensors: expected ", " bytes"]);
+    for (header, data) in [
+        (one("[4]", "[0,16]"), 12),
+        (one("[4]", "[0,16]"), 20),
+        (one("[144115188075855872]", "[0,576460752303423488]"), 16),
+    ] {
+        assert_error!(
+            open_file(&file(&header, data)),
+            Error::FileSize { .. },
+            ["model.safetensors: expected ", " bytes"]
+        );
     }
 }
 
@@ -196,12 +265,27 @@ fn headers_of_a_false_length() {
     let whole = block();
     let real = u64::from_le_bytes(whole[..8].try_into().unwrap());
     let rest = whole.len() as u64 - 8;
-    for length in
-        [0, 1, real - 1, real + 1, rest, rest + 1, 100_000_001, 1 << 32, 1 << 60, i64::MAX as u64, u64::MAX - 7, u64::MAX]
-    {
+    for length in [
+        0,
+        1,
+        real - 1,
+        real + 1,
+        rest,
+        rest + 1,
+        100_000_001,
+        1 << 32,
+        1 << 60,
+        i64::MAX as u64,
+        u64::MAX - 7,
+        u64::MAX,
+    ] {
         let mut bytes = whole.clone();
         bytes[..8].copy_from_slice(&length.to_le_bytes());
-        assert_error!(open_file(&bytes), Error::Header { .. }, ["model.safetensors: broken safetensors header"]);
+        assert_error!(
+            open_file(&bytes),
+            Error::Header { .. },
+            ["model.safetensors: broken safetensors header"]
+        );
     }
 }
 
@@ -221,7 +305,11 @@ fn indexes() {
     assert_error!(Checkpoint::open(missing.path()), Error::MissingShard { .. }, parts);
     let json = br#"{"weight_map": {"mlp.up_proj.weight": "a.safetensors", "norm.weight": "a.safetensors"}}"#;
     let lacking = directory(&[(INDEX, json), ("a.safetensors", &block())]);
-    assert_error!(Checkpoint::open(lacking.path()), Error::NotInShard { .. }, [INDEX, "norm.weight", "a.safetensors"]);
+    assert_error!(
+        Checkpoint::open(lacking.path()),
+        Error::NotInShard { .. },
+        [INDEX, "norm.weight", "a.safetensors"]
+    );
     // no paths outside the directory
     let outside = directory(&[("a.safetensors", &block())]);
     let absolute = outside.path().join("a.safetensors");
@@ -239,7 +327,11 @@ fn indexes() {
         let parts = [INDEX, "weight_map.mlp.up_proj.weight", "expected a file name", path];
         assert_error!(Checkpoint::open(indexed(path).path()), Error::Index { .. }, parts);
     }
-    assert_error!(Checkpoint::open(indexed("a\0.safetensors").path()), Error::MissingShard { .. }, ["a\0.safetensors"]);
+    assert_error!(
+        Checkpoint::open(indexed("a\0.safetensors").path()),
+        Error::MissingShard { .. },
+        ["a\0.safetensors"]
+    );
     for (json, found) in [
         (r#"{}"#, "weight_map"),
         (r#"[]"#, "weight_map"),
@@ -265,14 +357,22 @@ fn indexes() {
 fn a_tensor_in_two_files() {
     // Model-parallel halves of one tensor are not joined.
     let half = tensors(&[("layers.0.feed_forward.w1.weight", "F32", &[I / 2, H])]);
-    let dir = directory(&[("consolidated.00.safetensors", &half), ("consolidated.01.safetensors", &half)]);
-    let parts = ["layers.0.feed_forward.w1.weight", "consolidated.00.safetensors", "consolidated.01.safetensors"];
+    let dir = directory(&[
+        ("consolidated.00.safetensors", &half),
+        ("consolidated.01.safetensors", &half),
+    ]);
+    let parts = [
+        "layers.0.feed_forward.w1.weight",
+        "consolidated.00.safetensors",
+        "consolidated.01.safetensors",
+    ];
     assert_error!(Checkpoint::open(dir.path()), Error::DuplicateTensor { .. }, parts);
     // The same holds for a tensor that the index does not name.
     let one = tensors(&[("w", "F32", &[2]), ("a", "F32", &[1])]);
     let two = tensors(&[("w", "F32", &[2]), ("b", "F32", &[1])]);
     let json = br#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#;
-    let files: [(&str, &[u8]); 3] = [("model.safetensors.index.json", json), ("1.safetensors", &one), ("2.safetensors", &two)];
+    let files: [(&str, &[u8]); 3] =
+        [("model.safetensors.index.json", json), ("1.safetensors", &one), ("2.safetensors", &two)];
     assert_error!(
         Checkpoint::open(directory(&files).path()),
         Error::DuplicateTensor { .. },
@@ -286,7 +386,8 @@ fn try_everything(dir: &TempDir, bytes: &[u8]) -> bool {
     // All contents have the same length, so the file is overwritten in place. Some file systems
     // flush a file that was truncated and refilled, which takes 3 ms.
     let path = dir.path().join("model.safetensors");
-    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(path).unwrap();
+    let mut file =
+        fs::OpenOptions::new().write(true).create(true).truncate(false).open(path).unwrap();
     file.write_all(bytes).unwrap();
     let Ok(checkpoint) = Checkpoint::open(dir.path()) else { return false };
     for name in checkpoint.names() {

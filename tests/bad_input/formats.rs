@@ -11,11 +11,22 @@ fn a_git_lfs_pointer() {
     let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00ff\nsize 4976698672\n";
     let dir = directory(&[("model.safetensors", pointer)]);
     let parts = ["model.safetensors", "Git LFS pointer", "4976698672 bytes", "git lfs pull"];
-    assert_error!(Checkpoint::open(dir.path()), Error::LfsPointer { size: Some(4976698672), .. }, parts);
+    assert_error!(
+        Checkpoint::open(dir.path()),
+        Error::LfsPointer { size: Some(4976698672), .. },
+        parts
+    );
     // Without a size, and in a shard.
     let index = br#"{"weight_map": {"mlp.up_proj.weight": "a.safetensors"}}"#;
-    let dir = directory(&[("model.safetensors.index.json", index), ("a.safetensors", b"version https://git-lfs\n")]);
-    assert_error!(Checkpoint::open(dir.path()), Error::LfsPointer { size: None, .. }, ["a.safetensors", "git lfs pull"]);
+    let dir = directory(&[
+        ("model.safetensors.index.json", index),
+        ("a.safetensors", b"version https://git-lfs\n"),
+    ]);
+    assert_error!(
+        Checkpoint::open(dir.path()),
+        Error::LfsPointer { size: None, .. },
+        ["a.safetensors", "git lfs pull"]
+    );
 }
 
 #[test]
@@ -26,15 +37,25 @@ fn quantized_weights_are_called_so_before_their_shapes() {
         ("mlp.up_proj.weight", "U32", &[I, 1]),
         ("mlp.down_proj.weight", "U32", &[H, 1]),
     ];
-    for (key, value) in [("quantization", r#"{"bits": 4}"#), ("quantization_config", r#"{"quant_method": "x"}"#)] {
+    for (key, value) in
+        [("quantization", r#"{"bits": 4}"#), ("quantization_config", r#"{"quant_method": "x"}"#)]
+    {
         let dir = directory(&[("model.safetensors", &tensors(&list))]);
         let config = format!(r#"{{"hidden_size": 4, "intermediate_size": 6, "{key}": {value}}}"#);
         fs::write(dir.path().join("config.json"), config).unwrap();
         let parts = ["mlp.gate_proj.weight", "U32", "[6, 1]", "quantized", key];
-        assert_error!(load(&dir, &FfnConfig::new(H, I), "mlp"), Error::QuantizedTensor { .. }, parts);
+        assert_error!(
+            load(&dir, &FfnConfig::new(H, I), "mlp"),
+            Error::QuantizedTensor { .. },
+            parts
+        );
     }
     let dir = directory(&[("model.safetensors", &tensors(&list))]);
-    assert_error!(load(&dir, &FfnConfig::new(H, I), "mlp"), Error::DTypeUnsupported { .. }, ["mlp.gate_proj.weight", "U32"]);
+    assert_error!(
+        load(&dir, &FfnConfig::new(H, I), "mlp"),
+        Error::DTypeUnsupported { .. },
+        ["mlp.gate_proj.weight", "U32"]
+    );
 }
 
 #[cfg(unix)]
@@ -46,12 +67,20 @@ fn links_to_nothing() {
             fs::write(dir.path().join("config.json"), CONFIG).unwrap();
         }
         std::os::unix::fs::symlink("../../blobs/00ff", dir.path().join(name)).unwrap();
-        assert_error!(Checkpoint::open(dir.path()), Error::DanglingLink { .. }, [name, "../../blobs/00ff", "not there"]);
+        assert_error!(
+            Checkpoint::open(dir.path()),
+            Error::DanglingLink { .. },
+            [name, "../../blobs/00ff", "not there"]
+        );
     }
     let index = br#"{"weight_map": {"mlp.up_proj.weight": "a.safetensors"}}"#;
     let dir = directory(&[("model.safetensors.index.json", index)]);
     std::os::unix::fs::symlink("nowhere", dir.path().join("a.safetensors")).unwrap();
-    assert_error!(Checkpoint::open(dir.path()), Error::DanglingLink { .. }, ["a.safetensors", "nowhere"]);
+    assert_error!(
+        Checkpoint::open(dir.path()),
+        Error::DanglingLink { .. },
+        ["a.safetensors", "nowhere"]
+    );
 }
 
 #[test]
@@ -82,13 +111,18 @@ fn numbers_that_only_python_writes() {
     let cfg = FfnConfig::from_json(checkpoint.config()).unwrap();
     assert!(load(&dir, &cfg, "mlp").is_ok());
     // An error about such a number shows it.
-    fs::write(dir.path().join("config.json"), r#"{"hidden_size": NaN, "intermediate_size": 6}"#).unwrap();
+    fs::write(dir.path().join("config.json"), r#"{"hidden_size": NaN, "intermediate_size": 6}"#)
+        .unwrap();
     let cfg = FfnConfig::from_json(Checkpoint::open(dir.path()).unwrap().config());
     assert_error!(cfg, Error::InvalidField { .. }, ["hidden_size", "NaN"]);
     // Words that are similar to them are still invalid JSON.
     for broken in ["{\"a\": NaNs}", "{\"a\": Infinity", "{\"a\": nan}"] {
         fs::write(dir.path().join("config.json"), broken).unwrap();
-        assert_error!(Checkpoint::open(dir.path()), Error::Json { .. }, ["config.json", "not valid JSON"]);
+        assert_error!(
+            Checkpoint::open(dir.path()),
+            Error::Json { .. },
+            ["config.json", "not valid JSON"]
+        );
     }
 }
 
@@ -98,7 +132,11 @@ fn a_pipe_is_not_read() {
     let dir = TempDir::new().unwrap();
     let pipe = dir.path().join("generation_config.json");
     assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
-    assert_error!(read_json(&pipe), Error::NotAFile { .. }, ["generation_config.json", "a special file"]);
+    assert_error!(
+        read_json(&pipe),
+        Error::NotAFile { .. },
+        ["generation_config.json", "a special file"]
+    );
 }
 
 #[test]
@@ -130,5 +168,9 @@ fn which_tensors_have_been_read() {
     checkpoint.hide("b.weight");
     assert!(checkpoint.unread().is_empty() && !checkpoint.contains("b.weight"));
     assert!(!checkpoint.names().any(|name| name == "b.weight"));
-    assert_error!(checkpoint.tensor("b.weight", DType::F32, &Device::Cpu), Error::MissingTensor { .. }, ["weight", "b"]);
+    assert_error!(
+        checkpoint.tensor("b.weight", DType::F32, &Device::Cpu),
+        Error::MissingTensor { .. },
+        ["weight", "b"]
+    );
 }

@@ -67,7 +67,9 @@ fn tensors(list: &[(&str, &str, &[usize])]) -> Vec<u8> {
         let start = end;
         let bits: usize = dtype.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().unwrap();
         end += shape.iter().product::<usize>() * bits / 8;
-        format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#)
+        format!(
+            r#""{name}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#
+        )
     });
     let header = format!("{{{}}}", entries.collect::<Vec<_>>().join(","));
     file(&header, end)
@@ -75,11 +77,18 @@ fn tensors(list: &[(&str, &str, &[usize])]) -> Vec<u8> {
 
 fn block() -> Vec<u8> {
     let (ih, hi): (&[usize], &[usize]) = (&[I, H], &[H, I]);
-    tensors(&[("mlp.gate_proj.weight", "F32", ih), ("mlp.up_proj.weight", "F32", ih), ("mlp.down_proj.weight", "F32", hi)])
+    tensors(&[
+        ("mlp.gate_proj.weight", "F32", ih),
+        ("mlp.up_proj.weight", "F32", ih),
+        ("mlp.down_proj.weight", "F32", hi),
+    ])
 }
 
 fn load(dir: &TempDir, cfg: &FfnConfig, prefix: &str) -> Result<SwiGluFfn, Error> {
-    SwiGluFfn::new(cfg, Checkpoint::open(dir.path())?.var_builder(DType::F32, &Device::Cpu).pp(prefix))
+    SwiGluFfn::new(
+        cfg,
+        Checkpoint::open(dir.path())?.var_builder(DType::F32, &Device::Cpu).pp(prefix),
+    )
 }
 
 fn load_file(bytes: &[u8]) -> Result<SwiGluFfn, Error> {

@@ -9,7 +9,8 @@ use super::*;
 
 /// A block under `model.layers.0.mlp`, a projection outside of it, and the tensor `name`.
 fn with(name: &str, shape: &[usize]) -> HashMap<String, Tensor> {
-    let of = |name: &str, shape: &[usize]| (format!("model.layers.0.{name}"), zeros(shape, DType::F32));
+    let of =
+        |name: &str, shape: &[usize]| (format!("model.layers.0.{name}"), zeros(shape, DType::F32));
     HashMap::from([
         of("mlp.gate_proj.weight", &[I, H]),
         of("mlp.up_proj.weight", &[I, H]),
@@ -28,7 +29,10 @@ fn sources(tensors: &HashMap<String, Tensor>) -> Vec<(&'static str, VarBuilder<'
     let bytes = std::fs::read(&file).unwrap();
     let vars = VarMap::new();
     for (name, tensor) in tensors {
-        vars.data().lock().unwrap().insert(name.clone(), candle_core::Var::from_tensor(tensor).unwrap());
+        vars.data()
+            .lock()
+            .unwrap()
+            .insert(name.clone(), candle_core::Var::from_tensor(tensor).unwrap());
     }
     vec![
         ("Checkpoint", Checkpoint::open(dir.path()).unwrap().var_builder(dtype, device)),
@@ -58,7 +62,11 @@ fn what_the_block_does_not_read_is_named() {
             let block = swiglu_ffn(&FfnConfig::new(H, I), vb.pp("model.layers.0.mlp"));
             let full = format!("model.layers.0.{name}");
             println!("{source} {name}");
-            assert_error!(block, Error::UnreadTensors { layer: "block", .. }, [full.as_str(), "would not be read"]);
+            assert_error!(
+                block,
+                Error::UnreadTensors { layer: "block", .. },
+                [full.as_str(), "would not be read"]
+            );
         }
     }
     // Only a checkpoint can list a name that is not known. Names like those of attention do not
@@ -73,7 +81,12 @@ fn what_the_block_does_not_read_is_named() {
 
 #[test]
 fn what_is_beside_the_block_is_not_its_own() {
-    for name in ["input_layernorm.weight", "self_attn.q_norm.weight", "mlp_norm.weight", "mlp.rotary_emb.inv_freq"] {
+    for name in [
+        "input_layernorm.weight",
+        "self_attn.q_norm.weight",
+        "mlp_norm.weight",
+        "mlp.rotary_emb.inv_freq",
+    ] {
         for (source, vb) in sources(&with(name, &[I])) {
             let block = swiglu_ffn(&FfnConfig::new(H, I), vb.pp("model.layers.0.mlp"));
             assert!(block.is_ok(), "{source} {name}: {block:?}");
@@ -84,8 +97,15 @@ fn what_is_beside_the_block_is_not_its_own() {
     assert!(vb.get(I, "model.layers.0.mlp.router.weight").is_ok());
     assert!(swiglu_ffn(&FfnConfig::new(H, I), vb.pp("model.layers.0.mlp")).is_ok());
     // Under the prefix of a whole layer (GGUF's names), attention and norms belong to other layers.
-    let names = [("ffn_gate", [I, H]), ("ffn_up", [I, H]), ("ffn_down", [H, I]), ("attn_q", [H, H]), ("attn_norm", [H, 1])];
-    let layer = names.map(|(name, shape)| (format!("blk.0.{name}.weight"), zeros(&shape, DType::F32)));
+    let names = [
+        ("ffn_gate", [I, H]),
+        ("ffn_up", [I, H]),
+        ("ffn_down", [H, I]),
+        ("attn_q", [H, H]),
+        ("attn_norm", [H, 1]),
+    ];
+    let layer =
+        names.map(|(name, shape)| (format!("blk.0.{name}.weight"), zeros(&shape, DType::F32)));
     for (source, vb) in sources(&layer.into_iter().collect()) {
         let block = swiglu_ffn(&FfnConfig::new(H, I), vb.pp("blk.0"));
         assert!(block.is_ok(), "{source}: {block:?}");
@@ -94,7 +114,9 @@ fn what_is_beside_the_block_is_not_its_own() {
 
 #[test]
 fn what_a_linear_layer_does_not_read_is_named() {
-    for (name, shape) in [("lora_A.weight", &[2, H][..]), ("weight_scale", &[1]), ("qweight", &[1, I])] {
+    for (name, shape) in
+        [("lora_A.weight", &[2, H][..]), ("weight_scale", &[1]), ("qweight", &[1, I])]
+    {
         let tensors = HashMap::from([
             ("q_proj.weight".to_string(), zeros(&[I, H], DType::F32)),
             (format!("q_proj.{name}"), zeros(shape, DType::F32)),
@@ -102,7 +124,11 @@ fn what_a_linear_layer_does_not_read_is_named() {
         let full = format!("q_proj.{name}");
         for (_, vb) in sources(&tensors) {
             let parts = [full.as_str(), "the linear layer would compute"];
-            assert_error!(linear_no_bias(H, I, vb.pp("q_proj")), Error::UnreadTensors { .. }, parts);
+            assert_error!(
+                linear_no_bias(H, I, vb.pp("q_proj")),
+                Error::UnreadTensors { .. },
+                parts
+            );
             assert_error!(Linear::load(H, I, vb.pp("q_proj")), Error::UnreadTensors { .. }, parts);
         }
     }
@@ -136,7 +162,11 @@ fn the_prefix_that_was_meant() {
             if source != "Checkpoint" && !wrong.contains('0') {
                 assert_error!(block, Error::MissingTensor { .. }, ["gate_proj.weight"]);
             } else {
-                assert_error!(block, Error::MissingTensor { .. }, ["did you mean \"model.layers.0.mlp\"?"]);
+                assert_error!(
+                    block,
+                    Error::MissingTensor { .. },
+                    ["did you mean \"model.layers.0.mlp\"?"]
+                );
             }
         }
     }
@@ -149,8 +179,14 @@ fn the_prefix_that_was_meant() {
 
 #[test]
 fn an_mlp_without_a_gate_is_called_one() {
-    for (up, down) in [("c_fc", "c_proj"), ("fc1", "fc2"), ("up_proj", "down_proj"), ("dense_h_to_4h", "dense_4h_to_h")] {
-        let of = |name: &str, shape: &[usize]| (format!("mlp.{name}.weight"), zeros(shape, DType::F32));
+    for (up, down) in [
+        ("c_fc", "c_proj"),
+        ("fc1", "fc2"),
+        ("up_proj", "down_proj"),
+        ("dense_h_to_4h", "dense_4h_to_h"),
+    ] {
+        let of =
+            |name: &str, shape: &[usize]| (format!("mlp.{name}.weight"), zeros(shape, DType::F32));
         // dense_h_to_4h with 2I rows is ChatGLM's gate and up.
         for (source, vb) in sources(&HashMap::from([of(up, &[I, H]), of(down, &[H, I])])) {
             if source == "VarMap" {
@@ -158,7 +194,11 @@ fn an_mlp_without_a_gate_is_called_one() {
             }
             let block = swiglu_ffn(&FfnConfig::new(H, I), vb.pp("mlp"));
             match up {
-                "dense_h_to_4h" => assert_error!(block, Error::Shape { .. }, ["dense_h_to_4h", "[12, 4]", "[6, 4]"]),
+                "dense_h_to_4h" => assert_error!(
+                    block,
+                    Error::Shape { .. },
+                    ["dense_h_to_4h", "[12, 4]", "[6, 4]"]
+                ),
                 _ => assert_error!(block, Error::PlainMlp { .. }, [up, down, "without a gate"]),
             }
         }
@@ -167,10 +207,16 @@ fn an_mlp_without_a_gate_is_called_one() {
 
 #[test]
 fn a_bias_without_a_prefix() {
-    let tensors =
-        HashMap::from([("weight".to_string(), zeros(&[I, H], DType::F32)), ("bias".to_string(), zeros(&[I], DType::F32))]);
+    let tensors = HashMap::from([
+        ("weight".to_string(), zeros(&[I, H], DType::F32)),
+        ("bias".to_string(), zeros(&[I], DType::F32)),
+    ]);
     for (_, vb) in sources(&tensors) {
         let error = linear_no_bias(H, I, vb).unwrap_err();
-        assert!(matches!(error, Error::UnexpectedBias { .. }) && error.to_string().starts_with("bias is"), "{error}");
+        assert!(
+            matches!(error, Error::UnexpectedBias { .. })
+                && error.to_string().starts_with("bias is"),
+            "{error}"
+        );
     }
 }

@@ -15,7 +15,13 @@ struct Short {
 
 impl Short {
     fn new(dtype: DType) -> Self {
-        let value = |bits| if dtype == DType::F16 { f16::from_bits(bits).to_f64() } else { bf16::from_bits(bits).to_f64() };
+        let value = |bits| {
+            if dtype == DType::F16 {
+                f16::from_bits(bits).to_f64()
+            } else {
+                bf16::from_bits(bits).to_f64()
+            }
+        };
         let values: Vec<f64> = (0..0x8000).map(value).take_while(|v| v.is_finite()).collect();
         let beyond = if dtype == DType::F16 { 2f64.powi(16) } else { 2f64.powi(128) };
         Self { values, beyond }
@@ -54,20 +60,37 @@ fn rounded(dtype: DType, values: &[f64]) -> Vec<f64> {
 /// Special values; values at and beside the ties of all dtypes; then random ones. Together they
 /// fill more than a chunk of 1 MiB in every dtype.
 fn values() -> Vec<f64> {
-    let mut values =
-        vec![0.0, f64::INFINITY, f64::NAN, f64::MAX, f64::MIN_POSITIVE, 5e-324, f64::from(f32::MAX), 65504.0, 65520.0];
+    let mut values = vec![
+        0.0,
+        f64::INFINITY,
+        f64::NAN,
+        f64::MAX,
+        f64::MIN_POSITIVE,
+        5e-324,
+        f64::from(f32::MAX),
+        65504.0,
+        65520.0,
+    ];
     for exponent in (-160..=140).map(|e| 2f64.powi(e)) {
         for last in [11, 12, 8, 9, 24, 25].map(|bit| 2f64.powi(-bit)) {
             values.extend(
-                [1.0, 1.0 + last, 1.0 + 3.0 * last, 1.0 + last + 2f64.powi(-45), 1.0 + last - 2f64.powi(-45)]
-                    .map(|m| m * exponent),
+                [
+                    1.0,
+                    1.0 + last,
+                    1.0 + 3.0 * last,
+                    1.0 + last + 2f64.powi(-45),
+                    1.0 + last - 2f64.powi(-45),
+                ]
+                .map(|m| m * exponent),
             );
         }
     }
     let mut state = 1u64;
     while values.len() < 300_001 {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        values.push((1.0 + (state >> 12) as f64 * 2f64.powi(-52)) * 2f64.powi((state >> 7) as i32 % 32));
+        values.push(
+            (1.0 + (state >> 12) as f64 * 2f64.powi(-52)) * 2f64.powi((state >> 7) as i32 % 32),
+        );
     }
     let negative: Vec<f64> = values.iter().map(|v| -v).collect();
     [values, negative].concat()
@@ -79,7 +102,10 @@ fn any_dtype_of_the_file_in_any_dtype_with_one_rounding() {
     let make = |dtype| {
         let stored = rounded(dtype, &values);
         // Exact, because these are values of the dtype.
-        let tensor = Tensor::from_slice(&stored, stored.len(), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let tensor = Tensor::from_slice(&stored, stored.len(), &Device::Cpu)
+            .unwrap()
+            .to_dtype(dtype)
+            .unwrap();
         (stored, tensor)
     };
     let (stored, tensors): (Vec<_>, Vec<_>) = FLOATS.map(make).into_iter().unzip();
@@ -92,8 +118,12 @@ fn any_dtype_of_the_file_in_any_dtype_with_one_rounding() {
             assert_eq!(loaded.dtype(), target);
             let loaded = loaded.to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
             for ((found, expected), v) in loaded.iter().zip(rounded(target, stored)).zip(stored) {
-                let same = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
-                assert!(same, "{source:?} {v:e} as {target:?}: expected {expected:e}, found {found:e}");
+                let same =
+                    found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
+                assert!(
+                    same,
+                    "{source:?} {v:e} as {target:?}: expected {expected:e}, found {found:e}"
+                );
             }
         }
     }
@@ -104,7 +134,8 @@ fn values_and_their_places_survive_every_chunk() {
     // 9 M elements: 18 MB of bf16, more than one chunk of a read without conversion.
     let n = 9_000_001;
     let bits = |i: usize| bf16::from_bits((i % 0x7f00) as u16);
-    let tensors = Tensors::from([("w".into(), Tensor::from_iter((0..n).map(bits), &Device::Cpu).unwrap())]);
+    let tensors =
+        Tensors::from([("w".into(), Tensor::from_iter((0..n).map(bits), &Device::Cpu).unwrap())]);
     let dir = single(&tensors);
     let vb = Checkpoint::open(dir.path()).unwrap().var_builder(DType::BF16, &Device::Cpu);
     let loaded = vb.get(n, "w").unwrap().to_vec1::<bf16>().unwrap();

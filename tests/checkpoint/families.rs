@@ -8,7 +8,10 @@ use super::{H, I, Tensors, block, integers, llama, output, single};
 
 /// The weights, or the biases, of one block in the names and the layout of every family: prefix,
 /// tensors, and whether the caller must name the family.
-fn families(kind: &str, [gate, up, down]: [&Tensor; 3]) -> Vec<(Family, &'static str, Tensors, bool)> {
+fn families(
+    kind: &str,
+    [gate, up, down]: [&Tensor; 3],
+) -> Vec<(Family, &'static str, Tensors, bool)> {
     let gate_first = &Tensor::cat(&[gate, up], 0).unwrap();
     let up_first = &Tensor::cat(&[up, gate], 0).unwrap();
     let alternating = &Tensor::stack(&[gate, up], 1).unwrap().reshape(gate_first.shape()).unwrap();
@@ -28,13 +31,24 @@ fn families(kind: &str, [gate, up, down]: [&Tensor; 3]) -> Vec<(Family, &'static
         (Family::FlashAttn, "mlp", &[("fc1", up_first), ("fc2", down)], true),
         (Family::Interleaved, "mlp", &[("gate_up_proj", alternating), ("down_proj", down)], true),
         (Family::Nomic, "mlp", &[("fc12", gate), ("fc11", up), ("fc2", down)], false),
-        (Family::T5, "layer.1.DenseReluDense", &[("wi_0", gate), ("wi_1", up), ("wo", down)], false),
+        (
+            Family::T5,
+            "layer.1.DenseReluDense",
+            &[("wi_0", gate), ("wi_1", up), ("wo", down)],
+            false,
+        ),
         (Family::Gguf, "blk.0", &[("ffn_gate", gate), ("ffn_up", up), ("ffn_down", down)], false),
     ];
     let full = |prefix, names: &[(&str, &Tensor)]| {
-        names.iter().map(|(name, tensor)| (format!("{prefix}.{name}.{kind}"), (*tensor).clone())).collect()
+        names
+            .iter()
+            .map(|(name, tensor)| (format!("{prefix}.{name}.{kind}"), (*tensor).clone()))
+            .collect()
     };
-    table.into_iter().map(|(family, prefix, names, named)| (family, prefix, full(prefix, names), named)).collect()
+    table
+        .into_iter()
+        .map(|(family, prefix, names, named)| (family, prefix, full(prefix, names), named))
+        .collect()
 }
 
 fn all_weights() -> Vec<(Family, &'static str, Tensors, bool)> {
@@ -47,7 +61,9 @@ fn sources(tensors: &Tensors) -> Vec<(&'static str, VarBuilder<'static>)> {
     let dir = single(tensors);
     let file = dir.path().join("model.safetensors");
     let (dtype, device) = (DType::F32, &Device::Cpu);
-    let buffered = VarBuilder::from_buffered_safetensors(std::fs::read(&file).unwrap(), dtype, device).unwrap();
+    let buffered =
+        VarBuilder::from_buffered_safetensors(std::fs::read(&file).unwrap(), dtype, device)
+            .unwrap();
     // SAFETY: no process changes the file while it is mapped. Removing its name below leaves the
     // mapped pages unchanged.
     #[allow(unsafe_code)]
@@ -56,7 +72,10 @@ fn sources(tensors: &Tensors) -> Vec<(&'static str, VarBuilder<'static>)> {
         ("Checkpoint", Checkpoint::open(dir.path()).unwrap().var_builder(dtype, device)),
         ("from_mmaped_safetensors", mapped),
         ("from_buffered_safetensors", buffered),
-        ("from_tensors", VarBuilder::from_tensors(tensors.clone().into_iter().collect(), dtype, device)),
+        (
+            "from_tensors",
+            VarBuilder::from_tensors(tensors.clone().into_iter().collect(), dtype, device),
+        ),
     ]
 }
 
@@ -72,7 +91,9 @@ fn every_family_from_every_source() {
             assert_eq!(output(&ffn), expected, "{case}, named");
             match SwiGluFfn::new(&cfg, vb.pp(prefix)) {
                 Ok(ffn) if !must_be_named => assert_eq!(output(&ffn), expected, "{case}, detected"),
-                Ok(ffn) => assert_ne!(output(&ffn), expected, "{case}: another layout has these names"),
+                Ok(ffn) => {
+                    assert_ne!(output(&ffn), expected, "{case}: another layout has these names")
+                }
                 Err(error) => assert!(must_be_named, "{case}: {error}"),
             }
         }
@@ -106,17 +127,31 @@ fn linear_takes_a_bias_where_there_is_one() {
     tensors.insert("mlp.gate_proj.bias".into(), bias.clone());
     for (source, vb) in sources(&tensors) {
         let with = Linear::load(H, I, vb.pp("mlp.gate_proj")).unwrap();
-        assert_eq!(with.bias().unwrap().unwrap().to_vec1::<f32>().unwrap(), bias.to_vec1::<f32>().unwrap(), "{source}");
-        assert!(linear_b(H, I, true, vb.pp("mlp.gate_proj")).unwrap().bias().unwrap().is_some(), "{source}");
-        assert!(Linear::load(H, I, vb.pp("mlp.up_proj")).unwrap().bias().unwrap().is_none(), "{source}");
-        assert!(linear_b(H, I, false, vb.pp("mlp.up_proj")).unwrap().bias().unwrap().is_none(), "{source}");
+        assert_eq!(
+            with.bias().unwrap().unwrap().to_vec1::<f32>().unwrap(),
+            bias.to_vec1::<f32>().unwrap(),
+            "{source}"
+        );
+        assert!(
+            linear_b(H, I, true, vb.pp("mlp.gate_proj")).unwrap().bias().unwrap().is_some(),
+            "{source}"
+        );
+        assert!(
+            Linear::load(H, I, vb.pp("mlp.up_proj")).unwrap().bias().unwrap().is_none(),
+            "{source}"
+        );
+        assert!(
+            linear_b(H, I, false, vb.pp("mlp.up_proj")).unwrap().bias().unwrap().is_none(),
+            "{source}"
+        );
     }
 }
 
 #[test]
 fn zeros() {
     let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
-    let all = all_weights().into_iter().map(|(family, ..)| FfnConfig::new(H, I).with_family(family));
+    let all =
+        all_weights().into_iter().map(|(family, ..)| FfnConfig::new(H, I).with_family(family));
     for cfg in all.chain([FfnConfig::new(H, I), FfnConfig::new(H, I).with_bias(true)]) {
         let ffn = SwiGluFfn::new(&cfg, vb.pp("mlp")).unwrap();
         assert_eq!(output(&ffn), vec![0.0; 3 * H], "{cfg:?}");

@@ -61,7 +61,10 @@ fn block() -> (Tensor, Tensor, Tensor, SwiGluFfn) {
 
 fn llama(prefix: &str) -> Tensors {
     let (gate, up, down, _) = block();
-    named(prefix, &[("gate_proj.weight", &gate), ("up_proj.weight", &up), ("down_proj.weight", &down)])
+    named(
+        prefix,
+        &[("gate_proj.weight", &gate), ("up_proj.weight", &up), ("down_proj.weight", &down)],
+    )
 }
 
 /// The outputs of one block for a few rows.
@@ -80,13 +83,16 @@ fn assert_same(checkpoint: &Checkpoint, tensors: &Tensors) {
     for (name, tensor) in tensors {
         let loaded = checkpoint.tensor(name, tensor.dtype(), &Device::Cpu).unwrap();
         assert_eq!(loaded.dims(), tensor.dims(), "{name}");
-        let values = |t: &Tensor| t.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
+        let values = |t: &Tensor| {
+            t.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap()
+        };
         assert_eq!(values(&loaded), values(tensor), "{name}");
     }
 }
 
 fn index(dir: &TempDir, map: &[(&str, &str)]) {
-    let map: serde_json::Map<_, _> = map.iter().map(|(tensor, file)| (tensor.to_string(), json!(file))).collect();
+    let map: serde_json::Map<_, _> =
+        map.iter().map(|(tensor, file)| (tensor.to_string(), json!(file))).collect();
     let json = json!({"metadata": {"total_size": 0}, "weight_map": map}).to_string();
     std::fs::write(dir.path().join("model.safetensors.index.json"), json).unwrap();
 }
@@ -103,13 +109,19 @@ fn a_single_file() {
     assert!(checkpoint.names().eq(tensors.keys()));
     assert_eq!(checkpoint.data_bytes(), bytes(&tensors));
     assert!(checkpoint.contains("model.norm.weight"));
-    assert!(!checkpoint.contains("model.norm") && !checkpoint.contains("norm.weight") && !checkpoint.contains(""));
+    assert!(
+        !checkpoint.contains("model.norm")
+            && !checkpoint.contains("norm.weight")
+            && !checkpoint.contains("")
+    );
     let described = format!("{checkpoint:?}");
     assert!(described.contains("files: 1") && described.contains("tensors: 5"), "{described}");
 
     let cfg = FfnConfig::from_json(checkpoint.config()).unwrap();
     let vb = checkpoint.var_builder(DType::F32, &Device::Cpu);
-    assert!(vb.contains_tensor("model.norm.weight") && vb.pp("model").contains_tensor("norm.weight"));
+    assert!(
+        vb.contains_tensor("model.norm.weight") && vb.pp("model").contains_tensor("norm.weight")
+    );
     assert_eq!(vb.to_dtype(DType::F64).get(H, "model.norm.weight").unwrap().dtype(), DType::F64);
     assert_eq!(vb.get_unchecked("model.norm.weight").unwrap().dims(), [H]);
     let ffn = SwiGluFfn::new(&cfg, vb.pp("model.layers.0.mlp")).unwrap();
@@ -119,12 +131,17 @@ fn a_single_file() {
 #[test]
 fn shards_and_their_index() {
     let tensors = llama("mlp");
-    let part = |names: &[&str]| names.iter().map(|n| (n.to_string(), tensors[*n].clone())).collect::<Tensors>();
+    let part = |names: &[&str]| {
+        names.iter().map(|n| (n.to_string(), tensors[*n].clone())).collect::<Tensors>()
+    };
     let dir = directory();
     let [a, b] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
     save(dir.path().join(a), &part(&["mlp.down_proj.weight", "mlp.up_proj.weight"]));
     save(dir.path().join(b), &part(&["mlp.gate_proj.weight"]));
-    index(&dir, &[("mlp.down_proj.weight", a), ("mlp.up_proj.weight", a), ("mlp.gate_proj.weight", b)]);
+    index(
+        &dir,
+        &[("mlp.down_proj.weight", a), ("mlp.up_proj.weight", a), ("mlp.gate_proj.weight", b)],
+    );
     assert_same(&Checkpoint::open(dir.path()).unwrap(), &tensors);
 
     // A tensor that the index does not name is found too.
@@ -135,7 +152,10 @@ fn shards_and_their_index() {
     let mut stale = part(&["mlp.gate_proj.weight"]);
     stale.insert("mlp.up_proj.weight".into(), integers(&[1, 1], 9));
     save(dir.path().join(b), &stale);
-    index(&dir, &[("mlp.down_proj.weight", a), ("mlp.up_proj.weight", a), ("mlp.gate_proj.weight", b)]);
+    index(
+        &dir,
+        &[("mlp.down_proj.weight", a), ("mlp.up_proj.weight", a), ("mlp.gate_proj.weight", b)],
+    );
     assert_same(&Checkpoint::open(dir.path()).unwrap(), &tensors);
 
     // A single file takes precedence over an index, as in transformers.
@@ -147,10 +167,17 @@ fn shards_and_their_index() {
 #[test]
 fn metas_own_files() {
     let (gate, up, down, ffn) = block();
-    let tensors = named("layers.0.feed_forward", &[("w1.weight", &gate), ("w3.weight", &up), ("w2.weight", &down)]);
+    let tensors = named(
+        "layers.0.feed_forward",
+        &[("w1.weight", &gate), ("w3.weight", &up), ("w2.weight", &down)],
+    );
     for file in ["consolidated.safetensors", "consolidated.00.safetensors"] {
         let dir = TempDir::new().unwrap();
-        std::fs::write(dir.path().join("params.json"), r#"{"dim": 6, "multiple_of": 10, "ffn_dim_multiplier": 0.5}"#).unwrap();
+        std::fs::write(
+            dir.path().join("params.json"),
+            r#"{"dim": 6, "multiple_of": 10, "ffn_dim_multiplier": 0.5}"#,
+        )
+        .unwrap();
         save(dir.path().join(file), &tensors);
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         assert_same(&checkpoint, &tensors);
@@ -173,7 +200,11 @@ fn progress_counts_every_byte_once() {
             counter.fetch_add(n, Ordering::Relaxed);
         });
         assert_eq!(read.load(Ordering::Relaxed), 0, "opening reads headers only");
-        SwiGluFfn::new(&FfnConfig::new(H, I), checkpoint.var_builder(dtype, &Device::Cpu).pp("mlp")).unwrap();
+        SwiGluFfn::new(
+            &FfnConfig::new(H, I),
+            checkpoint.var_builder(dtype, &Device::Cpu).pp("mlp"),
+        )
+        .unwrap();
         assert_eq!(read.load(Ordering::Relaxed), checkpoint.data_bytes(), "{dtype:?}");
     }
 }
@@ -182,7 +213,11 @@ fn progress_counts_every_byte_once() {
 fn what_is_loaded_does_not_need_the_files() {
     let dir = single(&llama("mlp"));
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    let ffn = SwiGluFfn::new(&FfnConfig::new(H, I), checkpoint.var_builder(DType::F32, &Device::Cpu).pp("mlp")).unwrap();
+    let ffn = SwiGluFfn::new(
+        &FfnConfig::new(H, I),
+        checkpoint.var_builder(DType::F32, &Device::Cpu).pp("mlp"),
+    )
+    .unwrap();
     let file = dir.path().join("model.safetensors");
     let length = std::fs::metadata(&file).unwrap().len();
     std::fs::write(&file, vec![0xff; length as usize]).unwrap();

@@ -44,11 +44,16 @@ impl Golden {
     /// Every file of `tests/golden/<folder>`, sorted by name. It is an error if there are not
     /// `expected` files.
     pub(crate) fn folder(folder: &str, expected: usize) -> Result<Vec<Self>> {
-        let entries = std::fs::read_dir(golden_dir().join(folder))?.collect::<std::io::Result<Vec<_>>>()?;
+        let entries =
+            std::fs::read_dir(golden_dir().join(folder))?.collect::<std::io::Result<Vec<_>>>()?;
         let mut paths: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
         paths.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
         paths.sort();
-        ensure!(paths.len() == expected, "golden/{folder}: expected {expected} files, found {}", paths.len());
+        ensure!(
+            paths.len() == expected,
+            "golden/{folder}: expected {expected} files, found {}",
+            paths.len()
+        );
         paths.iter().map(|path| Self::load(path)).collect()
     }
 
@@ -152,11 +157,16 @@ pub(crate) fn integers(numbers: &mut Numbers, dims: &[usize], dtype: DType) -> R
 /// Weights of a block with separate projections, and its biases, under the names of Hugging Face's
 /// LLaMA. A uniform weight in ±√(3/n) has the variance 1/n, so that products have the size of their
 /// inputs.
-pub(crate) fn weights(cfg: &FfnConfig, numbers: &mut Numbers, dtype: DType) -> Result<HashMap<String, Tensor>> {
+pub(crate) fn weights(
+    cfg: &FfnConfig,
+    numbers: &mut Numbers,
+    dtype: DType,
+) -> Result<HashMap<String, Tensor>> {
     let (h, i) = (cfg.hidden_size, cfg.intermediate_size);
     let mut all = HashMap::new();
     let biases = [cfg.biases.gate, cfg.biases.up, cfg.biases.down];
-    for ((name, out_dim, in_dim), bias) in [("gate_proj", i, h), ("up_proj", i, h), ("down_proj", h, i)].into_iter().zip(biases)
+    for ((name, out_dim, in_dim), bias) in
+        [("gate_proj", i, h), ("up_proj", i, h), ("down_proj", h, i)].into_iter().zip(biases)
     {
         let scale = (3.0 / in_dim as f64).sqrt();
         all.insert(format!("{name}.weight"), numbers.tensor(&[out_dim, in_dim], scale, dtype)?);
@@ -188,12 +198,21 @@ pub(crate) fn rms_error(found: &[f64], exact: &[f64]) -> f64 {
 
 /// The largest difference.
 pub(crate) fn max_error(found: &[f64], exact: &[f64]) -> f64 {
-    found.iter().zip(exact).map(|(f, e)| (f - e).abs()).fold(0.0, |worst, e| if e > worst || e.is_nan() { e } else { worst })
+    found
+        .iter()
+        .zip(exact)
+        .map(|(f, e)| (f - e).abs())
+        .fold(0.0, |worst, e| if e > worst || e.is_nan() { e } else { worst })
 }
 
 /// Fails unless |found - expected| <= bound for every element. Returns the largest error in units
 /// of its bound.
-pub(crate) fn check_within(what: &str, found: &Tensor, expected: &[f64], bounds: &[f64]) -> Result<f64> {
+pub(crate) fn check_within(
+    what: &str,
+    found: &Tensor,
+    expected: &[f64],
+    bounds: &[f64],
+) -> Result<f64> {
     let found = values(found)?;
     ensure!(
         found.len() == expected.len() && found.len() == bounds.len(),
@@ -204,7 +223,10 @@ pub(crate) fn check_within(what: &str, found: &Tensor, expected: &[f64], bounds:
     let mut worst = 0f64;
     for (i, ((&found, &expected), &bound)) in found.iter().zip(expected).zip(bounds).enumerate() {
         let error = (found - expected).abs();
-        ensure!(error <= bound, "{what}: element {i}: {found}, expected {expected}: error {error:e}, bound {bound:e}");
+        ensure!(
+            error <= bound,
+            "{what}: element {i}: {found}, expected {expected}: error {error:e}, bound {bound:e}"
+        );
         worst = worst.max(if error == 0.0 { 0.0 } else { error / bound });
     }
     Ok(worst)
@@ -213,10 +235,16 @@ pub(crate) fn check_within(what: &str, found: &Tensor, expected: &[f64], bounds:
 // ---------------------------------------------------------------- the same in candle's operations
 
 /// act(gate) ⊙ up
-pub(crate) fn composed(activation: GluActivation, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
+pub(crate) fn composed(
+    activation: GluActivation,
+    gate: &Tensor,
+    up: &Tensor,
+) -> candle_core::Result<Tensor> {
     let act = match activation {
         GluActivation::Silu => gate.silu()?,
-        GluActivation::Swish { beta } => (gate * candle_nn::ops::sigmoid(&(gate * f64::from(beta))?)?)?,
+        GluActivation::Swish { beta } => {
+            (gate * candle_nn::ops::sigmoid(&(gate * f64::from(beta))?)?)?
+        }
         GluActivation::Sigmoid => candle_nn::ops::sigmoid(gate)?,
         GluActivation::Relu => gate.relu()?,
         GluActivation::Gelu => gate.gelu_erf()?,

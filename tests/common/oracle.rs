@@ -33,7 +33,10 @@ impl Near {
 
     fn times(self, other: Self, u: f64) -> Self {
         let carried = self.value.abs() * other.error + self.error * other.largest();
-        Self { value: self.value * other.value, error: carried + u * self.largest() * other.largest() }
+        Self {
+            value: self.value * other.value,
+            error: carried + u * self.largest() * other.largest(),
+        }
     }
 
     fn plus(self, other: Self, u: f64) -> Self {
@@ -130,7 +133,8 @@ pub(crate) struct Matrix {
 impl Matrix {
     /// The exact elements of a matrix, or of a vector as one row.
     pub(crate) fn exact(tensor: &Tensor) -> Result<Self> {
-        let (rows, columns) = if tensor.rank() == 1 { (1, tensor.dim(0)?) } else { tensor.dims2()? };
+        let (rows, columns) =
+            if tensor.rank() == 1 { (1, tensor.dim(0)?) } else { tensor.dims2()? };
         Ok(Self { rows, columns, elements: values(tensor)?.into_iter().map(Near::exact).collect() })
     }
 
@@ -180,7 +184,9 @@ impl Matrix {
     }
 
     fn plus(&self, other: &Self, u: f64) -> Self {
-        Self::from_fn(self.rows, self.columns, |r, c| self.at(r, c).plus(other.at(r % other.rows, c), u))
+        Self::from_fn(self.rows, self.columns, |r, c| {
+            self.at(r, c).plus(other.at(r % other.rows, c), u)
+        })
     }
 }
 
@@ -195,7 +201,9 @@ pub(crate) struct Block {
 
 /// `act`, multipliers, limit and offset of a config.
 pub(crate) fn glu_of(cfg: &FfnConfig) -> Glu {
-    let op = Glu::new(cfg.activation).with_gate_multiplier(cfg.gate_multiplier).with_up_offset(cfg.up_offset);
+    let op = Glu::new(cfg.activation)
+        .with_gate_multiplier(cfg.gate_multiplier)
+        .with_up_offset(cfg.up_offset);
     cfg.limit.map_or(op, |limit| op.with_limit(limit))
 }
 
@@ -211,12 +219,18 @@ impl Block {
                 }
             }
         }
-        Ok(Self { op: glu_of(cfg), down_multiplier: f64::from(cfg.down_multiplier), weights: found })
+        Ok(Self {
+            op: glu_of(cfg),
+            down_multiplier: f64::from(cfg.down_multiplier),
+            weights: found,
+        })
     }
 
     fn project(&self, x: &Matrix, name: &str, u: f64) -> Matrix {
         let product = x.times_transposed(&self.weights[&format!("{name}.weight")], u);
-        self.weights.get(&format!("{name}.bias")).map_or(product.clone(), |bias| product.plus(bias, u))
+        self.weights
+            .get(&format!("{name}.bias"))
+            .map_or(product.clone(), |bias| product.plus(bias, u))
     }
 
     fn scale(&self, y: &Matrix, u: f64) -> Matrix {
@@ -231,7 +245,12 @@ impl Block {
 
     /// The same with sums of unit roundoff u. If `dtype` is given, gate and up, h and y are rounded
     /// to it once each.
-    pub(crate) fn forward_rounded(&self, x: &Tensor, u: f64, dtype: Option<DType>) -> Result<Matrix> {
+    pub(crate) fn forward_rounded(
+        &self,
+        x: &Tensor,
+        u: f64,
+        dtype: Option<DType>,
+    ) -> Result<Matrix> {
         let store = |matrix: Matrix| match dtype {
             Some(dtype) => {
                 let tiny = if dtype == DType::F16 { 2f64.powi(-25) } else { 0.0 };
@@ -240,7 +259,8 @@ impl Block {
             None => matrix,
         };
         let x = Matrix::exact(x)?;
-        let (gate, up) = (store(self.project(&x, "gate_proj", u)), store(self.project(&x, "up_proj", u)));
+        let (gate, up) =
+            (store(self.project(&x, "gate_proj", u)), store(self.project(&x, "up_proj", u)));
         let h = Matrix::from_fn(gate.rows, gate.columns, |r, c| {
             let [act, _, up, _] = glu_factors(&self.op, gate.at(r, c), up.at(r, c), u);
             act.times(up, u)
@@ -249,12 +269,19 @@ impl Block {
     }
 
     /// x, dy (M,H) -> `dx` (M,H) and `d<weight>`, the gradients of <y, dy>
-    pub(crate) fn gradients(&self, x: &Tensor, dy: &Tensor, u: f64) -> Result<BTreeMap<String, Matrix>> {
+    pub(crate) fn gradients(
+        &self,
+        x: &Tensor,
+        dy: &Tensor,
+        u: f64,
+    ) -> Result<BTreeMap<String, Matrix>> {
         let (x, dy) = (Matrix::exact(x)?, self.scale(&Matrix::exact(dy)?, u));
         let (gate, up) = (self.project(&x, "gate_proj", u), self.project(&x, "up_proj", u));
         let dh = dy.times_transposed(&self.weights["down_proj.weight"].transposed(), u); // (M,I)
         let pair = |f: &dyn Fn([Near; 4], Near) -> Near| {
-            Matrix::from_fn(dh.rows, dh.columns, |r, c| f(glu_factors(&self.op, gate.at(r, c), up.at(r, c), u), dh.at(r, c)))
+            Matrix::from_fn(dh.rows, dh.columns, |r, c| {
+                f(glu_factors(&self.op, gate.at(r, c), up.at(r, c), u), dh.at(r, c))
+            })
         };
         let h = pair(&|[act, _, up, _], _| act.times(up, u));
         let dgate = pair(&|[_, slope, up, _], dh| dh.times(up, u).times(slope, u));
@@ -262,8 +289,13 @@ impl Block {
         let back = |d: &Matrix, name: &str| d.times_transposed(&self.weights[name].transposed(), u);
         let dx = back(&dgate, "gate_proj.weight").plus(&back(&dup, "up_proj.weight"), u);
         let mut all = BTreeMap::from([("dx".to_string(), dx)]);
-        for (name, d, input) in [("gate_proj", &dgate, &x), ("up_proj", &dup, &x), ("down_proj", &dy, &h)] {
-            all.insert(format!("d{name}.weight"), d.transposed().times_transposed(&input.transposed(), u));
+        for (name, d, input) in
+            [("gate_proj", &dgate, &x), ("up_proj", &dup, &x), ("down_proj", &dy, &h)]
+        {
+            all.insert(
+                format!("d{name}.weight"),
+                d.transposed().times_transposed(&input.transposed(), u),
+            );
             if self.weights.contains_key(&format!("{name}.bias")) {
                 all.insert(format!("d{name}.bias"), d.column_sums(u));
             }

@@ -42,9 +42,10 @@ fn each_launch_is_traced_with_its_kernel_grid_and_rows() -> Result<()> {
     let cfg = FfnConfig::new(72, 136);
     let mut numbers = Numbers::new(31);
     let ffn = build(&cfg, &weights(&cfg, &mut numbers, DType::F32)?, &device)?;
-    for (rows, expected) in
-        [(3, &["gate_up_fma_f32_n1", "linear_fma_f32_n1"][..]), (40, &["cublas", "gate_forward_f32", "cublas"])]
-    {
+    for (rows, expected) in [
+        (3, &["gate_up_fma_f32_n1", "linear_fma_f32_n1"][..]),
+        (40, &["cublas", "gate_forward_f32", "cublas"]),
+    ] {
         let x = numbers.tensor(&[rows, 72], 1.0, DType::F32)?;
         let launches = Launches::default();
         let subscriber = tracing_subscriber::registry().with(launches.clone());
@@ -52,7 +53,10 @@ fn each_launch_is_traced_with_its_kernel_grid_and_rows() -> Result<()> {
         let found = launches.kept().clone();
         ensure!(found.len() == expected.len(), "{rows} rows: {found:?}");
         for (found, name) in found.iter().zip(expected) {
-            ensure!(found.contains(&format!("kernel=\"{name}\"")), "expected {name}, found {found}");
+            ensure!(
+                found.contains(&format!("kernel=\"{name}\"")),
+                "expected {name}, found {found}"
+            );
             ensure!(found.contains(&format!("rows={rows}")), "{rows} rows: {found}");
             ensure!(*name == "cublas" || found.contains("grid="), "{found}");
         }
@@ -84,7 +88,8 @@ fn plain_is_accepted() -> Result<()> {
         .args(["debugging::plain_child", "--exact", "--ignored"])
         .env("CANDLE_SWIGLU_KERNEL", "plain")
         .output()?;
-    let said = String::from_utf8_lossy(&child.stdout).to_string() + &String::from_utf8_lossy(&child.stderr);
+    let said = String::from_utf8_lossy(&child.stdout).to_string()
+        + &String::from_utf8_lossy(&child.stderr);
     ensure!(child.status.success() && said.contains("1 passed"), "{said}");
     Ok(())
 }

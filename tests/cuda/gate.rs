@@ -4,7 +4,9 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_swiglu::{Glu, GluActivation, glu_mul, reference, silu_mul};
 
-use super::common::{ACTIVATIONS, FLOATS, Numbers, bits, check_within, glu_units, slope_size, unit_roundoff, values};
+use super::common::{
+    ACTIVATIONS, FLOATS, Numbers, bits, check_within, glu_units, slope_size, unit_roundoff, values,
+};
 use super::{cuda, on_model};
 
 /// The operation without and with all of its modifiers.
@@ -18,7 +20,8 @@ fn arithmetic(dtype: DType) -> f64 {
     unit_roundoff(if dtype == DType::F64 { dtype } else { DType::F32 })
 }
 
-/// Below the normal numbers of f16 a rounding errs by 2⁻²⁵. An exponential below those of f32 may be taken for 0: times |gate| <= 12 and
+/// Below the normal numbers of f16 a rounding errs by 2⁻²⁵. An exponential below those of f32 may
+/// be taken for 0: times |gate| <= 12 and
 /// |up + c| <= 5 that is less than 2⁻¹²⁰.
 fn tiny(dtype: DType) -> f64 {
     match dtype {
@@ -28,7 +31,8 @@ fn tiny(dtype: DType) -> f64 {
     }
 }
 
-/// The documented units; in f64 the definition has them too, and erfc(x/√2) errs by x² units of its argument's rounding on either side.
+/// The documented units; in f64 the definition has them too, and erfc(x/√2) errs by x² units of its
+/// argument's rounding on either side.
 fn units(dtype: DType, activation: GluActivation, gate: f64) -> f64 {
     let units = glu_units(activation, gate);
     match (dtype, activation) {
@@ -38,25 +42,30 @@ fn units(dtype: DType, activation: GluActivation, gate: f64) -> f64 {
     }
 }
 
-/// The documented units of f32 (f64), one rounding to the dtype, and what forming m·g and u + c costs.
+/// The documented units of f32 (f64), one rounding to the dtype, and what forming m·g and u + c
+/// costs.
 #[test]
 fn values_follow_the_definition() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
-    for (dtype, op) in
-        FLOATS.into_iter().flat_map(|dtype| ACTIVATIONS.into_iter().flat_map(operations).map(move |op| (dtype, op)))
+    for (dtype, op) in FLOATS
+        .into_iter()
+        .flat_map(|dtype| ACTIVATIONS.into_iter().flat_map(operations).map(move |op| (dtype, op)))
     {
         // Sizes from the edges of 16-byte vectors and of a block of 256 threads.
         for n in [1, 7, 8, 9, 255, 2048, 2049, 100_003] {
             let mut numbers = Numbers::new(21);
-            let (gate, up) = (numbers.tensor(&[n], 12.0, dtype)?, numbers.tensor(&[n], 4.0, dtype)?);
+            let (gate, up) =
+                (numbers.tensor(&[n], 12.0, dtype)?, numbers.tensor(&[n], 4.0, dtype)?);
             let out = op.mul(&gate.to_device(&device)?, &up.to_device(&device)?)?;
             let (mut exact, mut bounds) = (vec![], vec![]);
             for (g, u) in values(&gate)?.into_iter().zip(values(&up)?) {
                 let y = reference::glu(&op, g, u);
                 // u + c cancels: an error of a unit of its terms, times act <= 12.
                 let offset = if op.up_offset == 0.0 { 0.0 } else { 12.0 * (u.abs() + 1.0) };
-                let bounded = (g * f64::from(op.gate_multiplier)).min(op.limit.map_or(f64::INFINITY, f64::from));
-                let error = arithmetic(dtype) * ((units(dtype, op.activation, bounded) + 2.0) * y.abs() + offset);
+                let bounded = (g * f64::from(op.gate_multiplier))
+                    .min(op.limit.map_or(f64::INFINITY, f64::from));
+                let error = arithmetic(dtype)
+                    * ((units(dtype, op.activation, bounded) + 2.0) * y.abs() + offset);
                 exact.push(y);
                 bounds.push(1.01 * (error + unit_roundoff(dtype) * y.abs()) + tiny(dtype));
             }
@@ -70,8 +79,11 @@ fn values_follow_the_definition() -> Result<()> {
 fn special_values_propagate() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
     let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 1.0, -50.0, 88.0, 3e38];
-    let pairs: Vec<(f32, f32)> = special.into_iter().flat_map(|g| special.map(|u| (g, u))).collect();
-    let column = |f: fn(&(f32, f32)) -> f32| Tensor::new(pairs.iter().map(f).collect::<Vec<_>>(), &Device::Cpu);
+    let pairs: Vec<(f32, f32)> =
+        special.into_iter().flat_map(|g| special.map(|u| (g, u))).collect();
+    let column = |f: fn(&(f32, f32)) -> f32| {
+        Tensor::new(pairs.iter().map(f).collect::<Vec<_>>(), &Device::Cpu)
+    };
     let (gate, up) = (column(|pair| pair.0)?, column(|pair| pair.1)?);
     for op in ACTIVATIONS.into_iter().flat_map(operations) {
         let on_cpu = op.mul(&gate, &up)?.to_vec1::<f32>()?;
@@ -91,13 +103,17 @@ fn special_values_propagate() -> Result<()> {
 #[test]
 fn gradients_follow_the_definition() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
-    for (dtype, op) in
-        FLOATS.into_iter().flat_map(|dtype| ACTIVATIONS.into_iter().flat_map(operations).map(move |op| (dtype, op)))
+    for (dtype, op) in FLOATS
+        .into_iter()
+        .flat_map(|dtype| ACTIVATIONS.into_iter().flat_map(operations).map(move |op| (dtype, op)))
     {
         let mut numbers = Numbers::new(22);
         let [gate, up, dy] = [6.0, 4.0, 2.0].map(|scale| numbers.tensor(&[9, 115], scale, dtype));
         let (gate, up, dy) = (gate?, up?, dy?);
-        let (g, u) = (Var::from_tensor(&gate.to_device(&device)?)?, Var::from_tensor(&up.to_device(&device)?)?);
+        let (g, u) = (
+            Var::from_tensor(&gate.to_device(&device)?)?,
+            Var::from_tensor(&up.to_device(&device)?)?,
+        );
         let store = (op.mul(&g, &u)? * dy.to_device(&device)?)?.sum_all()?.backward()?;
         let (mut exact, mut bounds) = ([vec![], vec![]], [vec![], vec![]]);
         for ((g, u), dy) in values(&gate)?.into_iter().zip(values(&up)?).zip(values(&dy)?) {
@@ -105,11 +121,14 @@ fn gradients_follow_the_definition() -> Result<()> {
             let bounded = (g * m).min(op.limit.map_or(f64::INFINITY, f64::from));
             let units = arithmetic(dtype) * (units(dtype, op.activation, bounded) + 8.0);
             let (dgate, dup) = reference::glu_grad(&op, g, u, dy);
-            let slope = dy.abs() * (u.abs() + 1.0) * slope_size(op.activation, bounded) * m.abs().max(1.0);
+            let slope =
+                dy.abs() * (u.abs() + 1.0) * slope_size(op.activation, bounded) * m.abs().max(1.0);
             exact[0].push(dgate);
-            bounds[0].push(1.01 * (units * slope + unit_roundoff(dtype) * dgate.abs()) + tiny(dtype));
+            bounds[0]
+                .push(1.01 * (units * slope + unit_roundoff(dtype) * dgate.abs()) + tiny(dtype));
             exact[1].push(dup);
-            bounds[1].push(1.01 * (units * dup.abs() + unit_roundoff(dtype) * dup.abs()) + tiny(dtype));
+            bounds[1]
+                .push(1.01 * (units * dup.abs() + unit_roundoff(dtype) * dup.abs()) + tiny(dtype));
         }
         for (n, var) in [&g, &u].into_iter().enumerate() {
             let what = format!("{dtype:?} {op:?} {}", ["dgate", "dup"][n]);
@@ -133,14 +152,23 @@ fn pairs(dtype: DType, device: &Device) -> Result<Vec<(&'static str, Tensor, Ten
         ("interleaved", pairs.i((.., .., 0))?, pairs.i((.., .., 1))?),
         ("transposed", turned.narrow(0, 0, 33)?.t()?, turned.narrow(0, 33, 33)?.t()?),
         ("halves in batches", batches.narrow(2, 0, 32)?, batches.narrow(2, 32, 32)?),
-        ("rows broadcast", rows.i(0..1)?.broadcast_as((6, 33))?, rows.i(1..2)?.broadcast_as((6, 33))?),
-        ("columns broadcast", columns.narrow(1, 0, 1)?.broadcast_as((6, 33))?, columns.narrow(1, 1, 1)?.broadcast_as((6, 33))?),
+        (
+            "rows broadcast",
+            rows.i(0..1)?.broadcast_as((6, 33))?,
+            rows.i(1..2)?.broadcast_as((6, 33))?,
+        ),
+        (
+            "columns broadcast",
+            columns.narrow(1, 0, 1)?.broadcast_as((6, 33))?,
+            columns.narrow(1, 1, 1)?.broadcast_as((6, 33))?,
+        ),
         ("one off 16 bytes, the same twice", offset.clone(), offset),
         ("scalars", scalar.clone(), scalar),
     ])
 }
 
-/// Views give the bits of their copies, forward and backward, with dy contiguous, transposed or broadcast.
+/// Views give the bits of their copies, forward and backward, with dy contiguous, transposed or
+/// broadcast.
 #[test]
 fn any_layout() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -149,7 +177,11 @@ fn any_layout() -> Result<()> {
         for (layout, gate, up) in pairs(dtype, &device)? {
             let expected = bits(&silu_mul(&copy(&gate)?, &copy(&up)?)?)?;
             assert_eq!(bits(&silu_mul(&gate, &up)?)?, expected, "{dtype:?} {layout}");
-            assert_eq!(bits(&silu_mul(&gate, &copy(&up)?)?)?, expected, "{dtype:?} {layout}, up a copy");
+            assert_eq!(
+                bits(&silu_mul(&gate, &copy(&up)?)?)?,
+                expected,
+                "{dtype:?} {layout}, up a copy"
+            );
             if gate.rank() != 2 {
                 continue;
             }
@@ -163,7 +195,8 @@ fn any_layout() -> Result<()> {
                 let gradients = |gate: Tensor, up: Tensor, dy: &Tensor| -> Result<[Vec<u64>; 2]> {
                     let (gate, up) = (Var::from_tensor(&gate)?, Var::from_tensor(&up)?);
                     // The product passes dy on as it lies.
-                    let store = (glu_mul(GluActivation::Silu, &gate, &up)? * dy)?.sum_all()?.backward()?;
+                    let store =
+                        (glu_mul(GluActivation::Silu, &gate, &up)? * dy)?.sum_all()?.backward()?;
                     let of = |var: &Var| bits(store.get(var).context("no gradient")?);
                     Ok([of(&gate)?, of(&up)?])
                 };

@@ -1,4 +1,5 @@
-//! When things run: no waiting for the device, capture in a CUDA graph, several streams, several threads.
+//! When things run: no waiting for the device, capture in a CUDA graph, several streams, several
+//! threads.
 #![allow(unsafe_code, reason = "candle's switch of event tracking")]
 
 use anyhow::{Context, Result, ensure};
@@ -28,7 +29,9 @@ fn forward_does_not_wait_for_the_device() -> Result<()> {
     // The model of the driver runs nothing before it is waited for: there any work is slow.
     let side = if super::on_model() { 64 } else { 8192 };
     let slow = Tensor::ones((side, side), DType::F32, &device)?;
-    for (dtype, m) in KERNEL_DTYPES.into_iter().flat_map(|dtype| [1, 32, 33, 300].map(|m| (dtype, m))) {
+    for (dtype, m) in
+        KERNEL_DTYPES.into_iter().flat_map(|dtype| [1, 32, 33, 300].map(|m| (dtype, m)))
+    {
         let (ffn, x) = (block(136, 200, dtype, &device)?, random(&[m, 136], 32, dtype, &device)?);
         ffn.forward(&x)?; // cuBLAS loads its kernels at the first product
         slow.matmul(&slow)?;
@@ -38,7 +41,10 @@ fn forward_does_not_wait_for_the_device() -> Result<()> {
         }
         let before = stream.record_event(None)?;
         let y = ffn.forward(&x)?;
-        ensure!(!before.try_is_complete()?, "{dtype:?} M = {m}: forward returned after the work that precedes it");
+        ensure!(
+            !before.try_is_complete()?,
+            "{dtype:?} M = {m}: forward returned after the work that precedes it"
+        );
         drop(y);
     }
     Ok(())
@@ -56,15 +62,25 @@ fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Cud
     graph?.context("nothing was captured")
 }
 
-/// Replays of a captured call see what x holds by then, and give the bits of calls that are not captured.
-fn replays(device: &Device, layer: &dyn Module, shape: &[usize], width: usize, dtype: DType, what: &str) -> Result<()> {
-    let inputs = (0..3).map(|seed| random(shape, 40 + seed, dtype, device)).collect::<Result<Vec<_>>>()?;
+/// Replays of a captured call see what x holds by then, and give the bits of calls that are not
+/// captured.
+fn replays(
+    device: &Device,
+    layer: &dyn Module,
+    shape: &[usize],
+    width: usize,
+    dtype: DType,
+    what: &str,
+) -> Result<()> {
+    let inputs =
+        (0..3).map(|seed| random(shape, 40 + seed, dtype, device)).collect::<Result<Vec<_>>>()?;
     let expected = inputs.iter().map(|x| bits(&layer.forward(x)?)).collect::<Result<Vec<_>>>()?;
     let x = random(shape, 50, dtype, device)?;
     let out = Tensor::zeros((shape[0], width), dtype, device)?;
     out.slice_set(&layer.forward(&x)?, 0, 0)?; // loads candle's copy kernel
     device.synchronize()?;
-    let graph = capture(device.as_cuda_device()?, || Ok(out.slice_set(&layer.forward(&x)?, 0, 0)?))?;
+    let graph =
+        capture(device.as_cuda_device()?, || Ok(out.slice_set(&layer.forward(&x)?, 0, 0)?))?;
     for _ in 0..2 {
         for (input, expected) in inputs.iter().zip(&expected) {
             x.slice_set(input, 0, 0)?;
@@ -76,14 +92,19 @@ fn replays(device: &Device, layer: &dyn Module, shape: &[usize], width: usize, d
 }
 
 fn capture_and_replay(device: &Device) -> Result<()> {
-    for (dtype, m) in KERNEL_DTYPES.into_iter().flat_map(|dtype| [1, 9, 32, 40, 129, 300].map(|m| (dtype, m))) {
+    for (dtype, m) in
+        KERNEL_DTYPES.into_iter().flat_map(|dtype| [1, 9, 32, 40, 129, 300].map(|m| (dtype, m)))
+    {
         let (h, i) = (136, 200);
         let ffn = block(h, i, dtype, device)?;
         for way in [CudaPrefill::Cublas, CudaPrefill::Fused] {
             let what = format!("{dtype:?} M = {m} {way:?}");
             with_prefill(way, || replays(device, &ffn, &[m, h], h, dtype, &what))?;
         }
-        let linear = Linear::new(random(&[i, h], 33, dtype, device)?, Some(random(&[i], 34, dtype, device)?))?;
+        let linear = Linear::new(
+            random(&[i, h], 33, dtype, device)?,
+            Some(random(&[i], 34, dtype, device)?),
+        )?;
         replays(device, &linear, &[m, h], i, dtype, &format!("{dtype:?} M = {m}, one projection"))?;
         let gate = candle_nn::Func::new(|x: &Tensor| silu_mul(x, x).map_err(Into::into));
         replays(device, &gate, &[m, h], h, dtype, &format!("{dtype:?} M = {m}, the gate"))?;
@@ -107,7 +128,8 @@ fn a_graph_on_a_stream_of_its_own() -> Result<()> {
 
 // ---------------------------------------------------------------- 3. streams, threads, again
 
-/// Two candle devices on one GPU, each with a stream, in turn: each computes what it computes alone, with the other's weights too.
+/// Two candle devices on one GPU, each with a stream, in turn: each computes what it computes
+/// alone, with the other's weights too.
 #[test]
 fn two_streams() -> Result<()> {
     let (Some(a), Some(b)) = (cuda_with_stream()?, cuda_with_stream()?) else { return Ok(()) };
@@ -123,7 +145,10 @@ fn two_streams() -> Result<()> {
         for y in on_a.iter().chain(&on_b) {
             ensure!(bits(y)? == alone, "{dtype:?} M = {m}: a stream disturbed the other");
         }
-        ensure!(bits(&of_a.forward(&xb)?)? == alone, "{dtype:?} M = {m}: x and weights of different streams");
+        ensure!(
+            bits(&of_a.forward(&xb)?)? == alone,
+            "{dtype:?} M = {m}: x and weights of different streams"
+        );
     }
     Ok(())
 }
@@ -132,7 +157,9 @@ fn two_streams() -> Result<()> {
 #[test]
 fn results_do_not_vary() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
-    for (dtype, m) in KERNEL_DTYPES.into_iter().flat_map(|dtype| [1, 7, 8, 32, 300].map(|m| (dtype, m))) {
+    for (dtype, m) in
+        KERNEL_DTYPES.into_iter().flat_map(|dtype| [1, 7, 8, 32, 300].map(|m| (dtype, m)))
+    {
         let (ffn, x) = (block(512, 1376, dtype, &device)?, random(&[m, 512], 36, dtype, &device)?);
         let first = bits(&ffn.forward(&x)?)?;
         for _ in 0..if super::on_model() { 2 } else { 20 } {
@@ -147,7 +174,8 @@ fn results_do_not_vary() -> Result<()> {
     Ok(())
 }
 
-/// Threads that share a layer (each on its own stream, as candle's default device has it), and threads with a device each.
+/// Threads that share a layer (each on its own stream, as candle's default device has it), and
+/// threads with a device each.
 #[test]
 fn concurrent_threads() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -156,14 +184,19 @@ fn concurrent_threads() -> Result<()> {
         let expected = bits(&ffn.forward(&x)?)?; // and with it, all that was written is there
         let expected_of_many = bits(&ffn.forward(&random(&[300, 136], 38, dtype, &device)?)?)?;
         std::thread::scope(|scope| {
-            let shared = |ffn: SwiGluFfn, x: Tensor| (0..20).map(|_| bits(&ffn.forward(&x)?)).collect::<Result<Vec<_>>>();
+            let shared = |ffn: SwiGluFfn, x: Tensor| {
+                (0..20).map(|_| bits(&ffn.forward(&x)?)).collect::<Result<Vec<_>>>()
+            };
             let own = || -> Result<Vec<Vec<u64>>> {
                 let device = Device::new_cuda(0)?;
-                let (ffn, x) = (block(136, 200, dtype, &device)?, random(&[300, 136], 38, dtype, &device)?);
+                let (ffn, x) =
+                    (block(136, 200, dtype, &device)?, random(&[300, 136], 38, dtype, &device)?);
                 (0..5).map(|_| bits(&ffn.forward(&x)?)).collect()
             };
-            let sharing: Vec<_> =
-                (0..4).map(|_| (ffn.clone(), x.clone())).map(|(ffn, x)| scope.spawn(move || shared(ffn, x))).collect();
+            let sharing: Vec<_> = (0..4)
+                .map(|_| (ffn.clone(), x.clone()))
+                .map(|(ffn, x)| scope.spawn(move || shared(ffn, x)))
+                .collect();
             let owning: Vec<_> = (0..3).map(|_| scope.spawn(own)).collect();
             for (workers, expected) in [(sharing, &expected), (owning, &expected_of_many)] {
                 for worker in workers {

@@ -1,4 +1,5 @@
-// For the tests of the kernels: buffers with guarded ends, the definition of the block in long double, and the bookkeeping.
+// For the tests of the kernels: buffers with guarded ends, the definition of the block in long
+// double, and the bookkeeping.
 #pragma once
 #include <signal.h>
 #include <sys/mman.h>
@@ -13,7 +14,8 @@ namespace check {
 
 constexpr double U = 0x1p-24, U64 = 0x1p-53;  // half a unit in the last place of 1 in f32 and f64
 
-// ------------------------------------------------------------------------------------------------ bookkeeping
+// ------------------------------------------------------------------------------------------------
+// bookkeeping
 
 inline int passed = 0, failed = 0, group_passed = 0, group_failed = 0;
 inline std::string group, current;
@@ -43,7 +45,8 @@ inline int summary() {
   return failed ? 1 : 0;
 }
 
-// ------------------------------------------------------------------------------------------------ random numbers
+// ------------------------------------------------------------------------------------------------
+// random numbers
 
 inline std::mt19937 random(20260101);
 inline unsigned seed() { return unsigned(random()); }
@@ -55,9 +58,11 @@ inline double value(double v) { return v; }
 template <typename T> double value(T v) { return double(widen(v)); }
 inline double gauss(double scale) { return std::normal_distribution<>(0, scale)(random); }
 
-// ------------------------------------------------------------------------------------------------ buffers
+// ------------------------------------------------------------------------------------------------
+// buffers
 
-// n elements that end at an inaccessible page, or as near before it as `align` allows; the bytes around are checked or NaN.
+// n elements that end at an inaccessible page, or as near before it as `align` allows; the bytes
+// around are checked or NaN.
 template <typename T> class Buffer {
   uint8_t* map = nullptr;
   size_t bytes = 0;
@@ -94,7 +99,8 @@ template <typename T> class Buffer {
   }
 };
 
-// ------------------------------------------------------------------------------------------------ the definition
+// ------------------------------------------------------------------------------------------------
+// the definition
 
 using Wide = long double;
 
@@ -152,10 +158,11 @@ inline Wide glu(const GluParams& op, Wide gate, Wide up) {
   return activation(op, p.gate).value * p.up;
 }
 
-// ------------------------------------------------------------------------------------------------ bounds
+// ------------------------------------------------------------------------------------------------
+// bounds
 
-// Units of error of act(g) relative to itself: as activation.cuh derives them, with the product's one. f64: the rounding of the
-// exponent's argument counts |z|, that of erfc's argument g² units.
+// Units of error of act(g) relative to itself: as activation.cuh derives them, with the product's
+// one. f64: the rounding of the exponent's argument counts |z|, that of erfc's argument g² units.
 template <typename R> Wide units(const GluParams& op, Wide g) {
   const Wide a = fabsl(g), v = std::min<Wide>(2000, fabsl(1.5957691L * (a + 0.044715L * a * a * a)));
   switch (op.activation) {

@@ -1,15 +1,18 @@
-// Runs the kernels of src/cuda on the CPU: blocks, warps, shared memory and barriers, one fiber per CUDA thread.
+// Runs the kernels of src/cuda on the CPU: blocks, warps, shared memory and barriers, one fiber per
+// CUDA thread.
 //
-// All runs in one OS thread. A fiber runs until it has to wait; then the scheduler takes the next one that can go on, in rising,
-// falling or random order, by the seed of the launch; in random order some warps sleep for a while. So a missing barrier shows in
-// some order, and every run can be repeated.
-// Shared memory is filled with NaN before a block. Clusters (one block where there are none) run one after another in random
-// order; the blocks of a cluster run together. What is asynchronous on the GPU is an `Effect` that happens at once, at the last
-// moment or at a random one, again by the seed. When nothing can go on, a dependency on the previous kernel (pdl_wait) is
+// All runs in one OS thread. A fiber runs until it has to wait; then the scheduler takes the next
+// one that can go on, in rising, falling or random order, by the seed of the launch; in random
+// order some warps sleep for a while. So a missing barrier shows in some order, and every run can
+// be repeated. Shared memory is filled with NaN before a block. Clusters (one block where there are
+// none) run one after another in random order; the blocks of a cluster run together. What is
+// asynchronous on the GPU is an `Effect` that happens at once, at the last moment or at a random
+// one, again by the seed. When nothing can go on, a dependency on the previous kernel (pdl_wait) is
 // fulfilled; when there is none either, that is a deadlock.
 //
-// It checks indices, alignment, layouts of fragments, counts of barriers, the order of accesses to shared memory, and what is
-// touched before the previous kernel is done. It knows nothing of registers, caches, timing or the memory model between blocks.
+// It checks indices, alignment, layouts of fragments, counts of barriers, the order of accesses to
+// shared memory, and what is touched before the previous kernel is done. It knows nothing of
+// registers, caches, timing or the memory model between blocks.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -42,7 +45,8 @@ struct Dim {
 enum class Order { RISING, FALLING, RANDOM };
 enum class Timing { AT_ONCE, LAST_MOMENT, RANDOM };
 
-// ------------------------------------------------------------------------------------------------ blocks
+// ------------------------------------------------------------------------------------------------
+// blocks
 
 struct Barrier {
   int expected = 0, arrived = 0;
@@ -99,7 +103,8 @@ struct Cluster {
   Barrier all;
 };
 
-// ------------------------------------------------------------------------------------------------ fibers
+// ------------------------------------------------------------------------------------------------
+// fibers
 
 using Effect = std::function<void()>;
 
@@ -170,7 +175,8 @@ inline void arrive_and_wait(Barrier& b) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------ asynchronous effects
+// ------------------------------------------------------------------------------------------------
+// asynchronous effects
 
 // Starts an effect; its id is in flight until it has happened.
 inline size_t begin(Effect effect) {
@@ -200,7 +206,8 @@ inline bool some_effects(double p, bool force) {
   return any;
 }
 
-// ------------------------------------------------------------------------------------------------ scheduler
+// ------------------------------------------------------------------------------------------------
+// scheduler
 
 inline void resume(Thread& thread, size_t slot) {
   self = &thread;
@@ -297,7 +304,8 @@ inline void choose(unsigned seed) {
   machine.timing = std::array{Timing::AT_ONCE, Timing::LAST_MOMENT, Timing::RANDOM}[seed / 3 % 3];
 }
 
-// previous(false) is called before each cluster, when nothing of the previous kernel is done, and previous(true) when all is.
+// previous(false) is called before each cluster, when nothing of the previous kernel is done, and
+// previous(true) when all is.
 inline void launch(int grid, int threads, int cluster_size, size_t dynamic, unsigned seed, std::function<void()> kernel,
                    std::function<void(bool)> previous = {}) {
   choose(seed);
@@ -327,7 +335,8 @@ inline void launch(int grid, int threads, int cluster_size, size_t dynamic, unsi
   }
 }
 
-// ------------------------------------------------------------------------------------------------ for device.cuh and hopper.cuh
+// ------------------------------------------------------------------------------------------------
+// for device.cuh and hopper.cuh
 
 template <typename T> T& static_shared() {
   static const char key = 0;
@@ -359,7 +368,8 @@ inline void check_aligned(const void* p, size_t bytes) {
 
 }  // namespace emu
 
-// ------------------------------------------------------------------------------------------------ the words of CUDA C++
+// ------------------------------------------------------------------------------------------------
+// the words of CUDA C++
 
 #define __global__
 #define __launch_bounds__(...)

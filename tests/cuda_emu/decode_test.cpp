@@ -1,7 +1,8 @@
 // decode.cu on the emulator against the definition.
 //
-// Bound of a sum of K products and a bias, in any order: (K + 2)·u·(Σ|x·w| + |b|), u = 2^-24, for products exact in f32 (two
-// 16-bit floats) or rounded (f32). It goes through the gate by its steepest slope (check.h), and y is rounded once.
+// Bound of a sum of K products and a bias, in any order: (K + 2)·u·(Σ|x·w| + |b|), u = 2^-24, for
+// products exact in f32 (two 16-bit floats) or rounded (f32). It goes through the gate by its
+// steepest slope (check.h), and y is rounded once.
 #include "check.h"
 #include "decode.cu"
 
@@ -12,8 +13,8 @@ namespace {
 template <typename T> using GateUp = void (*)(const T*, const T*, const T*, const T*, const T*, T*, int, int, int, GluParams);
 template <typename T> using Linear = void (*)(const T*, const T*, const T*, T*, int, int, int, float);
 
-// A kernel for M ≤ 8, 16, 32 rows, and its launch: (size + per_block - 1) / per_block blocks; those of mma are persistent, so fewer
-// will do: one, two or three here.
+// A kernel for M ≤ 8, 16, 32 rows, and its launch: (size + per_block - 1) / per_block blocks; those
+// of mma are persistent, so fewer will do: one, two or three here.
 template <typename T> struct Family {
   const char* name;
   GateUp<T> gate_up[3];
@@ -143,8 +144,9 @@ template <typename T> void linear_case(const Family<T>& family, int M, int N, in
   report(y.surroundings_untouched(), "written beyond y");
 }
 
-// Sizes from the edges: of mma's 8 k of a load, 32, chunk 64, run 128, and 8 and 16 times those; of fma's warps of 32 and 128, and 4
-// times those; of 8 and 16 features and 2 and 4, and of several tiles of a block.
+// Sizes from the edges: of mma's 8 k of a load, 32, chunk 64, run 128, and 8 and 16 times those; of
+// fma's warps of 32 and 128, and 4 times those; of 8 and 16 features and 2 and 4, and of several
+// tiles of a block.
 const std::vector<int> MMA_K = {8, 24, 32, 40, 56, 64, 72, 120, 128, 136, 192, 200, 256, 264, 504, 512, 520, 1024, 1032, 1096, 2048, 2056, 2184};
 const std::vector<int> FMA_K = {1, 2, 3, 4, 31, 32, 33, 100, 127, 128, 129, 131, 132, 255, 256, 257, 511, 512, 513, 516, 1027, 1028};
 const std::vector<int> FEATURES = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65};

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Plants faults in copies of the kernels, one at a time, and asks that tests/cuda_emu/run.sh catch each. About 15 s per fault.
+# Plants faults in copies of the kernels, one at a time, and asks that tests/cuda_emu/run.sh catch
+# each. About 15 s per fault.
 #   tests/cuda_emu/faults.sh [PATTERN]     only faults whose name matches
 # The last line is `N caught, N missed`; exit 1 if any was missed.
 set -euo pipefail

@@ -1,6 +1,8 @@
-// gate.cu on the emulator against the definition: every dtype, activation and modifier, layouts, tails, special values.
+// gate.cu on the emulator against the definition: every dtype, activation and modifier, layouts,
+// tails, special values.
 //
-// Bounds: as activation.cuh derives them, in f32 (f64 for f64) from exactly widened inputs, rounded once (check.h).
+// Bounds: as activation.cuh derives them, in f32 (f64 for f64) from exactly widened inputs, rounded
+// once (check.h).
 #include "check.h"
 #include "gate.cu"
 
@@ -150,7 +152,8 @@ template <typename T> void every_operation() {
   }
 }
 
-// All pairs of the values where something changes, and the infinities, NaN, zeros, the smallest and the largest numbers.
+// All pairs of the values where something changes, and the infinities, NaN, zeros, the smallest and
+// the largest numbers.
 template <typename T> void special_values() {
   begin_group((std::string("gate ") + Kernels<T>::name + ": special values").c_str());
   const double largest = std::is_same<T, f16>::value ? 65504 : sizeof(T) == 8 ? 1.7e308 : 3e38;
@@ -183,7 +186,8 @@ template <typename T> void special_values() {
         const Wide error = glu_error<Real<T>>(op, g, u, 0, 0);
         // m·gate beyond the largest number is infinite in R, and need not be in the definition.
         const bool overflow = std::isfinite(double(g)) && fabsl(op.gate_multiplier * g) > largest;
-        // So does a square that is beyond the numbers of R: ∞·0 and 0·∞ are NaN then, and 0·up is 0.
+        // So does a square that is beyond the numbers of R: ∞·0 and 0·∞ are NaN then, and 0·up is
+        // 0.
         const Wide act = activation(op, pair_of(op, g, u).gate).value;
         const bool f64 = sizeof(Real<T>) == 8;
         const bool beyond = op.activation == RELU2 && std::isfinite(double(g)) && act > 0 &&
@@ -192,7 +196,8 @@ template <typename T> void special_values() {
         const bool fine = overflow || vanished || close(c.out.at(i, j), want, std::isfinite(double(want)) && error == error ? error : 0);
         if (!fine && ok) printf("  gate %g up %g: %g, not %Lg\n", double(g), double(u), have, want);
         ok &= fine;
-        // Where everything is finite and small enough the gradients hold their bounds; NaN must come out where the exact one is NaN.
+        // Where everything is finite and small enough the gradients hold their bounds; NaN must
+        // come out where the exact one is NaN.
         const Pair p = pair_of(op, g, u);
         const Slope a = activation(op, p.gate);
         const Wide want_gate = p.gate_within ? Wide(op.gate_multiplier) * p.up * a.slope : 0, want_up = p.up_within ? a.value : 0;

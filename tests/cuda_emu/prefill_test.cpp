@@ -109,7 +109,8 @@ template <typename T> void run_case(Shape s, const GluParams& op, int bias) {
   layer.verify(op, bias & 1, bias & 2);
 }
 
-// Rows from the edges of 64 and 128 (256 in a cluster of 2), features of 64 and 128, k of 16, 64 and the ring of 4 x 64.
+// Rows from the edges of 64 and 128 (256 in a cluster of 2), features of 64 and 128, k of 16, 64
+// and the ring of 4 x 64.
 template <typename T> void shapes(const char* name) {
   for (const int width : WIDTHS)
     for (int cluster = 1; cluster <= (width >= 96 ? 2 : 1); ++cluster) {
@@ -134,8 +135,9 @@ template <typename T> void shapes(const char* name) {
   run_case<T>({256 * 9 + 1, 136, 8, 2, 2}, PLAIN, 0);
 }
 
-// A store is late and other warps run ahead: the next tile must not be written over the one that is stored. Random order with the last
-// moment, several times, because it takes a warp that sleeps just then.
+// A store is late and other warps run ahead: the next tile must not be written over the one that is
+// stored. Random order with the last moment, several times, because it takes a warp that sleeps
+// just then.
 template <typename T> void late_stores(const char* name) {
   begin_group((std::string("sm90 ") + name + ": late stores").c_str());
   for (unsigned seed = 5; seed < 5 + 9 * 16; seed += 9) {

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Builds and runs the kernels of src/cuda on the CPU emulator, against the definition. Needs g++ 12 or later, nothing of CUDA.
+# Builds and runs the kernels of src/cuda on the CPU emulator, against the definition. Needs g++ 12
+# or later, nothing of CUDA.
 #   tests/cuda_emu/run.sh [decode|gate|prefill ...]
-# SOURCES=dir: another folder in the place of src. CXX, CXXFLAGS: the compiler, more flags for it. The last line is `N passed, N failed`; exit 1 if any failed, stopped or hung.
+# SOURCES=dir: another folder in the place of src. CXX, CXXFLAGS: the compiler, more flags for it.
+# The last line is `N passed, N failed`; exit 1 if any failed, stopped or hung.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 sources=$(cd "${SOURCES:-$here/../../src}" && pwd)
@@ -10,7 +12,8 @@ trap 'rm -rf "$work"' EXIT
 build=$work/cuda
 mkdir "$build"
 ln -s "$sources/gate" "$work/gate"
-# The kernels as they are, beside the emulator's headers of the same names as their own device.cuh and hopper.cuh.
+# The kernels as they are, beside the emulator's headers of the same names as their own device.cuh
+# and hopper.cuh.
 ln -s "$sources"/cuda/*.cu "$sources/cuda/activation.cuh" "$here"/*.cpp "$here"/*.h "$here"/*.cuh "$build"
 [ $# -gt 0 ] || set -- decode gate prefill
 cd "$build"

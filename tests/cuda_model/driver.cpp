@@ -1,4 +1,5 @@
-// The driver API, cuBLAS and cuRAND. Functions that are not here are the toolkit's stubs, which return an error.
+// The driver API, cuBLAS and cuRAND. Functions that are not here are the toolkit's stubs, which
+// return an error.
 #include <cmath>
 
 #include "model.h"

@@ -1,5 +1,5 @@
-// What each kernel computes, by its contract, and what the contract asks of the launch. First ours, then those of candle that the tests
-// come across.
+// What each kernel computes, by its contract, and what the contract asks of the launch. First ours,
+// then those of candle that the tests come across.
 #include <cmath>
 #include <map>
 #include <tuple>
@@ -265,7 +265,8 @@ Work bias_rows_kernel(const Launch& l) {
 
 // ---- candle's
 
-// Where element i of a strided tensor lies; `info` has dims, then strides (on the device), or is null.
+// Where element i of a strided tensor lies; `info` has dims, then strides (on the device), or is
+// null.
 struct Strided {
   std::vector<uint64_t> dims, strides;
   Strided(uint64_t info, size_t rank, size_t skip = 0) {

@@ -1,10 +1,13 @@
-// A model of the CUDA driver, cuBLAS and cuRAND on the CPU, enough to run the Rust tests of tests/cuda without a GPU.
+// A model of the CUDA driver, cuBLAS and cuRAND on the CPU, enough to run the Rust tests of
+// tests/cuda without a GPU.
 //
-// It runs no kernel code: each kernel is its contract in src/cuda/README.md, in plain loops (tests/cuda_emu runs the code itself against
-// the same contract). What is tested here is the host's side: which kernel is launched with which grid, arguments, strides and alignment,
-// what is allocated and for how long, cuBLAS's conventions, and that nothing waits.
+// It runs no kernel code: each kernel is its contract in src/cuda/README.md, in plain loops
+// (tests/cuda_emu runs the code itself against the same contract). What is tested here is the
+// host's side: which kernel is launched with which grid, arguments, strides and alignment, what is
+// allocated and for how long, cuBLAS's conventions, and that nothing waits.
 //
-// 1. Streams keep what is enqueued and run it only when the host waits for them: a tensor freed too early or a wait in `forward` shows.
+// 1. Streams keep what is enqueued and run it only when the host waits for them: a tensor freed too
+//    early or a wait in `forward` shows.
 // 2. Memory begins as NaN. Every operand of every operation must lie within one live allocation.
 // 3. A broken condition prints a line and ends the process.
 #pragma once

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The Rust tests of tests/cuda on the model of the driver (model.h), without a GPU. Arguments go to the test program.
+# The Rust tests of tests/cuda on the model of the driver (model.h), without a GPU. Arguments go to
+# the test program.
 #
 #   eval "$(scripts/cuda-toolkit.sh DIR none)"; tests/cuda_model/run.sh
 #

@@ -20,7 +20,8 @@ const HEAD: &str = "lm_head.weight";
 
 /// A reference, of one file, as it is.
 fn parts(name: &str) -> Result<(Tensors, Value)> {
-    let tensors = candle_core::safetensors::load(dir(name).join("model.safetensors"), &Device::Cpu)?;
+    let tensors =
+        candle_core::safetensors::load(dir(name).join("model.safetensors"), &Device::Cpu)?;
     let config = serde_json::from_slice(&std::fs::read(dir(name).join("config.json"))?)?;
     Ok((tensors, config))
 }
@@ -88,7 +89,8 @@ fn what_nobody_reads_is_named() -> Result<()> {
 
         // on request it is left out
         let (_dir, checkpoint) = written(&more, &config)?;
-        let ignored = ignore_unread(&checkpoint, &LlamaConfig::of(&checkpoint)?)?.context("a tensor")?;
+        let ignored =
+            ignore_unread(&checkpoint, &LlamaConfig::of(&checkpoint)?)?.context("a tensor")?;
         assert_eq!(ignored.names, [name.as_str()]);
         check_as("new_rope_keys", &open(&checkpoint)?)?;
         check_all_read(&checkpoint)?;
@@ -100,7 +102,10 @@ fn what_nobody_reads_is_named() -> Result<()> {
     }
     let message = message(&more, &config)?;
     ensure!(message.contains("does not read 2 of the checkpoint's tensors"), "{message}");
-    ensure!(message.contains("model.layers.0.self_attn.q_norm.weight (and 1 like it)"), "{message}");
+    ensure!(
+        message.contains("model.layers.0.self_attn.q_norm.weight (and 1 like it)"),
+        "{message}"
+    );
     Ok(())
 }
 
@@ -153,7 +158,10 @@ fn heads_and_embeddings_that_the_config_ties() -> Result<()> {
     let model = open(&checkpoint)?;
     check_all_read(&checkpoint)?;
     let [note] = model.notes() else { anyhow::bail!("{:?}", model.notes()) };
-    ensure!([EMBEDDING, HEAD, "tie_word_embeddings"].iter().all(|word| note.contains(word)), "{note}");
+    ensure!(
+        [EMBEDDING, HEAD, "tie_word_embeddings"].iter().all(|word| note.contains(word)),
+        "{note}"
+    );
     let golden = Golden::load(&dir("smollm3_f32").join("reference.safetensors"))?;
     let tokens = ids(golden.tensor("prompt")?)?;
     let expected = (golden.tensor("logits_f32")? * -2.0)?;
@@ -207,13 +215,18 @@ fn models_within_others() -> Result<()> {
     ensure!(found.contains("a.model, b.model"), "{found}");
     let other = renamed(&tensors, |name| name.replace("layers", "h"));
     let found = message(&other, &config)?;
-    ensure!(found.contains("layers.0.input_layernorm.weight") && found.contains("model.h.0."), "{found}");
+    ensure!(
+        found.contains("layers.0.input_layernorm.weight") && found.contains("model.h.0."),
+        "{found}"
+    );
     Ok(())
 }
 
 #[test]
 fn the_dtype_is_that_of_the_tensors_where_the_config_names_none() -> Result<()> {
-    for (name, expected) in [("qwen3_tied_bf16", DType::BF16), ("odd_f16", DType::F16), ("bias_f32", DType::F32)] {
+    for (name, expected) in
+        [("qwen3_tied_bf16", DType::BF16), ("odd_f16", DType::F16), ("bias_f32", DType::F32)]
+    {
         let (tensors, config) = parts(name)?;
         for dtype in [None, Some(Value::Null), Some(json!("auto"))] {
             let mut config = config.clone();

@@ -24,7 +24,10 @@ fn read(model_type: &str, fields: Value) -> Result<LlamaConfig> {
 
 fn error(model_type: &str, fields: Value) -> Result<String> {
     let found = LlamaConfig::from_json(&with(model_type, fields.clone())?);
-    Ok(found.err().with_context(|| format!("{model_type} {fields}: expected an error"))?.to_string())
+    Ok(found
+        .err()
+        .with_context(|| format!("{model_type} {fields}: expected an error"))?
+        .to_string())
 }
 
 const MODEL_TYPES: [&str; 7] = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3"];
@@ -45,9 +48,21 @@ fn missing_fields_have_the_defaults_of_the_model_type() -> Result<()> {
     for (model_type, context, eps, kv_heads, head_dim, theta, tied, bos, eos, window) in expected {
         let cfg = read(model_type, json!({}))?;
         assert_eq!((cfg.max_position_embeddings, cfg.rms_norm_eps), (context, eps), "{model_type}");
-        assert_eq!((cfg.num_key_value_heads, cfg.head_dim, cfg.rope.dim), (kv_heads, head_dim, head_dim), "{model_type}");
-        assert_eq!((cfg.rope.theta, &cfg.rope.scaling), (theta, &RopeScaling::None), "{model_type}");
-        assert_eq!((cfg.tie_word_embeddings, cfg.bos_token_id, cfg.eos_token_ids), (tied, bos, eos), "{model_type}");
+        assert_eq!(
+            (cfg.num_key_value_heads, cfg.head_dim, cfg.rope.dim),
+            (kv_heads, head_dim, head_dim),
+            "{model_type}"
+        );
+        assert_eq!(
+            (cfg.rope.theta, &cfg.rope.scaling),
+            (theta, &RopeScaling::None),
+            "{model_type}"
+        );
+        assert_eq!(
+            (cfg.tie_word_embeddings, cfg.bos_token_id, cfg.eos_token_ids),
+            (tied, bos, eos),
+            "{model_type}"
+        );
         assert_eq!((cfg.sliding_window, cfg.dtype), (window, None), "{model_type}");
     }
     // null is the number of heads, a number is that number
@@ -56,7 +71,13 @@ fn missing_fields_have_the_defaults_of_the_model_type() -> Result<()> {
     let message = error("smollm3", json!({"num_attention_heads": 6, "hidden_size": 66}))?;
     ensure!(message.contains("num_key_value_heads") && message.contains("means 4"), "{message}");
     assert!(!read("smollm3", json!({"tie_word_embeddings": null}))?.tie_word_embeddings);
-    for field in ["hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads"] {
+    for field in [
+        "hidden_size",
+        "intermediate_size",
+        "vocab_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ] {
         let message = error("llama", json!({ field: null }))?;
         ensure!(message.contains(&format!("missing field {field}")), "{message}");
     }
@@ -87,9 +108,12 @@ fn what_would_be_another_computation_is_refused_by_name() -> Result<()> {
         json!({"layer_types": ["linear_attention", "full_attention", "full_attention", "full_attention"]}),
         json!({"layer_types": ["full_attention"]}),
     ];
-    let mut cases: Vec<(&str, Value)> =
-        MODEL_TYPES.iter().flat_map(|name| everywhere.iter().map(|fields| (*name, fields.clone()))).collect();
-    let granite = ["embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"];
+    let mut cases: Vec<(&str, Value)> = MODEL_TYPES
+        .iter()
+        .flat_map(|name| everywhere.iter().map(|fields| (*name, fields.clone())))
+        .collect();
+    let granite =
+        ["embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"];
     for name in MODEL_TYPES.into_iter().filter(|name| *name != "granite") {
         cases.extend(granite.map(|field| (name, json!({field: 0.5}))));
     }
@@ -118,7 +142,8 @@ fn what_would_be_another_computation_is_refused_by_name() -> Result<()> {
     cases.push(("mistral", json!({"layer_types": vec!["full_attention"; 4]})));
     for (model_type, fields) in cases {
         let message = error(model_type, fields.clone())?;
-        let field = fields.as_object().and_then(|map| map.keys().next().cloned()).context("a field")?;
+        let field =
+            fields.as_object().and_then(|map| map.keys().next().cloned()).context("a field")?;
         ensure!(message.contains(&field), "{model_type} {fields}: {message}");
     }
     for model_type in ["gemma2", "minicpm", "cohere", "stablelm", "olmo2", "mixtral", "LLAMA"] {
@@ -144,17 +169,33 @@ fn what_changes_nothing_is_accepted() -> Result<()> {
 
 #[test]
 fn windows() -> Result<()> {
-    let sliding = |cfg: &LlamaConfig| cfg.layers.iter().map(|layer| layer.sliding).collect::<Vec<_>>();
+    let sliding =
+        |cfg: &LlamaConfig| cfg.layers.iter().map(|layer| layer.sliding).collect::<Vec<_>>();
     let (all, none) = ([true; 4], [false; 4]);
     let cases = [
         // Mistral-7B-v0.1
-        ("mistral", json!({"max_position_embeddings": 32_768, "sliding_window": 4096}), Some(4096), all),
+        (
+            "mistral",
+            json!({"max_position_embeddings": 32_768, "sliding_window": 4096}),
+            Some(4096),
+            all,
+        ),
         ("mistral", json!({"max_position_embeddings": 32_768, "sliding_window": null}), None, none),
         ("mistral", json!({"max_position_embeddings": 4096, "sliding_window": 4096}), None, none),
-        ("mistral", json!({"sliding_window": 9, "layer_types": vec!["sliding_attention"; 4]}), Some(9), all),
+        (
+            "mistral",
+            json!({"sliding_window": 9, "layer_types": vec!["sliding_attention"; 4]}),
+            Some(9),
+            all,
+        ),
         // Phi-3-mini-4k
         ("phi3", json!({"max_position_embeddings": 4096, "sliding_window": 2047}), Some(2047), all),
-        ("qwen2", json!({"sliding_window": 7, "use_sliding_window": false, "max_window_layers": 2}), None, none),
+        (
+            "qwen2",
+            json!({"sliding_window": 7, "use_sliding_window": false, "max_window_layers": 2}),
+            None,
+            none,
+        ),
         (
             "qwen2",
             json!({"sliding_window": 7, "use_sliding_window": true, "max_window_layers": 2}),
@@ -170,7 +211,12 @@ fn windows() -> Result<()> {
             Some(7),
             [true, false, false, true],
         ),
-        ("smollm3", json!({"use_sliding_window": true, "sliding_window": 7}), Some(7), [false, false, false, true]),
+        (
+            "smollm3",
+            json!({"use_sliding_window": true, "sliding_window": 7}),
+            Some(7),
+            [false, false, false, true],
+        ),
         ("smollm3", json!({"use_sliding_window": true}), None, none),
         (
             "smollm3",
@@ -180,12 +226,20 @@ fn windows() -> Result<()> {
         ),
     ];
     for (model_type, fields, window, layers) in cases {
-        let cfg = read(model_type, fields.clone()).with_context(|| format!("{model_type} {fields}"))?;
-        assert_eq!((cfg.sliding_window, &sliding(&cfg)[..]), (window, &layers[..]), "{model_type} {fields}");
+        let cfg =
+            read(model_type, fields.clone()).with_context(|| format!("{model_type} {fields}"))?;
+        assert_eq!(
+            (cfg.sliding_window, &sliding(&cfg)[..]),
+            (window, &layers[..]),
+            "{model_type} {fields}"
+        );
     }
     // transformers' llama attends to everything: up to the window there is no difference
     let cfg = read("llama", json!({"max_position_embeddings": 32_768, "sliding_window": 4096}))?;
-    assert_eq!((cfg.sliding_window, cfg.max_position_embeddings, cfg.context_field), (None, 4096, "sliding_window"));
+    assert_eq!(
+        (cfg.sliding_window, cfg.max_position_embeddings, cfg.context_field),
+        (None, 4096, "sliding_window")
+    );
     let cfg = read("llama", json!({"max_position_embeddings": 4096, "sliding_window": 4096}))?;
     assert_eq!((cfg.max_position_embeddings, cfg.context_field), (4096, "max_position_embeddings"));
     Ok(())
@@ -193,11 +247,17 @@ fn windows() -> Result<()> {
 
 #[test]
 fn layers_without_rope() -> Result<()> {
-    let rope =
-        |fields| Ok::<_, anyhow::Error>(read("smollm3", fields)?.layers.iter().map(|layer| layer.rope).collect::<Vec<_>>());
+    let rope = |fields| {
+        Ok::<_, anyhow::Error>(
+            read("smollm3", fields)?.layers.iter().map(|layer| layer.rope).collect::<Vec<_>>(),
+        )
+    };
     assert_eq!(rope(json!({}))?, [true, true, true, false]);
     assert_eq!(rope(json!({"no_rope_layer_interval": 2}))?, [true, false, true, false]);
-    assert_eq!(rope(json!({"no_rope_layers": [0, 1, 1, 0], "no_rope_layer_interval": 2}))?, [false, true, true, false]);
+    assert_eq!(
+        rope(json!({"no_rope_layers": [0, 1, 1, 0], "no_rope_layer_interval": 2}))?,
+        [false, true, true, false]
+    );
     for wrong in [json!([0, 1, 1]), json!([0, 1, 1, 2]), json!("all"), json!([0.5, 1, 1, 1])] {
         let message = error("smollm3", json!({"no_rope_layers": wrong}))?;
         ensure!(message.contains("no_rope_layers"), "{message}");
@@ -211,7 +271,12 @@ fn granite_has_its_multipliers() -> Result<()> {
         "granite",
         json!({"embedding_multiplier": 12, "attention_multiplier": 0.0078125, "residual_multiplier": 0.22, "logits_scaling": 16}),
     )?;
-    let found = (cfg.embedding_multiplier, cfg.attention_scale, cfg.residual_multiplier, cfg.logits_scaling);
+    let found = (
+        cfg.embedding_multiplier,
+        cfg.attention_scale,
+        cfg.residual_multiplier,
+        cfg.logits_scaling,
+    );
     assert_eq!(found, (12.0, 0.0078125, 0.22, 16.0));
     // transformers' default, not 1/√head_dim
     assert_eq!(read("granite", json!({}))?.attention_scale, 1.0);
@@ -226,18 +291,29 @@ fn phi3_rotates_parts_and_stretches() -> Result<()> {
         "max_position_embeddings": 131_072, "rope_scaling": rope});
     let cfg = read("phi3", fields)?;
     assert_eq!(cfg.rope.dim, 6);
-    let RopeScaling::LongRope { short, long, original_max_position_embeddings, attention_factor } = cfg.rope.scaling else {
+    let RopeScaling::LongRope { short, long, original_max_position_embeddings, attention_factor } =
+        cfg.rope.scaling
+    else {
         anyhow::bail!("{:?}", cfg.rope.scaling)
     };
-    assert_eq!((&short[..], &long[..], original_max_position_embeddings), (&[1.0, 1.5, 2.0][..], &[1.0, 2.0, 3.0][..], 4096));
+    assert_eq!(
+        (&short[..], &long[..], original_max_position_embeddings),
+        (&[1.0, 1.5, 2.0][..], &[1.0, 2.0, 3.0][..], 4096)
+    );
     // √(1 + ln 32 / ln 4096)
     ensure!((attention_factor - 1.190_238).abs() < 1e-6, "{attention_factor}");
-    for (field, value) in
-        [("short_factor", json!([1.0, 1.5])), ("long_factor", Value::Null), ("short_factor", json!([1.0, 0.0, 1.0]))]
-    {
-        let mut rope = json!({"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [1, 2, 3]});
+    for (field, value) in [
+        ("short_factor", json!([1.0, 1.5])),
+        ("long_factor", Value::Null),
+        ("short_factor", json!([1.0, 0.0, 1.0])),
+    ] {
+        let mut rope =
+            json!({"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [1, 2, 3]});
         rope[field] = value;
-        let message = error("phi3", json!({"head_dim": 8, "partial_rotary_factor": 0.75, "rope_scaling": rope}))?;
+        let message = error(
+            "phi3",
+            json!({"head_dim": 8, "partial_rotary_factor": 0.75, "rope_scaling": rope}),
+        )?;
         ensure!(message.contains(field), "{message}");
     }
     for factor in [0.0, 1.5, -1.0, 0.01] {
@@ -258,7 +334,9 @@ fn sizes_without_measure() -> Result<()> {
             ensure!(message.contains(field), "{field}: {message}");
         }
     }
-    for (field, wrong) in [("num_hidden_layers", json!(0)), ("head_dim", json!(0)), ("hidden_size", json!(-1))] {
+    for (field, wrong) in
+        [("num_hidden_layers", json!(0)), ("head_dim", json!(0)), ("hidden_size", json!(-1))]
+    {
         let message = error("llama", json!({field: wrong}))?;
         ensure!(message.contains(field), "{message}");
     }
@@ -277,9 +355,11 @@ fn negative_token_ids_are_none() -> Result<()> {
     }
     // what generation_config.json says stands in place of a default, and beside what config.json
     // says
-    for (fields, expected) in
-        [(json!({}), vec![7]), (json!({"eos_token_id": 2}), vec![2, 7]), (json!({"eos_token_id": null}), vec![7])]
-    {
+    for (fields, expected) in [
+        (json!({}), vec![7]),
+        (json!({"eos_token_id": 2}), vec![2, 7]),
+        (json!({"eos_token_id": null}), vec![7]),
+    ] {
         let mut cfg = read("llama", fields)?;
         cfg.add_eos_of(&json!({"eos_token_id": [7, -1]}))?;
         assert_eq!(cfg.eos_token_ids, expected);

@@ -1,9 +1,10 @@
 // The threads of one threadgroup, as fibers on one thread of the machine.
 //
-// A fiber runs until it needs the others: at a threadgroup barrier, or at an operation of its simdgroup. Simdgroups run one after
-// another, each as far as it can get alone, in ascending or descending order: what one reads before it was written, or overwrites
-// before it was read, is wrong every time and not once in a while. A barrier that not all threads reach is an error, as are lanes
-// at different operations.
+// A fiber runs until it needs the others: at a threadgroup barrier, or at an operation of its
+// simdgroup. Simdgroups run one after another, each as far as it can get alone, in ascending or
+// descending order: what one reads before it was written, or overwrites before it was read, is
+// wrong every time and not once in a while. A barrier that not all threads reach is an error, as
+// are lanes at different operations.
 #pragma once
 #include <csetjmp>
 #include <cstdint>

@@ -32,7 +32,8 @@ void compare(Comparison& all, const DType& t, size_t i, double found, double exa
     all.element(i, found, exact, std::isnan(bound) ? 0 : bound);
 }
 
-// a·b where a is, or in f32 becomes, infinite: ∞·b, and NaN if b has vanished in f32, as it has not in f64. `found` is that.
+// a·b where a is, or in f32 becomes, infinite: ∞·b, and NaN if b has vanished in f32, as it has not
+// in f64. `found` is that.
 bool overflows(double a, double b, double found) {
     const bool vanished = std::fabs(b) < 1e-37;
     return std::fabs(a) > 3.4e38 && (std::isinf(found) || (vanished && std::isnan(found)));
@@ -95,7 +96,8 @@ std::vector<std::function<void()>> gate_cases() {
     for (const DType& t : DTYPES) {
         for (const Op& op : every)
             for (unsigned operands : {2, 3}) {
-                // One long row, as the launcher makes of contiguous operands: whole vectors, and a tail.
+                // One long row, as the launcher makes of contiguous operands: whole vectors, and a
+                // tail.
                 for (size_t n : {1, 2, 3, 4, 5, 511, 512, 513, 4096, 4099}) {
                     const std::vector<Strides> contiguous(operands, Strides{0, n, 1});
                     seed++;

@@ -1,4 +1,5 @@
-// Memory that notices: buffers between pages that cannot be touched, threadgroup memory that starts as NaN; and the list of kernels.
+// Memory that notices: buffers between pages that cannot be touched, threadgroup memory that starts
+// as NaN; and the list of kernels.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -36,7 +37,8 @@ private:
     size_t mapped;
 };
 
-// What threadgroup memory there is on this thread of the machine, to be made NaN again before the next threadgroup.
+// What threadgroup memory there is on this thread of the machine, to be made NaN again before the
+// next threadgroup.
 inline thread_local std::vector<std::pair<void*, size_t>> threadgroup_memory;
 
 template <typename T, size_t N>

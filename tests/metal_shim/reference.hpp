@@ -99,8 +99,9 @@ inline Gradients glu_gradient(const Op& op, double gate, double up, double dy) {
 
 // ---------------------------------------------------------------- bounds
 
-// act(g) alone, in units of U relative: what the CPU kernels document and their tests bound. The argument of the exponential is
-// rounded, and its slope amplifies that: |z| for Swish, 4|v| for the tanh form.
+// act(g) alone, in units of U relative: what the CPU kernels document and their tests bound. The
+// argument of the exponential is rounded, and its slope amplifies that: |z| for Swish, 4|v| for the
+// tanh form.
 inline double units(const Op& op, double g) {
     switch (op.activation) {
         case SILU:
@@ -118,7 +119,8 @@ inline double units(const Op& op, double g) {
 // |act'| of the family: gelu'(√2) = 1.129, silu' and any swish' stay below 1.1.
 inline double steepest(const Op& op, double g, double dg) { return op.activation == RELU2 ? 2 * (std::fabs(g) + dg) : 1.13; }
 
-// Where σ or Φ is denormal its error is absolute, about one 2^-149, which the products with g and up scale.
+// Where σ or Φ is denormal its error is absolute, about one 2^-149, which the products with g and
+// up scale.
 inline double denormal(double gate, double up) {
     const auto size = [](double x) { return std::min(std::fabs(x), 3.4e38); };
     return std::ldexp(1, -149) * (2 + size(gate)) * (1 + size(up));
@@ -127,7 +129,8 @@ inline double denormal(double gate, double up) {
 // The error of x after a rounding; an infinite x is exact.
 inline double rounded(double x, double error) { return std::isinf(x) ? 0 : error + U * std::fabs(x); }
 
-// glu(gate, up) in f32, if gate and up are off by no more than `dg` and `du`: each step's rounding, and what it passes on.
+// glu(gate, up) in f32, if gate and up are off by no more than `dg` and `du`: each step's rounding,
+// and what it passes on.
 inline double glu_error(const Op& op, double gate, double up, double dg, double du) {
     const Inputs in = inputs(op, gate, up);
     const double a = std::fabs(activation(op, in.g).value), u = std::fabs(in.u);
@@ -142,9 +145,10 @@ inline double glu_error(const Op& op, double gate, double up, double dg, double 
     return product + U * (a * u + product) + denormal(in.g, in.u);
 }
 
-// Gradients likewise, for exact gate, up and dy. act' is a sum s + g·s' of terms of size at most 1 and |g·s'| ≤ 0.6 (swish: max of
-// z·σ' is 0.24; gelu: of x·φ is 0.25; tanh form: 0.6 bounds it), each with the activation's own relative error and at most four
-// more roundings; the tanh form's slope repeats v's error.
+// Gradients likewise, for exact gate, up and dy. act' is a sum s + g·s' of terms of size at most 1
+// and |g·s'| ≤ 0.6 (swish: max of z·σ' is 0.24; gelu: of x·φ is 0.25; tanh form: 0.6 bounds it),
+// each with the activation's own relative error and at most four more roundings; the tanh form's
+// slope repeats v's error.
 inline Gradients gradient_error(const Op& op, double gate, double up, double dy) {
     const Inputs in = inputs(op, gate, up);
     const Slope a = activation(op, in.g);

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Runs the kernels of src/metal/swiglu.metal on the CPU against f64: the same files, compiled as C++ with the headers beside this script
-# in the place of Metal's. A line per group, then `N passed, N failed`. Needs a C++20 compiler (g++ 12, clang++ 15), no Mac.
+# Runs the kernels of src/metal/swiglu.metal on the CPU against f64: the same files, compiled as C++
+# with the headers beside this script in the place of Metal's. A line per group, then
+# `N passed, N failed`. Needs a C++20 compiler (g++ 12, clang++ 15), no Mac.
 #
-#   tests/metal_shim/run.sh [--fail-fast | --names]     SOURCES=DIR in the place of src, CXX names the compiler
+#   tests/metal_shim/run.sh [--fail-fast | --names]     SOURCES=DIR in the place of src, CXX names
+#   the compiler
 #
-# --fail-fast: as written only, to the first failure. --names: the list that kernels.txt keeps, for the tests of src/metal/plan.rs.
+# --fail-fast: as written only, to the first failure. --names: the list that kernels.txt keeps, for
+# the tests of src/metal/plan.rs.
 #
-# What it cannot see: Metal's own rules of the language (address spaces, attributes), the GPU's arithmetic, and speed.
+# What it cannot see: Metal's own rules of the language (address spaces, attributes), the GPU's
+# arithmetic, and speed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 sources=$(cd "${SOURCES:-$here/../../src}" && pwd)
@@ -15,7 +19,8 @@ trap 'rm -rf "$work"' EXIT
 mkdir "$work/metal"
 ln -s "$sources/gate" "$work/gate"
 
-# Function constants become variables, arrays in threadgroup memory objects that notice, and attributes go.
+# Function constants become variables, arrays in threadgroup memory objects that notice, and
+# attributes go.
 sed -E -e 's/^constant bool (\w+) \[\[function_constant\(.*/static thread_local bool \1;/' \
     -e 's/^( +)threadgroup (.*) (\w+)\[(.*)\];/\1static thread_local shim::Threadgroup<\2, \4> \3;/' \
     -e 's/\[\[[^]]*\]\]//g' "$sources/metal/swiglu.metal" > "$work/metal/swiglu.inc"

@@ -1,9 +1,11 @@
-// The kernels of src/metal/swiglu.metal on the CPU against f64, by their names and through untyped buffers, as Metal would run them.
+// The kernels of src/metal/swiglu.metal on the CPU against f64, by their names and through untyped
+// buffers, as Metal would run them.
 //
 //   test [--names | --fail-fast]
 //
-// Every buffer ends (or begins) at a page that cannot be touched; what is between them and what was never written is NaN. Each
-// result must lie within a bound derived from the sizes of its terms (reference.hpp).
+// Every buffer ends (or begins) at a page that cannot be touched; what is between them and what was
+// never written is NaN. Each result must lie within a bound derived from the sizes of its terms
+// (reference.hpp).
 #include <atomic>
 #include <csignal>
 #include <thread>
@@ -11,7 +13,8 @@
 #include "gate.hpp"
 #include "products.hpp"
 
-// Conversions to f16 and bf16, on which everything else rests: every value there and back, and the ties between neighbours.
+// Conversions to f16 and bf16, on which everything else rests: every value there and back, and the
+// ties between neighbours.
 template <typename T>
 void check_conversions(const char* name, unsigned infinity) {
     what = name;

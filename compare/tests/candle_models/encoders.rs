@@ -1,4 +1,5 @@
-//! Encoders whose blocks have layouts, biases or names of their own: nomic, stella, jina, ModernBERT.
+//! Encoders whose blocks have layouts, biases or names of their own: nomic, stella, jina,
+//! ModernBERT.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Activation, LayerNormConfig, Module, VarBuilder};
@@ -25,7 +26,8 @@ fn post_norm(names: &Names, cfg: &FfnConfig, vb: &VarBuilder) -> Result<Tensor> 
     let table = |name: &str, n| candle_nn::embedding(n, 32, vb.pp(names.embeddings).pp(name));
     let ids = ids()?;
     let types = table("token_type_embeddings", 2)?.forward(&ids.zeros_like()?)?;
-    let mut x = norm(names.first_norm.into(), &(table("word_embeddings", 12)?.forward(&ids)? + types)?)?;
+    let mut x =
+        norm(names.first_norm.into(), &(table("word_embeddings", 12)?.forward(&ids)? + types)?)?;
     for layer in 0..LAYERS {
         let prefix = format!("{}.{layer}", names.layers);
         let [after_attention, after_block] = names.norms.map(|name| format!("{prefix}.{name}"));
@@ -36,7 +38,8 @@ fn post_norm(names: &Names, cfg: &FfnConfig, vb: &VarBuilder) -> Result<Tensor> 
     Ok(x)
 }
 
-/// Two layer norms in each layer, of six roundings each, beside the block's eight, on both sides: 2·(2·20 + 6).
+/// Two layer norms in each layer, of six roundings each, beside the block's eight, on both sides:
+/// 2·(2·20 + 6).
 const POST_NORM_UNITS: f32 = 92.0;
 
 fn compare(
@@ -61,9 +64,15 @@ fn nomic() -> Result<()> {
         });
         let cfg: nomic_bert::Config = read(&json);
         assert_eq!(block(&json).biases, Biases::new(fc1, fc1, fc2));
-        let names =
-            Names { embeddings: "embeddings", first_norm: "emb_ln", layers: "encoder.layers", norms: ["norm1", "norm2"] };
-        let run = |vb: VarBuilder| nomic_bert::NomicBertModel::load(vb, &cfg)?.forward(&ids()?, None, None);
+        let names = Names {
+            embeddings: "embeddings",
+            first_norm: "emb_ln",
+            layers: "encoder.layers",
+            norms: ["norm1", "norm2"],
+        };
+        let run = |vb: VarBuilder| {
+            nomic_bert::NomicBertModel::load(vb, &cfg)?.forward(&ids()?, None, None)
+        };
         compare(run, "out_proj", &block(&json), |cfg, vb| post_norm(&names, cfg, vb))?;
     }
     Ok(())
@@ -96,7 +105,10 @@ fn stella_small() -> Result<()> {
         layers: "new.encoder.layer",
         norms: ["attn_ln", "mlp_ln"],
     };
-    let run = |vb: VarBuilder| stella_en_v5::Model::new(&cfg, vb)?.forward(&ids()?, &ids()?.ones_like()?.to_dtype(DType::U8)?);
+    let run = |vb: VarBuilder| {
+        stella_en_v5::Model::new(&cfg, vb)?
+            .forward(&ids()?, &ids()?.ones_like()?.to_dtype(DType::U8)?)
+    };
     compare(run, "o_proj", &ffn, |cfg, vb| post_norm(&names, cfg, vb))
 }
 
@@ -117,7 +129,10 @@ fn stella_large() -> Result<()> {
         ..Default::default()
     };
     let ffn = FfnConfig::new(32, 48).with_activation(cfg.activation_fn.try_into().unwrap());
-    let run = |vb: VarBuilder| stella_en_v5::Model::new(&cfg, vb)?.forward(&ids()?, &ids()?.ones_like()?.to_dtype(DType::U8)?);
+    let run = |vb: VarBuilder| {
+        stella_en_v5::Model::new(&cfg, vb)?
+            .forward(&ids()?, &ids()?.ones_like()?.to_dtype(DType::U8)?)
+    };
     compare(run, "o_proj", &ffn, |cfg, vb| {
         let norm = |name: String, x: &Tensor| candle_nn::rms_norm(32, EPS, vb.pp(name))?.forward(x);
         let mut x = candle_nn::embedding(12, 32, vb.pp("model.embed_tokens"))?.forward(&ids()?)?;
@@ -163,12 +178,16 @@ fn modernbert() -> Result<()> {
         "hidden_activation": "gelu",
     });
     let cfg: modernbert::Config = read(&json);
-    let run = |vb: VarBuilder| modernbert::ModernBert::load(vb, &cfg)?.forward(&ids()?, &ids()?.ones_like()?);
+    let run = |vb: VarBuilder| {
+        modernbert::ModernBert::load(vb, &cfg)?.forward(&ids()?, &ids()?.ones_like()?)
+    };
     let named = block(&json).with_fused_names("Wi", "Wo", FusedOrder::GateFirst);
     for ffn in [block(&json), named] {
         compare(run, "attn.Wo", &ffn, |cfg, vb| {
             let without_bias = LayerNormConfig { eps: EPS, affine: false, ..Default::default() };
-            let norm = |name: &str, x: &Tensor| candle_nn::layer_norm(32, without_bias, vb.pp(name))?.forward(x);
+            let norm = |name: &str, x: &Tensor| {
+                candle_nn::layer_norm(32, without_bias, vb.pp(name))?.forward(x)
+            };
             let table = candle_nn::embedding(12, 32, vb.pp("model.embeddings.tok_embeddings"))?;
             let mut x = norm("model.embeddings.norm", &table.forward(&ids()?)?)?;
             for layer in 0..LAYERS {

@@ -1,8 +1,9 @@
-//! candle-transformers' own models against the same weights with this crate's block in place of their feed-forward.
+//! candle-transformers' own models against the same weights with this crate's block in place of
+//! their feed-forward.
 //!
-//! Each model gets random weights and an output projection of zeros in its attention, so that a layer is exactly
-//! `x + mlp(norm(x))`. The second computation takes embedding, norms and head from candle-nn and the blocks from the
-//! same `VarBuilder`, under each layer's own prefix.
+//! Each model gets random weights and an output projection of zeros in its attention, so that a
+//! layer is exactly `x + mlp(norm(x))`. The second computation takes embedding, norms and head from
+//! candle-nn and the blocks from the same `VarBuilder`, under each layer's own prefix.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod encoders;
@@ -36,16 +37,20 @@ fn read<T: serde::de::DeserializeOwned>(config: &Value) -> T {
     serde_json::from_value(config.clone()).unwrap()
 }
 
-/// Random weights under the names that `build` asks for, the same for a name in every run; zeros where a name contains one of
-/// `silent`.
-fn random(build: impl Fn(VarBuilder) -> Result<()>, silent: &[&str]) -> Result<HashMap<String, Tensor>> {
+/// Random weights under the names that `build` asks for, the same for a name in every run; zeros
+/// where a name contains one of `silent`.
+fn random(
+    build: impl Fn(VarBuilder) -> Result<()>,
+    silent: &[&str],
+) -> Result<HashMap<String, Tensor>> {
     let vars = VarMap::new();
     build(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
     let data = vars.data().lock().unwrap();
     let random = data.iter().map(|(name, var)| {
         let norm = ["norm", "Norm", "_ln"].iter().any(|part| name.contains(part));
         let numbers = Normal::new(if norm { 1f32 } else { 0.0 }, 0.2).unwrap();
-        let seed = name.bytes().fold(7u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
+        let seed =
+            name.bytes().fold(7u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
         let numbers = numbers.sample_iter(StdRng::seed_from_u64(seed)).take(var.elem_count());
         let tensor = if silent.iter().any(|part| name.contains(part)) {
             var.zeros_like()?
@@ -70,7 +75,9 @@ fn feed_forward(cfg: &FfnConfig, vb: &VarBuilder, x: &Tensor) -> Result<Tensor> 
     let router = candle_nn::linear_no_bias(cfg.hidden_size, EXPERTS, vb.pp("gate"))?;
     let shares = candle_nn::ops::softmax_last_dim(&router.forward(&x.squeeze(0)?)?)?;
     let shares = shares.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-    let experts = (0..EXPERTS).map(|n| swiglu_ffn(cfg, vb.pp("experts").pp(n))).collect::<candle_swiglu::Result<Vec<_>>>()?;
+    let experts = (0..EXPERTS)
+        .map(|n| swiglu_ffn(cfg, vb.pp("experts").pp(n)))
+        .collect::<candle_swiglu::Result<Vec<_>>>()?;
     let mut rows = vec![];
     for (row, shares) in shares.iter().enumerate() {
         let mut best: Vec<usize> = (0..EXPERTS).collect();
@@ -100,8 +107,9 @@ fn with_blocks(cfg: &FfnConfig, vb: &VarBuilder) -> Result<Tensor> {
     candle_nn::linear_no_bias(h, 12, vb.pp(head))?.forward(&x)
 }
 
-/// Each of the layers rounds eight times (norm, gate, up, activation, product, down, sum and the norm's square root), and
-/// the head and its norm four times: 20 roundings of half a unit on each of the two sides, 20 units in all.
+/// Each of the layers rounds eight times (norm, gate, up, activation, product, down, sum and the
+/// norm's square root), and the head and its norm four times: 20 roundings of half a unit on each
+/// of the two sides, 20 units in all.
 fn bound(dtype: DType, largest: f32) -> f32 {
     let unit = match dtype {
         DType::F32 => f32::EPSILON,
@@ -124,7 +132,11 @@ fn check(cfg: &FfnConfig, run: impl Fn(VarBuilder, DType) -> Result<Tensor>) -> 
     check_in(&[DType::F32, DType::BF16, DType::F16], cfg, run)
 }
 
-fn check_in(dtypes: &[DType], cfg: &FfnConfig, run: impl Fn(VarBuilder, DType) -> Result<Tensor>) -> Result<()> {
+fn check_in(
+    dtypes: &[DType],
+    cfg: &FfnConfig,
+    run: impl Fn(VarBuilder, DType) -> Result<Tensor>,
+) -> Result<()> {
     let weights = random(|vb| run(vb, DType::F32).map(drop), &["o_proj"])?;
     for &dtype in dtypes {
         let cast = weights.iter().map(|(name, w)| Ok((name.clone(), w.to_dtype(dtype)?)));
@@ -174,8 +186,10 @@ fn qwen3() -> Result<()> {
 fn mistral_with_the_activation_of_its_config() -> Result<()> {
     let mut json = config("mistral");
     json["hidden_act"] = "gelu_pytorch_tanh".into();
-    let cfg: mistral::Config = mistral::Config { hidden_act: Activation::GeluPytorchTanh, ..read(&config("mistral")) };
-    let ours = FfnConfig::new(cfg.hidden_size, cfg.intermediate_size).with_activation(cfg.hidden_act.try_into().unwrap());
+    let cfg: mistral::Config =
+        mistral::Config { hidden_act: Activation::GeluPytorchTanh, ..read(&config("mistral")) };
+    let ours = FfnConfig::new(cfg.hidden_size, cfg.intermediate_size)
+        .with_activation(cfg.hidden_act.try_into().unwrap());
     assert_eq!(ours, block(&json));
     check(&ours, |vb, _| mistral::Model::new(&cfg, vb)?.forward(&ids()?, 0))
 }
@@ -192,7 +206,9 @@ fn mixtral_experts() -> Result<()> {
     let json = config("mixtral");
     let cfg: mixtral::Config = read(&json);
     // candle multiplies the experts' outputs by weights in f32: halves fail there.
-    check_in(&[DType::F32], &block(&json), |vb, _| mixtral::Model::new(&cfg, vb)?.forward(&ids()?, 0))
+    check_in(&[DType::F32], &block(&json), |vb, _| {
+        mixtral::Model::new(&cfg, vb)?.forward(&ids()?, 0)
+    })
 }
 
 /// Norms around the block as well, weights of norms less one, and a tied head.
@@ -202,7 +218,11 @@ fn gemma3() -> Result<()> {
     json["hidden_activation"] = "gelu_pytorch_tanh".into();
     json["hidden_act"] = Value::Null;
     json["num_key_value_heads"] = 1.into(); // as Gemma 3 1B; candle's cache fails with more of them
-    for (field, value) in [("rope_local_base_freq", 1e4), ("query_pre_attn_scalar", 8.0), ("sliding_window_pattern", 2.0)] {
+    for (field, value) in [
+        ("rope_local_base_freq", 1e4),
+        ("query_pre_attn_scalar", 8.0),
+        ("sliding_window_pattern", 2.0),
+    ] {
         json[field] = if field.starts_with("rope") { value.into() } else { (value as u64).into() };
     }
     let cfg: gemma3::Config = read(&json);
@@ -233,7 +253,12 @@ fn gemma3() -> Result<()> {
 }
 
 /// candle's output is within so many units of ours, and far from it with another activation.
-fn agree(candle: &Tensor, ours: &dyn Fn(&FfnConfig) -> Result<Tensor>, block: &FfnConfig, units: f32) -> Result<()> {
+fn agree(
+    candle: &Tensor,
+    ours: &dyn Fn(&FfnConfig) -> Result<Tensor>,
+    block: &FfnConfig,
+    units: f32,
+) -> Result<()> {
     let (error, largest) = distance(candle, &ours(block)?)?;
     assert!(largest > 0.1, "the output is all but zero: {largest}");
     let bound = units * f32::EPSILON * largest;
@@ -252,9 +277,11 @@ fn t5_encoder() -> Result<()> {
         "initializer_factor": 1.0, "feed_forward_proj": "gated-gelu", "eos_token_id": 1, "pad_token_id": 0,
     });
     let cfg: t5::Config = read(&json);
-    let run = |vb: VarBuilder, dtype| t5::T5EncoderModel::load(vb, &cfg)?.forward_dt(&ids()?, dtype);
+    let run =
+        |vb: VarBuilder, dtype| t5::T5EncoderModel::load(vb, &cfg)?.forward_dt(&ids()?, dtype);
     let weights = random(|vb| run(vb, None).map(drop), &["SelfAttention.o."])?;
-    // bf16 weights under x in f32: candle widens the weights in each product, and so does the block.
+    // bf16 weights under x in f32: candle widens the weights in each product, and so does the
+    // block.
     for (dtype, computed_in) in [(DType::F32, None), (DType::BF16, Some(DType::F32))] {
         let cast = weights.iter().map(|(name, w)| Ok((name.clone(), w.to_dtype(dtype)?)));
         let vb = VarBuilder::from_tensors(cast.collect::<Result<_>>()?, dtype, &Device::Cpu);
@@ -276,7 +303,8 @@ fn t5_encoder() -> Result<()> {
         let candle = run(vb.clone(), computed_in)?;
         let (error, largest) = distance(&candle, &ours(&block(&json))?)?;
         assert!(error <= bound(DType::F32, largest), "{dtype:?}: {error} apart, largest {largest}");
-        let (error, _) = distance(&candle, &ours(&block(&json).with_activation(GluActivation::Silu))?)?;
+        let (error, _) =
+            distance(&candle, &ours(&block(&json).with_activation(GluActivation::Silu))?)?;
         assert!(error > 100.0 * bound(DType::F32, largest), "SiLU is only {error} apart");
     }
     Ok(())

@@ -15,7 +15,9 @@ pub(super) struct Avx2(());
 
 impl Avx2 {
     pub(super) fn new() -> Option<Self> {
-        let has = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let has = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
         has.then_some(Self(()))
     }
 }
@@ -51,7 +53,9 @@ pub(super) fn detect(_: CpuFamily) -> Option<CpuKernels> {
 #[inline(always)]
 unsafe fn pow2(n: __m256i) -> __m256 {
     // SAFETY: the caller's contract.
-    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127)))) }
+    unsafe {
+        _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127))))
+    }
 }
 
 /// See [`Simd::pin`]. Assembly accepts vectors only in a function with the target features.
@@ -147,7 +151,8 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_bf16(self, src: *const bf16) -> __m256 {
-        // SAFETY: `self` proves the instructions, the caller gives 8 readable elements; bf16 is the upper half of f32.
+        // SAFETY: `self` proves the instructions, the caller gives 8 readable elements; bf16 is the
+        // upper half of f32.
         unsafe {
             let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(src.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
@@ -167,8 +172,8 @@ impl Simd for Avx2 {
             _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(src.cast()), upper))
         }
     }
-    /// Adds 0x7fff and the last kept bit, then truncates. The saturating pack works on each half of 128
-    /// bits, and the permute joins them.
+    /// Adds 0x7fff and the last kept bit, then truncates. The saturating pack works on each half of
+    /// 128 bits, and the permute joins them.
     #[inline(always)]
     unsafe fn store_bf16(self, value: __m256, dst: *mut bf16) {
         // SAFETY: `self` proves the instructions, the caller gives 8 writable elements.

@@ -15,8 +15,9 @@ pub(super) struct Avx512(());
 
 impl Avx512 {
     pub(super) fn new() -> Option<Self> {
-        let has =
-            is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq");
+        let has = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq");
         has.then_some(Self(()))
     }
 }
@@ -40,13 +41,17 @@ impl Isa for Avx512 {
     }
 }
 
-/// The kernels, if the CPU has the instructions. bf16 and f16 use panels of four vectors: with two, too
-/// few loads are in flight (3 to 6 rows are 5 to 20 % slower).
+/// The kernels, if the CPU has the instructions. bf16 and f16 use panels of four vectors: with two,
+/// too few loads are in flight (3 to 6 rows are 5 to 20 % slower).
 pub(super) fn detect(family: CpuFamily) -> Option<CpuKernels> {
     let isa = Avx512::new()?;
     Some(match family {
         // No other tuning has been measured yet.
-        CpuFamily::Zen3 | CpuFamily::Zen4 | CpuFamily::Zen5 | CpuFamily::SapphireRapids | CpuFamily::Other => {
+        CpuFamily::Zen3
+        | CpuFamily::Zen4
+        | CpuFamily::Zen5
+        | CpuFamily::SapphireRapids
+        | CpuFamily::Other => {
             kernels::<_, TwoByTwelve, FourBySix, FourBySix, Avx512OnZen4>("avx512", isa)
         }
     })
@@ -139,7 +144,8 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn load_bf16(self, src: *const bf16) -> __m512 {
-        // SAFETY: `self` proves the instructions, the caller gives 16 readable elements; bf16 is the upper half of f32.
+        // SAFETY: `self` proves the instructions, the caller gives 16 readable elements; bf16 is
+        // the upper half of f32.
         unsafe {
             let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(src.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
@@ -181,6 +187,8 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn store_f16(self, value: __m512, dst: *mut f16) {
         // SAFETY: `self` proves the instructions, the caller gives 16 writable elements.
-        unsafe { _mm256_storeu_si256(dst.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)) }
+        unsafe {
+            _mm256_storeu_si256(dst.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value))
+        }
     }
 }

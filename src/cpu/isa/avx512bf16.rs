@@ -56,7 +56,10 @@ pub(super) fn detect(family: CpuFamily) -> Option<CpuKernels> {
 unsafe fn dot_bf16(acc: __m512, a: __m512, b: __m512) -> __m512 {
     // SAFETY: the caller's contract; both types are 64 bytes without invalid patterns.
     unsafe {
-        let (a, b) = (std::mem::transmute::<__m512, __m512bh>(a), std::mem::transmute::<__m512, __m512bh>(b));
+        let (a, b) = (
+            std::mem::transmute::<__m512, __m512bh>(a),
+            std::mem::transmute::<__m512, __m512bh>(b),
+        );
         _mm512_dpbf16_ps(acc, a, b)
     }
 }
@@ -74,8 +77,8 @@ unsafe fn splat_pair(src: *const bf16) -> __m512 {
 impl Product<Avx512> for DotBf16 {
     type A = bf16;
     type B = bf16;
-    /// No intermediate flush is needed: rounding the result to bf16 loses about 1,000 times more than
-    /// summing in f32.
+    /// No intermediate flush is needed: rounding the result to bf16 loses about 1,000 times more
+    /// than summing in f32.
     const SUM_K: usize = usize::MAX;
     const MEMORY_BOUND: bool = true;
 

@@ -1,6 +1,6 @@
-//! The instruction sets, one file each: a vector type ([`Simd`](super::simd::Simd)), the door to code
-//! that is compiled for it ([`Isa::vectorize`](super::simd::Isa::vectorize)), detection, and the choice
-//! of shapes and tuning.
+//! The instruction sets, one file each: a vector type ([`Simd`](super::simd::Simd)), the door to
+//! code that is compiled for it ([`Isa::vectorize`](super::simd::Isa::vectorize)), detection, and
+//! the choice of shapes and tuning.
 //!
 //! To add one, see `docs/adding-an-instruction-set.md`.
 
@@ -21,7 +21,8 @@ mod simd128;
 use super::kernels::CpuKernels;
 use super::tuning::CpuFamily;
 
-/// The kernels of every instruction set that this CPU has, best first. The scalar ones are always there.
+/// The kernels of every instruction set that this CPU has, best first. The scalar ones are always
+/// there.
 pub(super) fn detect(family: CpuFamily) -> Vec<CpuKernels> {
     let detectors: &[fn(CpuFamily) -> Option<CpuKernels>] = &[
         #[cfg(target_arch = "x86_64")]

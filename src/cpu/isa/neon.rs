@@ -38,8 +38,8 @@ impl Isa for Neon {
     }
 }
 
-/// The kernels, if the CPU has the instructions. bf16 and f16 take five rows, not six: widening needs the
-/// registers of the sixth row's sums.
+/// The kernels, if the CPU has the instructions. bf16 and f16 take five rows, not six: widening
+/// needs the registers of the sixth row's sums.
 pub(super) fn detect(_: CpuFamily) -> Option<CpuKernels> {
     Some(kernels::<_, FourBySix, FourByFive, FourByFive, Unmeasured>("neon", Neon::new()?))
 }
@@ -90,10 +90,15 @@ impl Simd for Neon {
         // SAFETY: `self` proves the instructions.
         unsafe { vfmaq_f32(c, a, b) }
     }
-    /// `fmla` by element: four values of A are loaded at once and each is selected without an instruction
-    /// of its own. Broadcasting would need one.
+    /// `fmla` by element: four values of A are loaded at once and each is selected without an
+    /// instruction of its own. Broadcasting would need one.
     #[inline(always)]
-    fn mul_add_lane<const LANE: usize>(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
+    fn mul_add_lane<const LANE: usize>(
+        self,
+        a: float32x4_t,
+        b: float32x4_t,
+        c: float32x4_t,
+    ) -> float32x4_t {
         // SAFETY: `self` proves the instructions.
         unsafe {
             match LANE {
@@ -147,14 +152,17 @@ impl Simd for Neon {
     }
     #[inline(always)]
     unsafe fn load_bf16(self, src: *const bf16) -> float32x4_t {
-        // SAFETY: `self` proves the instructions, the caller gives 4 readable elements; bf16 is the upper half of f32.
+        // SAFETY: `self` proves the instructions, the caller gives 4 readable elements; bf16 is the
+        // upper half of f32.
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(src.cast()))) }
     }
     /// The even element of each pair is the lower half of 32 bits.
     #[inline(always)]
     unsafe fn load_bf16_even(self, src: *const bf16) -> float32x4_t {
         // SAFETY: `self` proves the instructions, the caller gives 8 readable elements.
-        unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_u16(vld1q_u16(src.cast())))) }
+        unsafe {
+            vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_u16(vld1q_u16(src.cast()))))
+        }
     }
     #[inline(always)]
     unsafe fn load_bf16_odd(self, src: *const bf16) -> float32x4_t {

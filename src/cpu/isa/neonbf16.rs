@@ -1,14 +1,14 @@
 //! NEON with FEAT_BF16: instructions that multiply bf16 and add pairs of products to sums in f32.
 //!
-//! Both instructions compute `acc + (a₀·b₀ + a₁·b₁)`. Each of the two sums is rounded to odd, which is
-//! within one unit in the last place; rounding to nearest is within half of one. Denormals are treated
-//! as 0. There are two roundings for two products, so the error bound is that of adding one product at a
-//! time with rounding to nearest.
+//! Both instructions compute `acc + (a₀·b₀ + a₁·b₁)`. Each of the two sums is rounded to odd, which
+//! is within one unit in the last place; rounding to nearest is within half of one. Denormals are
+//! treated as 0. There are two roundings for two products, so the error bound is that of adding one
+//! product at a time with rounding to nearest.
 //!
-//! 1. Up to MR rows (decode): `bfdot` multiplies 4 columns of one row, 8 products. Four pairs of A are
-//!    loaded at once and selected by lane.
-//! 2. More rows: `bfmmla` multiplies 2 columns of 2 rows, 16 products of four neighbours in k. A k-block
-//!    is first reordered for it, once for all rows ([`interleave`]).
+//! 1. Up to MR rows (decode): `bfdot` multiplies 4 columns of one row, 8 products. Four pairs of A
+//!    are loaded at once and selected by lane.
+//! 2. More rows: `bfmmla` multiplies 2 columns of 2 rows, 16 products of four neighbours in k. A
+//!    k-block is first reordered for it, once for all rows ([`interleave`]).
 //!
 //! `bfmmla` adds its four products like two `bfdot` in the order of k, so both give the same bits.
 
@@ -66,7 +66,11 @@ pub(super) fn detect(family: CpuFamily) -> Option<CpuKernels> {
 /// # Safety
 /// The CPU has bf16.
 #[inline(always)]
-unsafe fn dot<const LANE: usize>(mut acc: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+unsafe fn dot<const LANE: usize>(
+    mut acc: float32x4_t,
+    a: float32x4_t,
+    b: float32x4_t,
+) -> float32x4_t {
     // SAFETY: the caller's contract.
     unsafe {
         asm!("bfdot {acc:v}.4s, {b:v}.8h, {a:v}.2h[{lane}]", acc = inout(vreg) acc, a = in(vreg) a, b = in(vreg) b,
@@ -94,8 +98,8 @@ unsafe fn multiply(mut acc: float32x4_t, a: uint16x8_t, b: uint16x8_t) -> float3
 impl Product<Neon> for DotBf16 {
     type A = bf16;
     type B = bf16;
-    /// No intermediate flush is needed: rounding the result to bf16 loses about 1,000 times more than
-    /// summing in f32.
+    /// No intermediate flush is needed: rounding the result to bf16 loses about 1,000 times more
+    /// than summing in f32.
     const SUM_K: usize = usize::MAX;
     const MEMORY_BOUND: bool = true;
 
@@ -152,7 +156,8 @@ const QUAD: usize = 4;
 
 /// [`interleave`], and the microkernels for 1, 2, .., 6 rows of its result.
 fn many_rows() -> Rewritten {
-    let micro: Vec<Micro> = vec![micro::<1>, micro::<2>, micro::<3>, micro::<4>, micro::<5>, micro::<6>];
+    let micro: Vec<Micro> =
+        vec![micro::<1>, micro::<2>, micro::<3>, micro::<4>, micro::<5>, micro::<6>];
     // The result has 2 bytes per value; counting 4 gives blocks half as long.
     Rewritten { from_rows: micro.len() + 1, rewrite: interleave, micro, value_bytes: 4 }
 }
@@ -169,7 +174,8 @@ unsafe fn interleave(b: *const u8, _stream_stride: usize, steps: usize, out: *mu
             // SAFETY: the caller's contract.
             unsafe {
                 let pairs = b.add(quad * 2 * NR + v * 4);
-                let second = if 2 * quad + 1 < steps { vld1q_f32(pairs.add(NR)) } else { vdupq_n_f32(0.0) };
+                let second =
+                    if 2 * quad + 1 < steps { vld1q_f32(pairs.add(NR)) } else { vdupq_n_f32(0.0) };
                 let (first, out) = (vld1q_f32(pairs), out.add(quad * 2 * NR + v * 8));
                 vst1q_f32(out, vzip1q_f32(first, second));
                 vst1q_f32(out.add(4), vzip2q_f32(first, second));
@@ -178,8 +184,8 @@ unsafe fn interleave(b: *const u8, _stream_stride: usize, steps: usize, out: *mu
     }
 }
 
-/// As `micro::run`, over the result of [`interleave`]. `args.steps` is a number of values of k and even.
-/// Nothing is prefetched.
+/// As `micro::run`, over the result of [`interleave`]. `args.steps` is a number of values of k and
+/// even. Nothing is prefetched.
 ///
 /// # Safety
 /// As `micro::run`.
@@ -204,7 +210,8 @@ unsafe fn micro<const MR: usize>(args: &MicroArgs) {
             let mut pairs = [vdupq_n_u16(0); 3];
             for (pair, rows) in pairs.iter_mut().enumerate().take(MR.div_ceil(2)) {
                 let row = |r: usize| {
-                    let two = a.add(r.min(MR - 1) * args.a_stride + at).cast::<u32>().read_unaligned();
+                    let two =
+                        a.add(r.min(MR - 1) * args.a_stride + at).cast::<u32>().read_unaligned();
                     vcreate_u16(u64::from(two))
                 };
                 *rows = vcombine_u16(row(2 * pair), row(2 * pair + 1));
@@ -215,8 +222,8 @@ unsafe fn micro<const MR: usize>(args: &MicroArgs) {
     }
 }
 
-/// Sums of 2 rows by 2 columns: [pair of rows][pair of columns]. An odd last row is paired with itself,
-/// and the second half of its sums is dropped.
+/// Sums of 2 rows by 2 columns: [pair of rows][pair of columns]. An odd last row is paired with
+/// itself, and the second half of its sums is dropped.
 type Tiles = [[float32x4_t; NR / 2]; 3];
 
 /// acc (MR, NR) += a (MR, QUAD) · b (QUAD, NR)
@@ -247,7 +254,9 @@ unsafe fn load_tiles<const MR: usize>(sums: *const f32, first: bool) -> Tiles {
             return acc;
         }
         for (pair, acc) in acc.iter_mut().enumerate().take(MR.div_ceil(2)) {
-            let row = |r: usize, v: usize| vreinterpretq_f64_f32(vld1q_f32(sums.add(r.min(MR - 1) * NR + v * 4)));
+            let row = |r: usize, v: usize| {
+                vreinterpretq_f64_f32(vld1q_f32(sums.add(r.min(MR - 1) * NR + v * 4)))
+            };
             for v in 0..NR / 4 {
                 let (upper, lower) = (row(2 * pair, v), row(2 * pair + 1, v));
                 acc[2 * v] = vreinterpretq_f32_f64(vzip1q_f64(upper, lower));
@@ -267,7 +276,8 @@ unsafe fn store_tiles<const MR: usize>(acc: &Tiles, sums: *mut f32) {
             // SAFETY: the caller's contract.
             unsafe {
                 let [left, right] = [0, 1].map(|i| vreinterpretq_f64_f32(acc[r / 2][2 * v + i]));
-                let row = if r % 2 == 0 { vzip1q_f64(left, right) } else { vzip2q_f64(left, right) };
+                let row =
+                    if r % 2 == 0 { vzip1q_f64(left, right) } else { vzip2q_f64(left, right) };
                 vst1q_f32(sums.add(r * NR + v * 4), vreinterpretq_f32_f64(row));
             }
         }

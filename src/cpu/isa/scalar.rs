@@ -60,7 +60,11 @@ impl Simd for Scalar {
     /// Two roundings: without the instruction `mul_add` is a slow function.
     #[inline(always)]
     fn mul_add(self, a: f32, b: f32, c: f32) -> f32 {
-        if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { a.mul_add(b, c) } else { a * b + c }
+        if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
+            a.mul_add(b, c)
+        } else {
+            a * b + c
+        }
     }
     #[inline(always)]
     fn abs(self, a: f32) -> f32 {

@@ -46,9 +46,9 @@ fn pow2(n: v128) -> v128 {
 
 /// a·b + c of the lower two lanes with one rounding.
 ///
-/// The product is exact in f64. The sum is rounded to odd in f64: to nearest and, if that was inexact and
-/// left an even last bit, one step towards the exact sum. The second rounding, to f32, then gives the
-/// exact sum rounded once.
+/// The product is exact in f64. The sum is rounded to odd in f64: to nearest and, if that was
+/// inexact and left an even last bit, one step towards the exact sum. The second rounding, to f32,
+/// then gives the exact sum rounded once.
 #[inline(always)]
 fn fma_low(a: v128, b: v128, c: v128) -> v128 {
     let c = f64x2_promote_low_f32x4(c);
@@ -161,7 +161,8 @@ impl Simd for Simd128 {
         // SAFETY: the caller gives 4 writable elements.
         unsafe { v128_store64_lane::<0>(u16x8_narrow_i32x4(kept, kept), dst.cast()) }
     }
-    /// Exponent and mantissa in place, as a number 2¹¹² too small; infinite and NaN by their exponent.
+    /// Exponent and mantissa in place, as a number 2¹¹² too small; infinite and NaN by their
+    /// exponent.
     #[inline(always)]
     unsafe fn load_f16(self, src: *const f16) -> v128 {
         // SAFETY: the caller gives 4 readable elements.

@@ -64,7 +64,8 @@ impl Entry {
     fn is_constant(&self, name: &str) -> bool {
         let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
         let is_mask = matches!(self.shape[..], [1, 1, m, n] if m == n);
-        ends(&["rotary_emb.inv_freq", "position_ids", "masked_bias"]) || (is_mask && ends(&[".attn.bias", ".attention.bias"]))
+        ends(&["rotary_emb.inv_freq", "position_ids", "masked_bias"])
+            || (is_mask && ends(&[".attn.bias", ".attention.bias"]))
     }
 }
 
@@ -84,7 +85,8 @@ impl Contents {
         }
         let missing = || Error::NoConfig { dir: dir.to_path_buf(), found: other_formats(dir) };
         let config = read_json(config.ok_or_else(missing)?)?;
-        let mut contents = Self { dir: dir.to_path_buf(), config, files: vec![], tensors: BTreeMap::new() };
+        let mut contents =
+            Self { dir: dir.to_path_buf(), config, files: vec![], tensors: BTreeMap::new() };
         contents.add_weights()?;
         Ok(contents)
     }
@@ -107,7 +109,10 @@ impl Contents {
         }
         let consolidated = self.consolidated()?;
         if consolidated.is_empty() {
-            return Err(Error::NoWeights { dir: self.dir.clone(), found: other_formats(&self.dir) });
+            return Err(Error::NoWeights {
+                dir: self.dir.clone(),
+                found: other_formats(&self.dir),
+            });
         }
         consolidated.into_iter().try_for_each(|path| self.add_file(path, |_| true))
     }
@@ -139,7 +144,8 @@ impl Contents {
             }
             // A tensor that the index places in another shard is not taken from this one.
             self.add_file(path, |name| homes.get(name).is_none_or(|home| home == shard))?;
-            if let Some(tensor) = tensors.iter().find(|tensor| !self.tensors.contains_key(**tensor)) {
+            if let Some(tensor) = tensors.iter().find(|tensor| !self.tensors.contains_key(**tensor))
+            {
                 let (shard, tensor) = (shard.to_string(), tensor.to_string());
                 return Err(Error::NotInShard { index: index.to_path_buf(), shard, tensor });
             }
@@ -161,7 +167,13 @@ impl Contents {
                 return Err(Error::DuplicateTensor { tensor: name, first, second: path });
             }
             // An empty tensor may claim any shape; its strides are computed all the same.
-            if info.shape.iter().filter(|&&dim| dim > 0).try_fold(1usize, |n, &dim| n.checked_mul(dim)).is_none() {
+            if info
+                .shape
+                .iter()
+                .filter(|&&dim| dim > 0)
+                .try_fold(1usize, |n, &dim| n.checked_mul(dim))
+                .is_none()
+            {
                 let reason = format!("{name}: shape {:?} has strides that overflow", info.shape);
                 return Err(Error::Header { path, reason });
             }
@@ -187,9 +199,16 @@ impl Contents {
             let module = name.rsplit_once('.').map_or("", |(module, _)| module);
             let prefix = module.rsplit_once('.').map_or("", |(prefix, _)| prefix);
             let tried = vec![name[prefix.len()..].trim_start_matches('.').to_string()];
-            let suggestions = nearest(prefix, &tried, self.tensors.keys().map(String::as_str)).into();
+            let suggestions =
+                nearest(prefix, &tried, self.tensors.keys().map(String::as_str)).into();
             let (prefix, location) = (prefix.to_string(), Some(self.dir.clone()));
-            Error::MissingTensor { present: self.under(&prefix).into(), prefix, tried, suggestions, location }
+            Error::MissingTensor {
+                present: self.under(&prefix).into(),
+                prefix,
+                tried,
+                suggestions,
+                location,
+            }
         })
     }
 
@@ -200,10 +219,18 @@ impl Contents {
             return Ok(());
         }
         let keys = ["quantization_config", "quantization", "compression_config"];
-        let key = keys.into_iter().find(|key| self.config.get(key).is_some_and(|value| !value.is_null()));
-        let (name, found, location) = (name.to_string(), entry.dtype.to_string(), Some(self.files[entry.file].0.clone()));
+        let key =
+            keys.into_iter().find(|key| self.config.get(key).is_some_and(|value| !value.is_null()));
+        let (name, found, location) =
+            (name.to_string(), entry.dtype.to_string(), Some(self.files[entry.file].0.clone()));
         match key {
-            Some(_) => Err(Error::QuantizedTensor { name, found, shape: entry.shape.as_slice().into(), key, location }),
+            Some(_) => Err(Error::QuantizedTensor {
+                name,
+                found,
+                shape: entry.shape.as_slice().into(),
+                key,
+                location,
+            }),
             None => Err(Error::DTypeUnsupported { name, found, location }),
         }
     }
@@ -211,7 +238,10 @@ impl Contents {
     /// The tensors under a prefix.
     pub(super) fn list(&self, prefix: &str) -> Listing {
         let there = self.below(prefix).filter(|(_, _, entry)| !entry.is_hidden());
-        let listed = there.map(|(name, short, entry)| Listed { name: short.to_string(), unread: entry.is_unread(name) });
+        let listed = there.map(|(name, short, entry)| Listed {
+            name: short.to_string(),
+            unread: entry.is_unread(name),
+        });
         Listing { prefix: prefix.to_string(), tensors: listed.collect() }
     }
 
@@ -225,7 +255,9 @@ impl Contents {
     fn below(&self, prefix: &str) -> impl Iterator<Item = (&str, &str, &Entry)> {
         let dotted = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
         let from = self.tensors.range(dotted.clone()..);
-        from.map_while(move |(name, entry)| Some((name.as_str(), name.strip_prefix(&dotted)?, entry)))
+        from.map_while(move |(name, entry)| {
+            Some((name.as_str(), name.strip_prefix(&dotted)?, entry))
+        })
     }
 }
 
@@ -249,12 +281,17 @@ fn other_formats(dir: &Path) -> Vec<String> {
         ("", ".bin", "PyTorch weights: convert them to safetensors"),
         ("", ".pth", "PyTorch weights: convert them to safetensors"),
         ("", ".pt", "PyTorch weights: convert them to safetensors"),
-        ("", ".safetensors", "safetensors of another name: rename it to model.safetensors, or add its index"),
+        (
+            "",
+            ".safetensors",
+            "safetensors of another name: rename it to model.safetensors, or add its index",
+        ),
         ("", ".npz", "MLX or NumPy weights: convert them to safetensors"),
         ("tokenizer", ".model", "a tokenizer alone"),
     ];
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     names.sort();
     let is = |name: &str, start: &str, end: &str| name.starts_with(start) && name.ends_with(end);
     let kind = |name: &String| {

@@ -38,15 +38,22 @@ pub(super) fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata)> {
     let length = u64::from_le_bytes(length);
     if length > MOST || length > found - LENGTH {
         let most = MOST.min(found - LENGTH);
-        return Err(broken(format!("expected a header of at most {most} bytes, found one of {length}")));
+        return Err(broken(format!(
+            "expected a header of at most {most} bytes, found one of {length}"
+        )));
     }
     let mut json = vec![0; length as usize];
     read_exact_at(file, &mut json, LENGTH).map_err(Error::io(path))?;
-    let metadata: Metadata = serde_json::from_slice(&json).map_err(|error| broken(error.to_string()))?;
+    let metadata: Metadata =
+        serde_json::from_slice(&json).map_err(|error| broken(error.to_string()))?;
     let expected = (LENGTH + length).checked_add(metadata.data_len() as u64);
     match expected {
         Some(expected) if expected == found => Ok((LENGTH + length, metadata)),
-        _ => Err(Error::FileSize { path: path.to_path_buf(), expected: expected.unwrap_or(u64::MAX), found }),
+        _ => Err(Error::FileSize {
+            path: path.to_path_buf(),
+            expected: expected.unwrap_or(u64::MAX),
+            found,
+        }),
     }
 }
 
@@ -74,7 +81,11 @@ pub(super) fn read_exact_at(file: &File, buffer: &mut [u8], at: u64) -> std::io:
 }
 
 #[cfg(windows)]
-pub(super) fn read_exact_at(file: &File, mut buffer: &mut [u8], mut at: u64) -> std::io::Result<()> {
+pub(super) fn read_exact_at(
+    file: &File,
+    mut buffer: &mut [u8],
+    mut at: u64,
+) -> std::io::Result<()> {
     while !buffer.is_empty() {
         match std::os::windows::fs::FileExt::seek_read(file, buffer, at)? {
             0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),

@@ -13,8 +13,13 @@ pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     let json = read_json(path)?;
     let broken = |reason: String| Error::Index { path: path.to_path_buf(), reason };
     let map = json.get("weight_map").and_then(Value::as_object).filter(|map| !map.is_empty());
-    let map = map.ok_or_else(|| broken("expected an object weight_map with tensors in it, found none".into()))?;
-    let shard_of = |(tensor, shard): (&String, &Value)| match shard.as_str().filter(|name| is_file_name(name)) {
+    let map = map.ok_or_else(|| {
+        broken("expected an object weight_map with tensors in it, found none".into())
+    })?;
+    let shard_of = |(tensor, shard): (&String, &Value)| match shard
+        .as_str()
+        .filter(|name| is_file_name(name))
+    {
         Some(name) => Ok((tensor.clone(), name.to_string())),
         None => Err(broken(format!("weight_map.{tensor}: expected a file name, found {shard}"))),
     };
