@@ -36,23 +36,41 @@ pub(crate) fn has_glu(device: &Device, dtype: DType) -> bool {
     }
 }
 
-/// Loads the kernels of a device for which [`has_kernels`] is true. Synchronizes with the device,
-/// so that the weights are complete before the first `forward`.
-pub(crate) fn prepare(device: &Device) -> candle_core::Result<()> {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::cuda::prepare(device),
-        _ => Ok(()),
-    }
+/// The kernels of a GPU, loaded once when a layer is built.
+#[derive(Clone)]
+pub(crate) struct GpuKernels {
+    /// The name that `kernel()` returns.
+    pub(crate) name: &'static str,
+    #[cfg(feature = "cuda")]
+    functions: Option<std::sync::Arc<crate::cuda::Functions>>,
 }
 
-/// The name of the kernels of a device for which [`has_kernels`] is true.
-pub(crate) fn kernel_name(device: &Device) -> &'static str {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::cuda::kernel_name(device),
-        #[cfg(feature = "metal")]
-        Device::Metal(_) => "metal",
-        _ => "plain",
+impl GpuKernels {
+    /// Loads the kernels of a device for which [`has_kernels`] is true. Waits for the device, so
+    /// that the weights are complete before the first `forward`.
+    pub(crate) fn load(device: &Device) -> candle_core::Result<Self> {
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => {
+                let functions = Some(crate::cuda::prepare(device)?);
+                Ok(Self { name: crate::cuda::kernel_name(device), functions })
+            }
+            #[cfg(feature = "metal")]
+            Device::Metal(_) => Ok(Self {
+                name: "metal",
+                #[cfg(feature = "cuda")]
+                functions: None,
+            }),
+            _ => candle_core::bail!("{:?} has no kernels of this crate", device.location()),
+        }
+    }
+
+    /// The functions of a CUDA device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(&self) -> candle_core::Result<&crate::cuda::Functions> {
+        match &self.functions {
+            Some(functions) => Ok(functions),
+            None => candle_core::bail!("x is on a CUDA device, the weights are not"),
+        }
     }
 }

@@ -15,8 +15,8 @@ pub fn peak_of(kernel: &str, dtype: DType) -> Option<fn() -> f64> {
     match (kernel.trim_start_matches("plain-"), dtype) {
         // SAFETY: a kernel that runs implies that the CPU has its instructions.
         ("avx512bf16", DType::BF16) => return Some(|| burst(64.0, |n| unsafe { x86::bf16(n) })),
-        // SAFETY: as above.
         ("avx512bf16" | "avx512", _) => {
+            // SAFETY: as above.
             return Some(|| burst(32.0, |n| unsafe { x86::f32_512(n) }));
         }
         // SAFETY: as above.

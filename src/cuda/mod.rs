@@ -30,6 +30,8 @@ mod launch;
 mod plan;
 mod products;
 
+use std::sync::Arc;
+
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, WrapErr};
@@ -68,22 +70,14 @@ pub(crate) fn kernel_name(device: &CudaDevice) -> &'static str {
 
 /// Loads the kernels and waits until the weights that were written on the device's stream are
 /// complete. After it a layer may be called.
-pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
-    Functions::of(device)?;
-    device.cuda_stream().synchronize().w()
+pub(crate) fn prepare(device: &CudaDevice) -> Result<Arc<Functions>> {
+    let functions = Functions::of(device)?;
+    device.cuda_stream().synchronize().w()?;
+    Ok(functions)
 }
 
-/// x (M,H) of any layout -> y (M,H)
+/// x (M,H) of any layout -> y (M,H), by functions that were loaded when the layer was built.
 pub(crate) fn block(
-    block: &DeviceBlock,
-    x: &CudaStorage,
-    layout: &Layout,
-) -> Result<(CudaStorage, Shape)> {
-    block_with(&*Functions::of(x.device())?, block, x, layout)
-}
-
-/// [`block`] by functions that were resolved when the layer was built.
-pub(crate) fn block_with(
     functions: &Functions,
     block: &DeviceBlock,
     x: &CudaStorage,
@@ -99,15 +93,6 @@ pub(crate) fn block_with(
 
 /// x (M,K) of any layout, weight (N,K), bias (N) -> y (M,N) = x·Wᵀ + b
 pub(crate) fn linear(
-    linear: &DeviceLinear,
-    x: &CudaStorage,
-    layout: &Layout,
-) -> Result<(CudaStorage, Shape)> {
-    linear_with(&*Functions::of(x.device())?, linear, x, layout)
-}
-
-/// [`linear`] by functions that were resolved when the layer was built.
-pub(crate) fn linear_with(
     functions: &Functions,
     linear: &DeviceLinear,
     x: &CudaStorage,

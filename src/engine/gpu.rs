@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
 
 use super::{BlockSpec, Projection, backward, run, set_views};
-use crate::backend;
+use crate::backend::GpuKernels;
 use crate::device::{DeviceBlock, DeviceLinear, Parts};
 use crate::error::{Error, Result};
 use crate::load::FusedOrder;
@@ -59,9 +59,8 @@ impl super::Builder for BlockBuilder {
     fn finish(self: Box<Self>) -> Result<Arc<dyn super::Block>> {
         let Self { parts, spec, dtype, device, biased } = *self;
         let weights = parts.into_block(spec.glu, spec.down_multiplier)?;
-        backend::prepare(&device)?;
-        let kernel = backend::kernel_name(&device);
-        Ok(Arc::new(Block(Arc::new(Inner { weights, spec, dtype, device, kernel, biased }))))
+        let kernels = GpuKernels::load(&device)?;
+        Ok(Arc::new(Block(Arc::new(Inner { weights, spec, dtype, device, kernels, biased }))))
     }
 }
 
@@ -74,7 +73,7 @@ struct Inner {
     spec: BlockSpec,
     dtype: DType,
     device: Device,
-    kernel: &'static str,
+    kernels: GpuKernels,
     /// Whether each matrix has a bias. The biases of gate and up are one tensor, which is zero
     /// where only the other has a bias.
     biased: [bool; 3],
@@ -82,11 +81,11 @@ struct Inner {
 
 impl fmt::Debug for Block {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { spec, dtype, device, kernel, .. } = &*self.0;
+        let Inner { spec, dtype, device, kernels, .. } = &*self.0;
         f.debug_tuple("gpu::Block")
             .field(dtype)
             .field(&device.location())
-            .field(kernel)
+            .field(&kernels.name)
             .field(spec)
             .finish()
     }
@@ -102,7 +101,7 @@ impl super::Block for Block {
     }
 
     fn kernel(&self) -> &str {
-        self.0.kernel
+        self.0.kernels.name
     }
 
     fn is_packed(&self) -> bool {
@@ -137,7 +136,7 @@ impl CustomOp1 for Block {
         x: &candle_core::CudaStorage,
         layout: &Layout,
     ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
-        crate::cuda::block(&self.0.weights, x, layout)
+        crate::cuda::block(self.0.kernels.cuda()?, &self.0.weights, x, layout)
     }
 
     #[cfg(feature = "metal")]
@@ -155,17 +154,22 @@ impl CustomOp1 for Block {
 }
 
 /// A linear layer on a GPU. Clones share the weight.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Linear {
     weights: DeviceLinear,
-    kernel: &'static str,
+    kernels: GpuKernels,
+}
+
+impl fmt::Debug for Linear {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("gpu::Linear").field(&self.weights).field(&self.kernels.name).finish()
+    }
 }
 
 impl Linear {
     pub(super) fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
         let weights = DeviceLinear::new(weight, bias)?;
-        backend::prepare(weight.device())?;
-        Ok(Self { weights, kernel: backend::kernel_name(weight.device()) })
+        Ok(Self { weights, kernels: GpuKernels::load(weight.device())? })
     }
 }
 
@@ -179,7 +183,7 @@ impl Projection for Linear {
     }
 
     fn kernel(&self) -> &str {
-        self.kernel
+        self.kernels.name
     }
 
     fn is_packed(&self) -> bool {
@@ -222,7 +226,7 @@ impl CustomOp1 for Linear {
         x: &candle_core::CudaStorage,
         layout: &Layout,
     ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
-        crate::cuda::linear(&self.weights, x, layout)
+        crate::cuda::linear(self.kernels.cuda()?, &self.weights, x, layout)
     }
 
     #[cfg(feature = "metal")]
