@@ -102,6 +102,7 @@
 //! candle's own operations on every device.
 
 mod backend;
+mod check;
 mod config;
 #[allow(unsafe_code)]
 mod cpu;
@@ -115,6 +116,7 @@ mod error;
 mod ffn;
 mod forced;
 mod gate;
+mod glu_mul;
 mod linear;
 mod load;
 #[cfg(any(feature = "metal", test))]
@@ -131,7 +133,8 @@ pub use cuda::{Prefill as CudaPrefill, force_prefill as force_cuda_prefill};
 pub use embedding::{Embedding, embedding};
 pub use error::{Error, Result};
 pub use ffn::{SwiGluFfn, swiglu_ffn};
-pub use gate::{Glu, GluActivation, glu_mul, silu_mul};
+pub use gate::{Glu, GluActivation};
+pub use glu_mul::{glu_mul, silu_mul};
 pub use linear::{Linear, linear, linear_b, linear_no_bias};
 #[cfg(feature = "hub")]
 pub use load::hub;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Module, VarBuilder};
 
+use crate::check::{check_float, check_same};
 use crate::engine::{self, Projection};
 use crate::error::{Error, Result};
-use crate::gate::{check_float, check_same};
 use crate::load::{check_linear, load_projection};
 use crate::over_rows::{over_rows, rows, wider};
 

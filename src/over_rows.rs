@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::check::{check_float, check_like};
 use crate::error::Error;
-use crate::gate::{check_float, check_like};
 
 /// Applies a layer to x (…,in) of any float dtype -> y (…,out) in x's dtype, computed in the wider
 /// dtype of x and the weights.

@@ -21,10 +21,10 @@ use std::sync::Arc;
 use candle_core::{CustomOp1, DType, Device, Tensor};
 
 use crate::backend;
+use crate::check::check_like;
 use crate::error::{Error, Result};
 use crate::forced;
 use crate::gate::activation::Glu;
-use crate::gate::check_like;
 use crate::load::{FusedOrder, GateUp, Piece, Weights, split};
 use crate::which::Which;
 

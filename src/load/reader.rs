@@ -7,8 +7,8 @@ use super::family::{Family, Names};
 use super::missing::{plain_mlp, suggest};
 use super::unread::{check_block, contains_anything, joined};
 use super::weights::{Piece, Wanted, fused_bias};
+use crate::check::check_float;
 use crate::error::{Error, Result};
-use crate::gate::check_float;
 use crate::which::Which;
 
 /// Finds the weights under `vb`'s prefix and passes each projection to `take` before the next is

@@ -3,8 +3,8 @@
 use candle_core::Tensor;
 
 use super::family::{Family, FusedOrder, Names};
+use crate::check::{check_float, check_same};
 use crate::error::{Error, Result};
-use crate::gate::{check_float, check_same};
 use crate::which::Which;
 
 /// Which of the three projections have a bias.
