@@ -6,10 +6,9 @@ use candle_core::{DType, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 use crate::config::FfnConfig;
-use crate::engine::{self, Block, BlockSpec};
+use crate::engine::{self, Block, BlockSpec, over_rows};
 use crate::error::{Error, Result};
 use crate::load::{GateUp, Weights, load_each};
-use crate::over_rows::over_rows;
 
 /// The SwiGLU feed-forward block, `y = (silu(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ`, and its relatives
 /// ([`FfnConfig`] has the general equation).

@@ -121,7 +121,6 @@ mod linear;
 mod load;
 #[cfg(any(feature = "metal", test))]
 mod metal;
-mod over_rows;
 pub mod reference;
 mod which;
 

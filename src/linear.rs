@@ -6,10 +6,9 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 use crate::check::{check_float, check_same};
-use crate::engine::{self, Projection};
+use crate::engine::{self, Projection, over_rows, rows, wider};
 use crate::error::{Error, Result};
 use crate::load::{check_linear, load_projection};
-use crate::over_rows::{over_rows, rows, wider};
 
 /// A linear layer `y = x·Wᵀ + b` with W (out, in) and an optional b (out).
 ///

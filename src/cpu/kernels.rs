@@ -335,20 +335,17 @@ pub(super) fn kernels<I: Isa, F32: Shape, Bf16: Shape, F16: Shape, U: Tuned>(
     }
 }
 
-/// [`kernels`] of a base instruction set whose products in bf16 are replaced by those of `I`, which
+/// [`kernels`] of a base instruction set whose products in bf16 are replaced by `P` of `I`, which
 /// multiplies bf16 as it is stored. `rewritten` is for instructions that want another order with
 /// many rows.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-pub(super) fn with_bf16<I: Isa, M: Shape, U: Tuned>(
+pub(super) fn with_bf16<I: Isa, P: Product<I::Simd, A = bf16>, M: Shape, U: Tuned>(
     name: &'static str,
     _proof: I,
     base: CpuKernels,
     rewritten: Option<Rewritten>,
-) -> CpuKernels
-where
-    super::product::DotBf16: Product<I::Simd, A = bf16>,
-{
-    let sweep = sweep::<I, super::product::DotBf16, M, U>(rewritten);
+) -> CpuKernels {
+    let sweep = sweep::<I, P, M, U>(rewritten);
     let edges = M::edges::<I, bf16, bf16>(super::epilogue::copy_bf16);
     CpuKernels {
         name,

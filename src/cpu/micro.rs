@@ -3,9 +3,8 @@
 //! B is one panel of a packed weight (`panels.rs`), or a few adjacent ones. A is row-major. Each
 //! step loads NV vectors of B and, for each of MR rows, broadcasts the row's values and adds the
 //! products (`product.rs`). Nothing is summed across lanes, and each sum runs over k in order, in
-//! parts of
-//! [`Product::SUM_K`]. A result therefore depends neither on the number of rows or threads nor on
-//! where `sweep.rs` cuts k.
+//! parts of [`Product::SUM_K`]. A result therefore depends neither on the number of rows or threads
+//! nor on where `sweep.rs` cuts k.
 //!
 //! [`run`] reads a panel of one stream: part of a sum -> {load the total, groups of steps, unrolled
 //! steps, single steps, switch of the prefetch address} -> store. [`run_streams`] reads several
@@ -169,8 +168,7 @@ unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize>(
     args: MicroArgs,
     what: Prefetch,
 ) {
-    let step_len = NV * S::LANES * P::K_STEP;
-    let step_bytes = step_len * size_of::<P::B>();
+    let step_bytes = NV * S::LANES * const { P::FORMAT.column_bytes() };
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
         let mut a = [args.a.cast::<P::A>(); MR];
@@ -197,21 +195,21 @@ unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize>(
                 while P::GROUP > 1 && at + P::GROUP * P::K_STEP <= stop {
                     next = fetch(what, next, P::GROUP, step_bytes, args.prefetch_bytes);
                     P::group(s, &mut acc, &a, at, b);
-                    b = b.add(P::GROUP * step_len);
+                    b = b.byte_add(P::GROUP * step_bytes);
                     at += P::K_STEP * P::GROUP;
                 }
                 while S::UNROLL > 1 && at + S::UNROLL * P::K_STEP <= stop {
                     next = fetch(what, next, S::UNROLL, step_bytes, args.prefetch_bytes);
                     for i in 0..S::UNROLL {
-                        P::step(s, &mut acc, &a, at + i * P::K_STEP, b.add(i * step_len));
+                        P::step(s, &mut acc, &a, at + i * P::K_STEP, b.byte_add(i * step_bytes));
                     }
-                    b = b.add(S::UNROLL * step_len);
+                    b = b.byte_add(S::UNROLL * step_bytes);
                     at += S::UNROLL * P::K_STEP;
                 }
                 while at < stop {
                     next = fetch(what, next, 1, step_bytes, args.prefetch_bytes);
                     P::step(s, &mut acc, &a, at, b);
-                    b = b.add(step_len);
+                    b = b.byte_add(step_bytes);
                     at += P::K_STEP;
                 }
                 if at == switch {
@@ -255,7 +253,7 @@ unsafe fn run_streams<
     args: MicroArgs,
     what: Prefetch,
 ) {
-    let step_len = NV * S::LANES * P::K_STEP;
+    let step_bytes = NV * S::LANES * const { P::FORMAT.column_bytes() };
     const {
         assert!(
             P::SUM_K == usize::MAX || P::SUM_K % (STREAMS * P::K_STEP) == 0,
@@ -296,7 +294,7 @@ unsafe fn run_streams<
                     );
                     at += P::K_STEP;
                 }
-                b.iter_mut().for_each(|b| *b = b.add(step_len));
+                b.iter_mut().for_each(|b| *b = b.byte_add(step_bytes));
                 next = next.wrapping_add(args.prefetch_bytes);
             }
             let mut stream = 0;
@@ -365,14 +363,12 @@ unsafe fn stream_step<
     next: *const u8,
     what: Prefetch,
 ) {
-    let step_len = NV * S::LANES * P::K_STEP;
+    let step_bytes = NV * S::LANES * const { P::FORMAT.column_bytes() };
     match what {
-        Prefetch::BlockIntoL1 => {
-            fetch_half(next.wrapping_add(stream), step_len * size_of::<P::B>())
-        }
-        Prefetch::StepIntoL1 => {
-            prefetch(b[0].wrapping_add(STREAM_AHEAD * step_len).wrapping_byte_add(stream).cast())
-        }
+        Prefetch::BlockIntoL1 => fetch_half(next.wrapping_add(stream), step_bytes),
+        Prefetch::StepIntoL1 => prefetch(
+            b[0].wrapping_byte_add(STREAM_AHEAD * step_bytes).wrapping_byte_add(stream).cast(),
+        ),
         _ => (),
     }
     for (acc, b) in acc.iter_mut().zip(b) {

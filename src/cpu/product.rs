@@ -10,10 +10,10 @@ use super::simd::{Element, Simd};
 pub(super) trait Product<S: Simd> {
     /// The elements of A's rows.
     type A: Copy + Default + Send + Sync;
-    /// The elements of B.
-    type B: Stored;
+    /// What `step` reads B as.
+    type B;
     /// How B is stored in a panel.
-    const FORMAT: Format = <Self::B as Stored>::FORMAT;
+    const FORMAT: Format;
     /// Values of k per step.
     const K_STEP: usize = Self::FORMAT.k_step();
     /// Sums over this many k start at zero in registers and are then added to the total. The
@@ -136,6 +136,7 @@ macro_rules! widen {
         impl<S: Simd> Product<S> for Widen<$dtype> {
             type A = f32;
             type B = $dtype;
+            const FORMAT: Format = <$dtype as Stored>::FORMAT;
             const SUM_K: usize = SUM_F32;
             const MEMORY_BOUND: bool = size_of::<$dtype>() == size_of::<f32>();
 
@@ -190,6 +191,7 @@ widen!(f16);
 impl<S: Simd> Product<S> for Widen<bf16> {
     type A = f32;
     type B = bf16;
+    const FORMAT: Format = Format::Bf16;
     const SUM_K: usize = SUM_F32;
     const MEMORY_BOUND: bool = false;
 

@@ -78,8 +78,7 @@ impl Sweep {
     }
 
     /// A (rows, k) · panels (k, NR) -> sums (panels, rows, NR), for as many panels from this one on
-    /// as
-    /// [`Sweep::panels_at_once`] says.
+    /// as [`Sweep::panels_at_once`] says.
     ///
     /// # Safety
     /// A and `sums` have the rows, A all steps of a panel; the panels exist and are of this format.
@@ -184,8 +183,10 @@ impl Sweep {
 
     /// Steps of a k-block. Blocks end where parts of sums and rounds over the streams do.
     fn block_steps(&self, rows: usize, rewritten: Option<&Rewritten>) -> usize {
-        let k_bytes =
-            self.nr * rewritten.map_or(self.column_bytes / self.k_step, |r| r.value_bytes);
+        let k_bytes = match rewritten {
+            Some(rewritten) => self.nr * rewritten.value_bytes,
+            None => self.nr * self.column_bytes / self.k_step,
+        };
         let block_k = if rows <= self.tuning.few_rows {
             (self.tuning.few_rows_block / k_bytes).max(SUM_F32)
         } else {

@@ -9,8 +9,7 @@
 #define PARAMS const GluParams&
 #define SQRT_8_OVER_PI 1.5957691216057307117
 
-// ------------------------------------------------------------------------------------------------
-// device maths
+// ----------------------------------------------------------------------------- device maths
 
 DEVICE float exp_neg(float a) { return expf(-a); }
 DEVICE double exp_neg(double a) { return exp(-a); }
@@ -38,8 +37,7 @@ DEVICE Normal<double> normal(double x);
 
 DEVICE Normal<double> normal(double x) { return {0.5 * erfc(x * -0.70710678118654752440), exp_neg(0.5 * x * x)}; }
 
-// ------------------------------------------------------------------------------------------------
-// the gate
+// --------------------------------------------------------------------------------- the gate
 
 template <typename R> struct Gradients {
   R gate, up;

@@ -7,8 +7,8 @@
 // operand. A dot product does not care about the order of k, so lane 4g + t feeds the tensor core
 // the 8 consecutive k of one 16-byte load, the same for both operands: no shared memory, shuffle or
 // ldmatrix on the way. A tile is 16 rows of A:
-//   gate_up: rows 0..7 are 8 features of gate, rows 8..15 the same features of up, which so meet in
-//   one thread; linear: 16 features.
+//   gate_up: rows 0..7 are 8 features of gate, rows 8..15 the same features of up, which so meet in one thread;
+//   linear: 16 features.
 // The warps of a block share K in rounds, 128 k each, so a block reads 2 or 4 KiB of a row at a
 // time, which memory likes (a warp for each tile, 256 B of a row at a time, reads at 0.85 of an
 // H200's speed). Blocks are persistent, two of 8 warps to a multiprocessor: tile after tile, and
@@ -34,8 +34,7 @@
 
 namespace {
 
-// ------------------------------------------------------------------------------------------------
-// device maths
+// ----------------------------------------------------------------------------- device maths
 
 // use(tile, i) for i in 0..steps, in order, with the loads one tile ahead if AHEAD; the first ones
 // before the dependency.
@@ -217,8 +216,7 @@ template <int SPLIT> DEVICE void sync_tile() {
 
 template <typename T> DEVICE float bias_at(const T* bias, int i) { return bias ? widen(bias[i]) : 0.0f; }
 
-// ------------------------------------------------------------------------------------------------
-// tiles: sums, then pairs
+// ------------------------------------------------------------------ tiles: sums, then pairs
 
 // run(shared, x, M, K, features, row, finish) of a block: a finished tile is handed on as pairs,
 // finish(first, each), where each(emit) calls emit(token, f, a, b) for tokens < M, with a the sum
@@ -341,8 +339,7 @@ DEVICE void linear(const T* x, const T* w, const T* bias, T* y, int M, int N, in
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------
-// kernels
+// ---------------------------------------------------------------------------------- kernels
 
 // NAME, threads, least blocks per SM (for the register limit), T, the block
 #define GATE_UP(NAME, THREADS, BLOCKS, T, ...)                                                                               \

@@ -13,8 +13,7 @@
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
-// ------------------------------------------------------------------------------------------------
-// dtypes
+// ----------------------------------------------------------------------------------- dtypes
 
 // The type that elements of T are computed in, and the one rounding back.
 template <typename T> struct Number {
@@ -54,8 +53,7 @@ DEVICE float reciprocal(float x) {
 }
 DEVICE double reciprocal(double x) { return 1.0 / x; }
 
-// ------------------------------------------------------------------------------------------------
-// memory
+// ----------------------------------------------------------------------------------- memory
 
 // Weights: read once, so past L1, and 128 bytes at a time into L2 (an H200 takes 3 % longer with
 // 256, 17 % with 64). Only for memory that no kernel in flight writes (.nc).
@@ -73,8 +71,7 @@ DEVICE bool on16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) =
 // Loads do not move across this at compile time.
 DEVICE void compiler_fence() { asm volatile("" ::: "memory"); }
 
-// ------------------------------------------------------------------------------------------------
-// programmatic dependent launch
+// ------------------------------------------------------------ programmatic dependent launch
 
 // All that the previous kernels of the stream wrote is complete and visible after this, and they no
 // longer read. Every thread calls it before its first load of an activation and before its first
@@ -93,8 +90,7 @@ DEVICE void pdl_launch() {
 #endif
 }
 
-// ------------------------------------------------------------------------------------------------
-// warps
+// ------------------------------------------------------------------------------------ warps
 
 DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEVICE void sync_warp() { __syncwarp(); }

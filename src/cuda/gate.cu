@@ -12,8 +12,7 @@
 
 namespace {
 
-// ------------------------------------------------------------------------------------------------
-// device maths
+// ----------------------------------------------------------------------------- device maths
 
 template <typename T> constexpr int LANES = 16 / sizeof(T);
 
@@ -140,8 +139,7 @@ template <typename T> DEVICE void bias_rows(const T* bias, T* y, long long rows,
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------
-// kernels
+// ---------------------------------------------------------------------------------- kernels
 
 #define GATE_KERNELS(NAME, T)                                                                                                  \
   extern "C" __global__ void __launch_bounds__(256) gate_forward_##NAME(                                                           \

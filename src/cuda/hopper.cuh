@@ -12,8 +12,7 @@ using TensorMap = CUtensorMap;
 
 DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// ------------------------------------------------------------------------------------------------
-// mbarrier
+// --------------------------------------------------------------------------------- mbarrier
 
 DEVICE void barrier_init(uint32_t bar, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
@@ -39,8 +38,7 @@ DEVICE void barrier_arrive(uint32_t bar, uint32_t rank) {
                ::"r"(bar), "r"(rank) : "memory");
 }
 
-// ------------------------------------------------------------------------------------------------
-// TMA
+// -------------------------------------------------------------------------------------- TMA
 
 DEVICE void tma_prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -75,8 +73,7 @@ DEVICE void store_matrix_x4(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2,
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m0), "r"(m1), "r"(m2), "r"(m3) : "memory");
 }
 
-// ------------------------------------------------------------------------------------------------
-// blocks and clusters
+// ---------------------------------------------------------------------- blocks and clusters
 
 DEVICE uint32_t cluster_rank() {
   uint32_t r;
@@ -90,8 +87,7 @@ DEVICE void sync_threads(int barrier, int threads) { asm volatile("bar.sync %0, 
 template <int N> DEVICE void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> DEVICE void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 
-// ------------------------------------------------------------------------------------------------
-// wgmma
+// ------------------------------------------------------------------------------------ wgmma
 
 // Before the first wgmma of a group: earlier accesses to the accumulators are done.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

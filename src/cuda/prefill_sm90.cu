@@ -26,8 +26,7 @@
 
 namespace {
 
-// ------------------------------------------------------------------------------------------------
-// sizes
+// ------------------------------------------------------------------------------------ sizes
 
 constexpr int BM = 128, BK = 64, CONSUMERS = 2;
 constexpr uint32_t X_BYTES = BM * BK * 2;
@@ -44,8 +43,7 @@ template <int W> struct Size {
 static_assert(Size<64>::SHARED == 214272 && Size<80>::SHARED == 206080 && Size<96>::SHARED == 230656 && Size<112>::SHARED == 210176 &&
               Size<128>::SHARED == 230656 && Size<128>::SHARED <= 232448);
 
-// ------------------------------------------------------------------------------------------------
-// device maths
+// ----------------------------------------------------------------------------- device maths
 
 template <int W> struct Ring {
   int stage = 0;
@@ -295,8 +293,7 @@ DEVICE void gate_up(const Maps& maps, const T* b_gate, const T* b_up, int M, int
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------
-// kernels
+// ---------------------------------------------------------------------------------- kernels
 
 #define GATE_UP_SM90(T, N, W)                                                                                                \
   extern "C" __global__ void CLUSTER(N) __launch_bounds__(384, 1) gate_up_sm90_##T##_c##N##_w##W(                            \

@@ -6,8 +6,7 @@
 // 1. σ(z) = 1/(1+t) for z > 0 and t/(1+t) otherwise; σ'(z) = t/(1+t)².
 // 2. Swish: g·σ(βg). GELU in its tanh form: g·σ(v), v = √(8/π)·(g + 0.044715·g³).
 // 3. GELU: g·Φ(g). f64: ½·erfc(-g/√2). f32: Φ(-a) = e^(-a²/2)·E(a), E a polynomial of degree 9 in
-//    (a-4)/(a+4) divided by a+4; the rounding error of a² is known exactly (one fma) and put back
-//    as a factor.
+//    (a-4)/(a+4) divided by a+4; the rounding error of a² is known exactly (one fma) and put back as a factor.
 // NaN stays NaN throughout (every comparison with NaN is false and takes the branch that keeps it);
 // a tail that has vanished gives -0, also at g = -∞.
 //
@@ -20,9 +19,9 @@
 //   absolute(x)             |x|
 //   fused(a, b, c)          a·b + c with one rounding
 //   one_plus_square(a, x)   1 + a·x²
-//   SQRT_8_OVER_PI          √(8/π); in f32 the CPU kernels and Metal take the neighbour of the
-//   nearest number Sigma<R>(z)             σ(z) as `value`, σ'(z) as `slope()`, and `plus_slope(f)`
-//   = σ(z) + f·σ'(z) normal(double)          as below, where there is f64
+//   SQRT_8_OVER_PI          √(8/π); in f32 the CPU kernels and Metal take the neighbour of the nearest number
+//   Sigma<R>(z)             σ(z) as `value`, σ'(z) as `slope()`, and `plus_slope(f)` = σ(z) + f·σ'(z)
+//   normal(double)          as below, where there is f64
 #ifndef CANDLE_SWIGLU_GATE_H
 #define CANDLE_SWIGLU_GATE_H
 
@@ -38,8 +37,7 @@ struct GluParams {
   float up_offset;        // c
 };
 
-// ------------------------------------------------------------------------------------------------
-// activations
+// ------------------------------------------------------------------------------ activations
 
 // act(g) and act'(g)
 template <typename R> struct Both {
@@ -158,8 +156,7 @@ template <typename R, typename F> DEVICE auto with_activation(int activation, R 
   return f(NoActivation<R>{});
 }
 
-// ------------------------------------------------------------------------------------------------
-// modifiers
+// -------------------------------------------------------------------------------- modifiers
 
 DEVICE bool is_plain(PARAMS op) { return op.gate_multiplier == 1.0f && !(op.limit < INFINITY) && op.up_offset == 0.0f; }
 

@@ -4,12 +4,10 @@
 //
 // Method.
 // 1. decode: few rows. A simdgroup reads WEIGHT_ROWS rows of W once, 16 B a lane at a time, and
-//    multiplies them with ROWS rows of x, which stay in the cache; gate and up of a feature meet in
-//    one simdgroup. No barrier, no threadgroup memory.
+//    multiplies them with ROWS rows of x, which stay in the cache; gate and up of a feature meet in one simdgroup. No barrier, no threadgroup memory.
 // 2. tile: many rows. A threadgroup of 2 x 2 simdgroups makes BM x 64 sums; of the 64 columns 32
-//    are gate's and 32 the same features of up, so that the fragments of a pair lie in the same
-//    lanes and the gate is the epilogue. BK elements of k (64 B) of x and of W at a time go through
-//    threadgroup memory, rows 80 B apart so that the rows of a fragment lie in different banks.
+//    are gate's and 32 the same features of up, so that the fragments of a pair lie in the same lanes and the gate is the epilogue. BK elements of k (64 B) of x
+//    and of W at a time go through threadgroup memory, rows 80 B apart so that the rows of a fragment lie in different banks.
 // 3. Products are exact, sums in f32; h and y are rounded once each to T.
 //
 // The activations are those of src/gate/gate.h and, with the exponential below, of the CPU kernels,

@@ -14,8 +14,7 @@ namespace check {
 
 constexpr double U = 0x1p-24, U64 = 0x1p-53;  // half a unit in the last place of 1 in f32 and f64
 
-// ------------------------------------------------------------------------------------------------
-// bookkeeping
+// ------------------------------------------------------------------------------ bookkeeping
 
 inline int passed = 0, failed = 0, group_passed = 0, group_failed = 0;
 inline std::string group, current;
@@ -45,8 +44,7 @@ inline int summary() {
   return failed ? 1 : 0;
 }
 
-// ------------------------------------------------------------------------------------------------
-// random numbers
+// --------------------------------------------------------------------------- random numbers
 
 inline std::mt19937 random(20260101);
 inline unsigned seed() { return unsigned(random()); }
@@ -58,8 +56,7 @@ inline double value(double v) { return v; }
 template <typename T> double value(T v) { return double(widen(v)); }
 inline double gauss(double scale) { return std::normal_distribution<>(0, scale)(random); }
 
-// ------------------------------------------------------------------------------------------------
-// buffers
+// ---------------------------------------------------------------------------------- buffers
 
 // n elements that end at an inaccessible page, or as near before it as `align` allows; the bytes
 // around are checked or NaN.
@@ -99,8 +96,7 @@ template <typename T> class Buffer {
   }
 };
 
-// ------------------------------------------------------------------------------------------------
-// the definition
+// --------------------------------------------------------------------------- the definition
 
 using Wide = long double;
 
@@ -158,8 +154,7 @@ inline Wide glu(const GluParams& op, Wide gate, Wide up) {
   return activation(op, p.gate).value * p.up;
 }
 
-// ------------------------------------------------------------------------------------------------
-// bounds
+// ----------------------------------------------------------------------------------- bounds
 
 // Units of error of act(g) relative to itself: as activation.cuh derives them, with the product's
 // one. f64: the rounding of the exponent's argument counts |z|, that of erfc's argument g² units.

@@ -45,8 +45,7 @@ struct Dim {
 enum class Order { RISING, FALLING, RANDOM };
 enum class Timing { AT_ONCE, LAST_MOMENT, RANDOM };
 
-// ------------------------------------------------------------------------------------------------
-// blocks
+// ----------------------------------------------------------------------------------- blocks
 
 struct Barrier {
   int expected = 0, arrived = 0;
@@ -103,8 +102,7 @@ struct Cluster {
   Barrier all;
 };
 
-// ------------------------------------------------------------------------------------------------
-// fibers
+// ----------------------------------------------------------------------------------- fibers
 
 using Effect = std::function<void()>;
 
@@ -175,8 +173,7 @@ inline void arrive_and_wait(Barrier& b) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------
-// asynchronous effects
+// --------------------------------------------------------------------- asynchronous effects
 
 // Starts an effect; its id is in flight until it has happened.
 inline size_t begin(Effect effect) {
@@ -206,8 +203,7 @@ inline bool some_effects(double p, bool force) {
   return any;
 }
 
-// ------------------------------------------------------------------------------------------------
-// scheduler
+// -------------------------------------------------------------------------------- scheduler
 
 inline void resume(Thread& thread, size_t slot) {
   self = &thread;
@@ -335,8 +331,7 @@ inline void launch(int grid, int threads, int cluster_size, size_t dynamic, unsi
   }
 }
 
-// ------------------------------------------------------------------------------------------------
-// for device.cuh and hopper.cuh
+// ------------------------------------------------------------ for device.cuh and hopper.cuh
 
 template <typename T> T& static_shared() {
   static const char key = 0;
@@ -368,8 +363,7 @@ inline void check_aligned(const void* p, size_t bytes) {
 
 }  // namespace emu
 
-// ------------------------------------------------------------------------------------------------
-// the words of CUDA C++
+// -------------------------------------------------------------------- the words of CUDA C++
 
 #define __global__
 #define __launch_bounds__(...)

@@ -8,8 +8,7 @@
 #define SHARED(type, name) auto& name = emu::static_shared<type>()
 #define SHARED_BYTES(name) const uint8_t* const name = emu::self->block->dynamic.data()
 
-// ------------------------------------------------------------------------------------------------
-// dtypes
+// ----------------------------------------------------------------------------------- dtypes
 
 struct bf16 {
   uint16_t bits;
@@ -56,8 +55,7 @@ template <typename T> uint32_t pack2(T, float low, float high) {
 inline float reciprocal(float x) { return 1.0f / x; }
 inline double reciprocal(double x) { return 1.0 / x; }
 
-// ------------------------------------------------------------------------------------------------
-// memory
+// ----------------------------------------------------------------------------------- memory
 
 inline uint4 load16(const void* p) {
   emu::check_aligned(p, 16);
@@ -73,8 +71,7 @@ inline void store16(void* p, uint4 v) {
 inline bool on16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 inline void compiler_fence() {}
 
-// ------------------------------------------------------------------------------------------------
-// programmatic dependent launch
+// ------------------------------------------------------------ programmatic dependent launch
 
 inline void pdl_wait() {
   emu::self->waited = emu::self->for_dependency = true;
@@ -85,8 +82,7 @@ inline void pdl_launch() {
   if (!emu::self->waited) emu::fault("pdl_launch before pdl_wait");
 }
 
-// ------------------------------------------------------------------------------------------------
-// warps
+// ------------------------------------------------------------------------------------ warps
 
 inline void sync_warp() { emu::arrive_and_wait(emu::self->block->warps[emu::self->warp]); }
 inline void sync_block() { emu::arrive_and_wait(emu::self->block->all); }

@@ -18,8 +18,7 @@ inline uint32_t shared_address(const void* p) {
   return uint32_t(static_cast<const uint8_t*>(p) - emu::self->block->dynamic.data()) + emu::WINDOW;
 }
 
-// ------------------------------------------------------------------------------------------------
-// mbarrier
+// --------------------------------------------------------------------------------- mbarrier
 
 inline void barrier_init(uint32_t bar, uint32_t arrivals) {
   if (bar % 8) emu::fault("mbarrier not on 8 bytes");
@@ -34,8 +33,7 @@ inline void barrier_wait(uint32_t bar, uint32_t parity) {
 }
 inline void barrier_arrive(uint32_t bar, uint32_t rank) { emu::self->block->cluster->blocks.at(rank)->arrive(bar, 0); }
 
-// ------------------------------------------------------------------------------------------------
-// TMA
+// -------------------------------------------------------------------------------------- TMA
 
 // Bits 4..6 of an address, exclusive-or bits 7..9.
 inline uint32_t swizzle(uint32_t address) { return address ^ (address >> 3 & 0x70); }
@@ -98,8 +96,7 @@ inline void store_matrix_x4(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2,
   });
 }
 
-// ------------------------------------------------------------------------------------------------
-// blocks and clusters
+// ---------------------------------------------------------------------- blocks and clusters
 
 inline uint32_t cluster_rank() { return uint32_t(emu::self->block->rank); }
 inline void sync_cluster() { emu::arrive_and_wait(emu::self->block->cluster->all); }
@@ -108,8 +105,7 @@ inline void sync_warpgroup() { emu::named_barrier(100 + emu::self->index.x / 128
 template <int N> void registers_down() { sync_warpgroup(); }
 template <int N> void registers_up() { sync_warpgroup(); }
 
-// ------------------------------------------------------------------------------------------------
-// wgmma
+// ------------------------------------------------------------------------------------ wgmma
 
 inline void wgmma_fence() { sync_warpgroup(); }
 inline void wgmma_commit() {

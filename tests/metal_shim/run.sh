@@ -3,8 +3,7 @@
 # with the headers beside this script in the place of Metal's. A line per group, then
 # `N passed, N failed`. Needs a C++20 compiler (g++ 12, clang++ 15), no Mac.
 #
-#   tests/metal_shim/run.sh [--fail-fast | --names]     SOURCES=DIR in the place of src, CXX names
-#   the compiler
+#   tests/metal_shim/run.sh [--fail-fast | --names]     SOURCES=DIR in the place of src, CXX names the compiler
 #
 # --fail-fast: as written only, to the first failure. --names: the list that kernels.txt keeps, for
 # the tests of src/metal/plan.rs.

@@ -6,6 +6,7 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use super::avx512::Avx512;
+use crate::cpu::format::Format;
 use crate::cpu::kernels::{CpuKernels, TwoByTwelve, with_bf16};
 use crate::cpu::product::{DotBf16, Product};
 use crate::cpu::simd::{Body, Isa, Simd};
@@ -44,7 +45,7 @@ impl Isa for Avx512Bf16 {
 /// The kernels, if the CPU has the instructions: those of AVX-512 but for products in bf16.
 pub(super) fn detect(family: CpuFamily) -> Option<CpuKernels> {
     let (isa, base) = (Avx512Bf16::new()?, super::avx512::detect(family)?);
-    Some(with_bf16::<_, TwoByTwelve, Avx512OnZen4>("avx512bf16", isa, base, None))
+    Some(with_bf16::<_, DotBf16, TwoByTwelve, Avx512OnZen4>("avx512bf16", isa, base, None))
 }
 
 /// acc + a₀·b₀ + a₁·b₁ in every lane: a pair of bf16 from `a` with each pair of `b`. `vdpbf16ps`
@@ -77,6 +78,7 @@ unsafe fn splat_pair(src: *const bf16) -> __m512 {
 impl Product<Avx512> for DotBf16 {
     type A = bf16;
     type B = bf16;
+    const FORMAT: Format = Format::Bf16;
     /// No intermediate flush is needed: rounding the result to bf16 loses about 1,000 times more
     /// than summing in f32.
     const SUM_K: usize = usize::MAX;

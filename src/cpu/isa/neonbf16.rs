@@ -18,6 +18,7 @@ use std::arch::asm;
 use half::bf16;
 
 use super::neon::Neon;
+use crate::cpu::format::Format;
 use crate::cpu::kernels::{CpuKernels, FourBySix, with_bf16};
 use crate::cpu::micro::{Micro, MicroArgs};
 use crate::cpu::product::{DotBf16, Product, for_lanes, load_rows};
@@ -58,7 +59,7 @@ impl Isa for NeonBf16 {
 /// The kernels, if the CPU has the instructions: those of NEON but for products in bf16.
 pub(super) fn detect(family: CpuFamily) -> Option<CpuKernels> {
     let (isa, base) = (NeonBf16::new()?, super::neon::detect(family)?);
-    Some(with_bf16::<_, FourBySix, Unmeasured>("neonbf16", isa, base, Some(many_rows())))
+    Some(with_bf16::<_, DotBf16, FourBySix, Unmeasured>("neonbf16", isa, base, Some(many_rows())))
 }
 
 /// acc + a₀·b₀ + a₁·b₁ in every lane, the pair `LANE` of bf16 from `a` with each pair of `b`.
@@ -98,6 +99,7 @@ unsafe fn multiply(mut acc: float32x4_t, a: uint16x8_t, b: uint16x8_t) -> float3
 impl Product<Neon> for DotBf16 {
     type A = bf16;
     type B = bf16;
+    const FORMAT: Format = Format::Bf16;
     /// No intermediate flush is needed: rounding the result to bf16 loses about 1,000 times more
     /// than summing in f32.
     const SUM_K: usize = usize::MAX;
