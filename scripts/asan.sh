@@ -24,7 +24,7 @@ kernels=("$@")
 if [ ${#kernels[@]} -eq 0 ]; then
     # The error for an unknown name lists the kernels.
     unknown=$(CANDLE_SWIGLU_KERNEL='?' "${run[@]}" --test forward the_kernel_has_a_name 2>&1) && exit 1
-    read -ra kernels <<<"$(sed -n 's/.*expected one of \(.*\), found ?.*/\1/p' <<<"$unknown" | head -1 | tr -d ,)"
+    read -ra kernels <<<"$(sed -n 's/.*expected one of \(.*\), found ?.*/\1/p' <<<"$unknown" | head -1 | tr -d , | sed 's, plain$,,')"
 fi
 [ ${#kernels[@]} -gt 0 ]
 for kernel in "${kernels[@]}"; do

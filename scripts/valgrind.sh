@@ -25,7 +25,7 @@ forward=$(binary --test forward)
 
 # The error for an unknown name lists the kernels.
 unknown=$(CANDLE_SWIGLU_KERNEL='?' memcheck "$forward" the_kernel_has_a_name 2>&1) && exit 1
-read -ra kernels <<<"$(sed -n 's/.*expected one of \(.*\), found ?.*/\1/p' <<<"$unknown" | head -1 | tr -d ,)"
+read -ra kernels <<<"$(sed -n 's/.*expected one of \(.*\), found ?.*/\1/p' <<<"$unknown" | head -1 | tr -d , | sed 's, plain$,,')"
 printf '==> kernels that valgrind supports: %s\n' "${kernels[*]}"
 [[ " ${kernels[*]} " == *" scalar "* ]]
 
