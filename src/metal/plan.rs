@@ -8,10 +8,10 @@
 //!    loads of x are more than half of the instructions. A tile of 32 rows costs the same for any
 //!    smaller number of rows.
 //! 2. Above that, `tile` where the gate, a bias or a factor follows the product. The result is
-//!    written from the accumulators, without (M,2I) going through memory, and is rounded once.
-//!    Tiles have 32 rows while one is enough, then 64, where a fragment read from threadgroup
+//! 2. Above that, `tile` where the gate, a bias or a factor follows the product. The result is
+//!    written from the accumulators, without (M,2I) going through memory, and is rounded once. Up
+//!    to 32 rows a tile has 32 rows. Above that it has 64, so that a fragment read from threadgroup
 //!    memory is used for twice as many products.
-//! 3. A plain product of many rows uses candle's own GEMM. It was tuned on the hardware, so a
 //!    kernel of ours could at best be as fast.
 //!    at best be as fast.
 
