@@ -51,8 +51,8 @@ pub(crate) struct Functions {
 }
 
 impl Functions {
-    /// Loads them at the first call for the context of `device`. Loading takes milliseconds and may
-    /// synchronise, so the constructors of layers call this, not `forward`.
+    /// The functions of `device`, which the first call for its context loads. Loading takes
+    /// milliseconds and may synchronise, so the constructors of layers call this, not `forward`.
     pub(crate) fn of(device: &CudaDevice) -> Result<Arc<Self>> {
         static LOADED: Mutex<Option<HashMap<usize, Arc<Functions>>>> = Mutex::new(None);
         let stream = device.cuda_stream();

@@ -275,7 +275,8 @@ fn one_projection() -> Result<()> {
                 let y = run(&layer, &x, &device)?;
                 let (xs, ws) = (values(&x)?, values(&weight)?);
                 let bs = bias.as_ref().map_or(Ok(vec![0.0; n]), values)?;
-                // |y - exact| <= γ·Σ|x||w| + u·|y|, γ = (k + 1)·u of the sums. With many rows cuBLAS rounds before it adds a bias, too.
+                // The bound: |y - exact| <= γ·Σ|x||w| + u·|y|, with γ = (k + 1)·u of the sums. With
+                // many rows cuBLAS also rounds before the bias is added.
                 let (gamma, u) =
                     ((k + 1) as f64 * sum_roundoff(dtype), super::common::unit_roundoff(dtype));
                 let (mut exact, mut bounds) = (vec![], vec![]);
@@ -338,7 +339,8 @@ fn chunks_of_rows_make_one_result() -> Result<()> {
     let (gate_proj, up_proj, down_proj, x) = (t(&[i, h])?, t(&[i, h])?, t(&[h, i])?, t(&[m, h])?);
     let gate_up = GateUp::separate(gate_proj, up_proj, None, None);
     let cfg = FfnConfig::new(h, i).with_activation(GluActivation::Relu);
-    // |gate|, |up| <= 32 and |y| <= 65,536·1,024·2 = 2^27, but of sums that cancel: exact in f32 as long as partial sums stay below 2^24.
+    // |gate|, |up| <= 32 and |y| <= 65,536·1,024·2 = 2^27, but the terms of y cancel. The sums are
+    // exact in f32 while all partial sums stay below 2^24.
     let ffn = SwiGluFfn::from_weights(&cfg, Weights::new(gate_up, down_proj, None))?;
     let y = ffn.forward(&x)?;
     for start in [0, 500, 1000, 1090] {
