@@ -5,7 +5,7 @@
 //! cargo run --release --example make_checkpoint -- --out DIR --layers 2
 //! ```
 //!
-//! One tensor is in memory at a time. The same flags and seed give the same bytes.
+//! Only one tensor is in memory at a time. The same flags and seed give the same bytes.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -94,7 +94,7 @@ fn main() -> Result<()> {
     prepare(&args.out, args.force)?;
     let shards = split(tensors(&sizes, args.dtype.dtype(), args.seed), args.shard_size);
     write(&args.out, shards)?;
-    // Last, so that a directory with a config is complete.
+    // Written last, so that a directory with a config is complete.
     save_json(&args.out.join("config.json"), &sizes.config(args.dtype))
 }
 
@@ -152,7 +152,7 @@ impl Sizes {
         Ok(())
     }
 
-    /// `config.json` in the words of LLaMA 3.
+    /// The `config.json`, in the format of LLaMA 3.
     fn config(&self, dtype: FloatType) -> serde_json::Value {
         json!({
             "architectures": ["LlamaForCausalLM"],
@@ -197,7 +197,7 @@ impl FloatType {
     }
 }
 
-/// A tensor whose values are made when they are written.
+/// A tensor whose values are generated while they are written.
 struct Random {
     shape: Vec<usize>,
     dtype: Dtype,
@@ -232,8 +232,9 @@ impl View for Random {
 }
 
 impl Random {
-    /// Ones for a norm's weight; else values around 0 with standard deviation 0.02: the sum of four
-    /// uniform 16-bit numbers, each of variance 2^32 / 12, is normal enough.
+    /// Ones for a norm's weight, else values around 0 with standard deviation 0.02. The sum of four
+    /// uniform 16-bit numbers, each of variance 2^32 / 12, is close enough to a normal
+    /// distribution.
     fn values(&self) -> impl Iterator<Item = f32> + use<> {
         let (seed, norm) = (self.seed, self.shape.len() == 1);
         let scale = 0.02 / (4f32 / 12.0).sqrt() / 65536.0;
@@ -258,7 +259,7 @@ fn bytes<const N: usize>(
     bytes
 }
 
-/// The i-th output of SplitMix64 (Steele, Lea, Flood 2014): any i by itself.
+/// The i-th output of SplitMix64 (Steele, Lea, Flood 2014), computed without the previous ones.
 fn splitmix64(i: u64) -> u64 {
     let z = i.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -298,7 +299,7 @@ fn tensors(sizes: &Sizes, dtype: Dtype, seed: u64) -> Vec<(String, Random)> {
     all
 }
 
-/// In order, as many to a shard as fit.
+/// Splits the tensors into shards, in order, as many to a shard as fit.
 fn split(tensors: Vec<(String, Random)>, shard_size: u64) -> Vec<Vec<(String, Random)>> {
     let mut shards: Vec<Vec<_>> = vec![];
     let mut room = 0;
@@ -316,7 +317,7 @@ fn split(tensors: Vec<(String, Random)>, shard_size: u64) -> Vec<Vec<(String, Ra
     shards
 }
 
-/// Makes the directory, and empties it of a checkpoint where that is asked for.
+/// Creates the directory. With `force`, removes the checkpoint that it contains.
 fn prepare(out: &Path, force: bool) -> Result<()> {
     std::fs::create_dir_all(out).with_context(|| format!("{}: cannot be made", out.display()))?;
     for entry in
@@ -338,8 +339,8 @@ fn prepare(out: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-/// `model.safetensors`, or the shards and their index. Each file is streamed, and takes its name
-/// when it is complete.
+/// Writes `model.safetensors`, or the shards and their index. Each file is streamed, and renamed to
+/// its final name when it is complete.
 fn write(out: &Path, shards: Vec<Vec<(String, Random)>>) -> Result<()> {
     let n = shards.len();
     let (mut weight_map, mut total_size) = (serde_json::Map::new(), 0);

@@ -1,4 +1,4 @@
-//! Whole models: the example's LLaMA against Hugging Face transformers, on the same checkpoints
+//! Whole models: the example's LLaMA against Hugging Face transformers, with the same checkpoints
 //! (`tests/golden/models`).
 
 #![allow(missing_docs)]
@@ -38,7 +38,7 @@ const MODELS: [&str; 13] = [
     "smollm3_f32",
 ];
 
-/// The two prompts of each reference: twelve tokens, and one.
+/// The two prompts of each reference: one of twelve tokens, and one of a single token.
 const PROMPTS: [&str; 2] = ["", "single_"];
 
 fn dir(name: &str) -> PathBuf {
@@ -63,7 +63,7 @@ fn row(tokens: &[u32]) -> Result<Tensor> {
     Ok(Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?)
 }
 
-/// The token with the largest logit, for each of `count` steps; stops after a token of `ends`.
+/// The token with the largest logit, for each of `count` steps. Stops after a token of `ends`.
 fn greedy(
     model: &Llama,
     prompt: &[u32],
@@ -101,9 +101,9 @@ fn every_reference_is_tested() -> Result<()> {
     Ok(())
 }
 
-/// In f32 the two programs differ by the order of sums alone; 1e-4 is ten times what transformers'
-/// own f32 logits differ from its f64 ones (1.6e-5, in the metadata), and the smallest effect of
-/// misreading a config field is 3.6e-3.
+/// In f32 the two programs differ only in the order of sums. The bound 1e-4 is about six times the
+/// largest difference between transformers' own f32 and f64 logits (1.6e-5, in the metadata). The
+/// smallest effect of misreading a config field is 3.6e-3.
 #[test]
 fn f32_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     for name in MODELS {
@@ -131,9 +131,9 @@ fn f32_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     Ok(())
 }
 
-/// In the checkpoint's own dtype both programs are off the f32 logits by their roundings; ours by
-/// at most twice what transformers is off by, which is far below the margin of every greedy choice
-/// (metadata `margin_native`).
+/// In the checkpoint's own dtype the roundings of both programs move the logits away from the f32
+/// logits. Ours may be off by at most twice as much as transformers', which is far below the margin
+/// of every greedy choice (metadata `margin_native`).
 #[test]
 fn native_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     for name in MODELS {
@@ -161,9 +161,9 @@ fn native_logits_and_greedy_tokens_are_those_of_transformers() -> Result<()> {
     Ok(())
 }
 
-/// The one pass of the CPU against candle's operations with masks, in which f64 is computed as a
-/// GPU computes every dtype: blocks of queries and windows, over a text that is longer than both.
-/// The bound is as above.
+/// The fused attention of the CPU against candle's operations with masks. f64 uses the latter, as
+/// every dtype does on a GPU. The text is longer than the blocks of queries and the windows. The
+/// bound is that of the f32 test.
 #[test]
 fn attention_in_one_pass_is_that_of_the_composition() -> Result<()> {
     for name in MODELS {
@@ -180,7 +180,7 @@ fn attention_in_one_pass_is_that_of_the_composition() -> Result<()> {
     Ok(())
 }
 
-/// Of halves, too: a logit of 10 in bf16 would be a multiple of 1/16.
+/// Logits of f16 and bf16 models are f32 too: a logit of 10 in bf16 would be a multiple of 1/16.
 #[test]
 fn logits_are_not_rounded_to_the_weights_dtype() -> Result<()> {
     for (name, dtype) in
@@ -194,7 +194,7 @@ fn logits_are_not_rounded_to_the_weights_dtype() -> Result<()> {
     Ok(())
 }
 
-/// As `examples/train.rs` has it: new variables under the names of the checkpoint, each with a
+/// As in `examples/train.rs`: new variables under the names of the checkpoint, each with a
 /// gradient.
 #[test]
 fn every_variable_has_a_gradient() -> Result<()> {
@@ -203,7 +203,7 @@ fn every_variable_has_a_gradient() -> Result<()> {
         let checkpoint = Checkpoint::open(dir(name))?;
         let cfg = LlamaConfig::of(&checkpoint)?;
         let model = Llama::load(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu), &cfg)?;
-        // each logit with a weight of its own
+        // Each logit has a different weight.
         let logits = model.forward_all(&row(&[5, 6, 7, 8, 9, 10, 11])?)?;
         let gradients = (&logits * Tensor::randn(0f32, 1.0, logits.shape(), &Device::Cpu)?)?
             .sum_all()?
@@ -237,9 +237,9 @@ fn any_of_several_end_tokens_ends_the_text() -> Result<()> {
     Ok(())
 }
 
-/// However the text is cut into calls, the last logits are the same up to the order of sums: with a
-/// window that some of the pieces are longer than, and where a longer text turns all positions by
-/// other angles.
+/// The last logits do not depend on how the text is split into calls, except for the order of sums.
+/// The cases include a window that is shorter than some of the pieces, and frequencies that change
+/// with the length of the text.
 #[test]
 fn prefill_in_pieces_gives_the_same_logits() -> Result<()> {
     for name in MODELS {
@@ -278,7 +278,7 @@ fn tokens_and_positions_out_of_range_are_errors() -> Result<()> {
     Ok(())
 }
 
-/// The checkpoint of `weights/` in both programs: the same ids and the same text
+/// The checkpoint of `weights/` in both programs gives the same ids and the same text
 /// (`tests/golden/stories.py`).
 #[test]
 fn stories_are_those_of_transformers() -> Result<()> {
@@ -296,7 +296,7 @@ fn stories_are_those_of_transformers() -> Result<()> {
         serde_json::from_slice(&std::fs::read(common::golden_dir().join("stories.json"))?)?;
     ensure!(stories.len() == 4);
     for story in stories {
-        // Two programs' f32 logits differ by less than 1e-4 each.
+        // The f32 logits of the two programs differ by less than 1e-4 each.
         ensure!(story.smallest_margin > 1e-3, "{}: margin {}", story.prompt, story.smallest_margin);
         let mut tokens = encode(&story.prompt)?;
         tokens.extend(greedy(&model, &tokens, 240, true, &ends)?);

@@ -2,9 +2,9 @@
 //! (Without one, the same kernels run on the CPU in `tests/metal_shim`, and this file is
 //! type-checked by `scripts/metal-check.sh`.)
 //!
-//! Sizes are from the edges of the kernels: 8 | 9 rows (decode, tile), 32 | 33 and 64 | 65 (tiles),
-//! k with and without whole 16 B chunks. f16 and bf16 must lie within the bound from norms and be
-//! at most twice as far from f64 as candle's CPU operations are.
+//! Sizes are at the edges of the kernels: 8 | 9 rows (decode, tile), 32 | 33 and 64 | 65 (tiles),
+//! and k with and without whole 16 B chunks. f16 and bf16 results must be within the bound from
+//! norms, and at most twice as far from f64 as candle's CPU operations.
 #![cfg(feature = "metal")]
 
 use std::collections::HashMap;
@@ -32,7 +32,7 @@ fn cpu(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.to_device(&Device::Cpu)?)
 }
 
-/// Every activation, plain and with all that may surround it.
+/// Every activation, without modifiers and with all of them.
 fn configs((h, i): (usize, usize)) -> Vec<FfnConfig> {
     let plain = ACTIVATIONS.map(|activation| FfnConfig::new(h, i).with_activation(activation));
     let modified = plain.clone().map(|cfg| {
@@ -137,7 +137,7 @@ fn the_projection_follows_the_definition() -> Result<()> {
     Ok(())
 }
 
-/// x·Wᵀ + b in f64, and γ·(Σ|x||w| + |b|) in f32 with one rounding to the dtype.
+/// x·Wᵀ + b in f64, and its error bound: γ·(Σ|x||w| + |b|) in f32 with one rounding to the dtype.
 fn projected(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<(Vec<f64>, Vec<f64>)> {
     let wide = |t: &Tensor| t.to_dtype(DType::F64);
     let (a, w) = (wide(x)?, wide(weight)?.t()?);
@@ -189,8 +189,8 @@ fn x_of_any_layout() -> Result<()> {
     Ok(())
 }
 
-/// Dispatches run concurrently unless candle is told what they read and write: h and y of many
-/// calls in flight.
+/// Dispatches run concurrently unless candle is told which buffers they read and write. This test
+/// has h and y of many calls in flight.
 #[test]
 fn calls_in_flight_do_not_disturb_each_other() -> Result<()> {
     let device = gpu()?;
@@ -214,7 +214,7 @@ fn calls_in_flight_do_not_disturb_each_other() -> Result<()> {
 
 // ---------------------------------------------------------------- 2. gradients
 
-/// Of packed weights for x, of variables for all.
+/// Packed weights give a gradient of x, variables give all gradients.
 #[test]
 fn gradients_follow_the_definition() -> Result<()> {
     let device = gpu()?;
@@ -255,13 +255,13 @@ fn gradients_follow_the_definition() -> Result<()> {
 
 // ---------------------------------------------------------------- 3. the gate alone
 
-/// Ragged numbers of many sizes.
+/// Random numbers of many magnitudes whose mantissas use all bits.
 fn ragged(numbers: &mut Numbers, dims: &[usize], dtype: DType) -> Result<Tensor> {
     let cubed = numbers.tensor(dims, 1.0, DType::F64)?.powf(3.0)?;
     Ok((cubed * 20.0)?.to_dtype(dtype)?)
 }
 
-/// gate, up and dy of each layout that candle's views make of `(rows, columns)`.
+/// gate, up and dy in each layout that candle's views of `(rows, columns)` can have.
 fn operands(
     numbers: &mut Numbers,
     dtype: DType,
@@ -298,9 +298,9 @@ fn the_gate_and_its_gradient_follow_the_definition() -> Result<()> {
     Ok(())
 }
 
-/// The documented units of the formula; for its modifiers three more, and the rounding of m·g times
-/// act's own slope; one rounding to the dtype, which has denormals. A slope's terms are of the
-/// sizes that `slope_size` gives.
+/// The bound: the documented units of the formula, three more for its modifiers, the rounding of
+/// m·g times act's own slope, and one rounding to the dtype, which has denormals. `slope_size`
+/// bounds the terms of a slope.
 fn check_gate(
     what: &str,
     op: &Glu,
@@ -345,7 +345,7 @@ fn check_gate(
     Ok(())
 }
 
-/// What fast math would lose.
+/// Results that would be wrong with fast math.
 #[test]
 fn special_values() -> Result<()> {
     let device = gpu()?;
@@ -362,7 +362,7 @@ fn special_values() -> Result<()> {
     let out = cpu(&limited.mul(&up, &gate)?)?.to_vec1::<f32>()?;
     assert!(out[2].is_nan() && out[0] == -14.0 && out[1] == 14.0, "{out:?}");
 
-    // NaN in one row of x stays there.
+    // NaN in one row of x affects only that row.
     let (cfg, mut numbers) = (FfnConfig::new(64, 96), Numbers::new(7));
     let ffn = build(&cfg, &weights(&cfg, &mut numbers, DType::F32)?, &device)?;
     for rows in [3, 40] {

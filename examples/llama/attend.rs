@@ -1,5 +1,5 @@
-//! Attention on the CPU, in one pass: a task takes a block of queries through scores, softmax and
-//! values while their scores lie in the cache, and all tasks of a layer run at once.
+//! Attention on the CPU, in one pass. A task computes the scores, the softmax and the values of a
+//! block of queries while their scores are in cache. All tasks of a layer run in parallel.
 
 use std::marker::PhantomData;
 
@@ -10,16 +10,16 @@ use pulp::{Simd, WithSimd};
 use super::rows::{Real, in_parallel, simd_add, simd_dots, slice, vectorized};
 use super::softmax::{softmax, softmax_of, visible};
 
-/// Queries of a task. More of them repeat the keys less often; fewer compute less of what is not
-/// visible, and leave scores in the cache.
+/// Queries of a task. With more of them, keys are read less often. With fewer, less work is spent
+/// on keys that are not visible, and the scores stay in cache.
 const QUERIES: usize = 32;
 
-/// Keys that one query takes at once.
+/// Keys that are multiplied with one query at once.
 const KEYS: usize = 4;
 
 /// q (B,T,H,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H,D), all of one dtype: f32, bf16
-/// or f16, computed in f32. The queries stand at the last T of S positions and see the keys up to
-/// their own, or the last `window` of these.
+/// or f16, computed in f32. The queries are at the last T of S positions. Each sees the keys up to
+/// its own position, or the last `window` of these.
 pub fn attend(
     q: &Tensor,
     k: &Tensor,
@@ -67,8 +67,8 @@ impl<T: Real> CustomOp3 for Attend<T> {
         let (_, kv_heads, keys, _) = lk.shape().dims4()?;
         let q = slice::<T>(q, lq)?;
         let (k, v) = (Heads::<T>::new(k.as_slice()?, lk)?, Heads::<T>::new(v.as_slice()?, lv)?);
-        // a task is a block of queries; of one position, where there would be one task, it is a key
-        // head
+        // A task is a block of queries. With one position there would be only one task, so there a
+        // task is one key head.
         let (group, past) = (heads / kv_heads, keys - len);
         let heads_of_task = if len == 1 { 1 } else { kv_heads };
         let row = heads_of_task * group * head_dim;
@@ -110,14 +110,14 @@ impl<T: Real> CustomOp3 for Attend<T> {
 struct Block {
     group: usize,
     head_dim: usize,
-    /// from the first key of the first query to the last key of the last one
+    /// From the first key of the first query to the last key of the last one.
     keys: usize,
     window: Option<usize>,
-    /// (T*G,D): the queries, then what attention makes of them
+    /// (T*G,D): the queries, later the results.
     x: Vec<f32>,
     /// (T*G,keys)
     scores: Vec<f32>,
-    /// (keys,D): the keys, then the values; for one query (KEYS,D) of them
+    /// (keys,D): the keys, later the values. For one query (KEYS,D) of them at a time.
     wide: Vec<f32>,
 }
 
@@ -136,8 +136,8 @@ impl Block {
         Self { group, head_dim, keys, window, x, scores, wide }
     }
 
-    /// q and out (T,H,D) of which `row` values are one position, k and v (keys,D) of key head
-    /// `head`
+    /// q and out (T,H,D), in which one position has `row` values; k and v (keys,D) of key head
+    /// `head`.
     fn attend<T: Real>(
         &mut self,
         q: &[T],
@@ -177,7 +177,7 @@ impl Block {
     }
 }
 
-/// [`Block::several`] for one query, of which k and v are read once, as they lie there.
+/// [`Block::several`] for one query: k and v are read once and widened a few rows at a time.
 struct One<'a, T> {
     block: &'a mut Block,
     k: &'a [T],
@@ -230,7 +230,7 @@ fn widen<T: Real>(from: &[T], to: &mut [f32]) {
     );
 }
 
-/// Keys or values (B,KV,S,D) of which each head (S,D) lies in one piece, as it does in the cache.
+/// Keys or values (B,KV,S,D) in which each head (S,D) is contiguous, as in the cache.
 struct Heads<'a, T> {
     data: &'a [T],
     strides: (usize, usize),
@@ -255,8 +255,8 @@ impl<'a, T> Heads<'a, T> {
     }
 }
 
-/// c (M,N) = a (M,K) · b (K,N), on this thread. a and c with their row's length; b with what lies
-/// between two rows and two columns of it.
+/// c (M,N) = a (M,K) · b (K,N), on this thread. a and c come with the length of their rows, b with
+/// the distances between its rows and between its columns.
 fn product(
     (a, depth): (&[f32], usize),
     (b, b_row, b_column): (&[f32], usize, usize),
@@ -271,8 +271,8 @@ fn product(
     let (a_row, c_row) = (depth as isize, columns as isize);
     let (b_row, b_column) = (b_row as isize, b_column as isize);
     #[allow(unsafe_code, reason = "gemm has no safe interface")]
-    // SAFETY: by the assertion a, b and c reach as far as (M,K), (K,N) and (M,N) with these
-    // strides; c is ours alone, and all that it holds is written, not read.
+    // SAFETY: the assertion ensures that a, b and c contain (M,K), (K,N) and (M,N) with these
+    // strides. c is borrowed exclusively, and it is only written, never read.
     unsafe {
         let (c, a, b) = (c.as_mut_ptr(), a.as_ptr(), b.as_ptr());
         gemm::gemm(
@@ -306,8 +306,8 @@ mod tests {
     use super::super::softmax::causal_mask;
     use super::*;
 
-    /// Against candle's operations and a mask, with and without positions before the queries;
-    /// blocks of queries that come out even and that do not.
+    /// Against candle's operations and a mask, with and without positions before the queries. The
+    /// number of queries is in some cases a multiple of the block, in others not.
     #[test]
     fn attention_is_that_of_the_composition() -> Result<()> {
         let (batch, kv_heads, group, head_dim, scale) = (2, 2, 3, 20, 0.2);
@@ -334,7 +334,7 @@ mod tests {
                 (batch, len, heads, head_dim),
                 &Device::Cpu,
             )?;
-            // as in the cache: views of longer buffers
+            // As in the cache: views of longer buffers.
             let cached = |step| {
                 let room = keys + 9;
                 let buffer = values(batch * kv_heads * room * head_dim, step);
@@ -354,7 +354,7 @@ mod tests {
                 p.matmul(&repeated(&v)?)?.transpose(1, 2)
             };
             let largest = |x: Tensor| x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
-            // |y| <= 2, so half a unit in its last place
+            // |y| <= 2, so the bound is half a unit in its last place.
             for (dtype, bound) in
                 [(DType::F32, 1e-5), (DType::BF16, 2f32.powi(-8)), (DType::F16, 2f32.powi(-11))]
             {
@@ -373,7 +373,7 @@ mod tests {
         Ok(())
     }
 
-    /// What is left of a value that was seen before is not multiplied by 0.
+    /// Values of earlier keys that are still in the buffer are not multiplied by 0.
     #[test]
     fn an_infinite_value_gives_infinity() -> Result<()> {
         let zeros = |keys| Tensor::zeros((1, 1, keys, 8), DType::F32, &Device::Cpu);

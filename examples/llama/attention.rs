@@ -1,5 +1,5 @@
 //! Causal self-attention with grouped queries: several query heads share one key and value head,
-//! without copies of it.
+//! which is not copied for them.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
@@ -10,15 +10,15 @@ use super::config::{LayerConfig, LlamaConfig, ModelType};
 use super::norm::Norm;
 use super::{attend, rope, softmax};
 
-/// Queries are taken in blocks of this many positions, so that a long prompt needs heads * 128 *
-/// positions scores at a time.
+/// Positions of a block of queries. A long prompt thus needs memory for heads * 128 * positions
+/// scores at a time.
 const QUERY_BLOCK: usize = 128;
 
-/// q, k, v, o of one layer.
+/// The projections q, k, v, o of one layer.
 #[derive(Debug, Clone)]
 pub struct Attention {
     qkv: Qkv,
-    /// The norms of the heads of queries and of keys (Qwen3).
+    /// The norms of each query head and of each key head (Qwen3).
     qk_norm: Option<(Norm, Norm)>,
     o_proj: Linear,
     heads: usize,
@@ -26,7 +26,7 @@ pub struct Attention {
     head_dim: usize,
     /// The factor of the scores.
     scale: f64,
-    /// Queries and keys have rotary embedding.
+    /// Whether queries and keys have rotary embedding.
     rope: bool,
     window: Option<usize>,
 }
@@ -43,7 +43,7 @@ enum Qkv {
     Packed(Linear),
 }
 
-/// What all layers of one forward share.
+/// The values that all layers of one forward share.
 pub struct Step {
     /// (T, pairs)
     cos: Tensor,
@@ -53,8 +53,8 @@ pub struct Step {
     window_mask: Option<Tensor>,
 }
 
-/// The dtype that attention computes in. On the CPU that is f32 for halves; queries, keys and
-/// values stay halves until then.
+/// The dtype in which attention computes. On the CPU it is f32 for f16 and bf16; queries, keys and
+/// values keep their dtype until they are multiplied.
 pub fn attention_dtype(dtype: DType, device: &Device) -> DType {
     match dtype {
         DType::F16 | DType::BF16 if device.is_cpu() => DType::F32,
@@ -63,7 +63,7 @@ pub fn attention_dtype(dtype: DType, device: &Device) -> DType {
 }
 
 impl Step {
-    /// The step of `queries` tokens that end at position `end`, with the rotary tables of their
+    /// The step for `queries` tokens that end at position `end`, with the rotary tables of their
     /// positions.
     pub fn new(
         queries: usize,
@@ -86,7 +86,7 @@ impl Step {
 }
 
 impl Attention {
-    /// The projections under `vb`, which is at `.self_attn`.
+    /// Loads the projections from `vb`, whose prefix ends in `.self_attn`.
     pub fn load(cfg: &LlamaConfig, layer: LayerConfig, vb: VarBuilder) -> Result<Self> {
         let (q_dim, hidden) = (cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size);
         let norm = |name| Norm::load(cfg.head_dim, cfg.rms_norm_eps, vb.pp(name));
@@ -143,8 +143,8 @@ impl Attention {
     }
 
     /// q (B,H,T,D), k and v (B,KV,S,D) -> softmax(q·kᵀ·scale)·v (B,T,H*D) in `dtype`. The queries
-    /// stand at the last T of S positions. A block of them needs the keys from the start of the
-    /// first one's window to the last one's position.
+    /// are at the last T of S positions. A block of them needs the keys from the start of the first
+    /// query's window to the position of the last query.
     fn attend(
         &self,
         q: &Tensor,

@@ -1,4 +1,4 @@
-//! What is kept from one forward to the next: keys and values of every layer, and the rotary
+//! State that is kept from one forward to the next: keys and values of every layer, and the rotary
 //! tables.
 
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -9,22 +9,22 @@ use super::rope::Frequencies;
 /// The state of one text (or one batch of them) between calls of [`super::Llama::forward`].
 #[derive(Debug)]
 pub struct Cache {
-    /// Positions of which keys and values are held.
+    /// Positions whose keys and values are stored.
     len: usize,
     max_len: usize,
-    /// The config field that `max_len` is from.
+    /// The config field from which `max_len` was read.
     context_field: &'static str,
     frequencies: Frequencies,
     tables: Option<Tables>,
     /// The tokens of the text (B,len), kept if the rotary frequencies depend on its length.
     tokens: Option<Tensor>,
-    /// One per layer; none when each forward starts over.
+    /// One per layer. Empty when every forward computes the whole text.
     layers: Vec<KvCache>,
     use_kv_cache: bool,
 }
 
 impl Cache {
-    /// An empty cache. Without `use_kv_cache` every forward must bring the whole text, from
+    /// An empty cache. Without `use_kv_cache` every forward must receive the whole text, from
     /// position 0.
     pub fn new(use_kv_cache: bool, cfg: &LlamaConfig) -> Self {
         Self {
@@ -39,17 +39,18 @@ impl Cache {
         }
     }
 
-    /// The number of positions held.
+    /// The number of positions stored.
     pub fn positions(&self) -> usize {
         self.len
     }
 
-    /// Forgets the text.
+    /// Removes the text from the cache.
     pub fn reset(&mut self) {
         self.len = 0;
     }
 
-    /// Checks that `len` tokens at `index_pos` continue what is held and fit into the context.
+    /// Checks that `len` tokens at `index_pos` continue the text in the cache and fit into the
+    /// context.
     pub(super) fn check(&self, index_pos: usize, len: usize) -> Result<()> {
         if index_pos != self.len {
             bail!(
@@ -68,8 +69,8 @@ impl Cache {
         }
     }
 
-    /// The tokens to compute next in a text that continues with `tokens` (B,T): `tokens`, or the
-    /// whole text (B,len+T) when it becomes long enough for other rotary frequencies. In that case
+    /// The tokens to compute next in a text that continues with `tokens` (B,T). This is `tokens`,
+    /// or the whole text (B,len+T) when its new length needs other rotary frequencies. In that case
     /// the cache is emptied first.
     pub(super) fn continued(&mut self, tokens: &Tensor) -> Result<Tensor> {
         if !self.use_kv_cache || !self.frequencies.depend_on_length() {
@@ -91,8 +92,8 @@ impl Cache {
         Ok(text)
     }
 
-    /// cos and sin of positions `start..start + len`: (len, pairs) each. The tables double when
-    /// they are too short.
+    /// cos and sin of positions `start..start + len`: (len, pairs) each. Tables that are too short
+    /// are computed again at twice the length.
     pub(super) fn tables(
         &mut self,
         (start, len): (usize, usize),
@@ -114,14 +115,14 @@ impl Cache {
         Ok((cos.narrow(0, start, len)?, sin.narrow(0, start, len)?))
     }
 
-    /// The cache of layer `i`, when keys and values are kept.
+    /// The cache of layer `i`, if keys and values are kept.
     pub(super) fn layer(&mut self, i: usize) -> Option<KvSlot<'_>> {
         let (len, max_len) = (self.len, self.max_len);
         let layer = self.layers.get_mut(i).filter(|_| self.use_kv_cache)?;
         Some(KvSlot { layer, len, max_len })
     }
 
-    /// Every layer has appended `len` positions.
+    /// Records that every layer has appended `len` positions.
     pub(super) fn advance(&mut self, len: usize) {
         if self.use_kv_cache {
             self.len += len;
@@ -132,7 +133,7 @@ impl Cache {
 /// cos and sin of the positions from 0 on.
 #[derive(Debug)]
 struct Tables {
-    /// They have the frequencies of long texts.
+    /// Whether the tables have the frequencies of long texts.
     is_long: bool,
     cos: Tensor,
     sin: Tensor,
@@ -144,11 +145,11 @@ impl Tables {
     }
 }
 
-/// Keys and values of one layer: two (B,KV,capacity,D) buffers, the front of which is in use.
+/// Keys and values of one layer: two (B,KV,capacity,D) buffers, whose first positions are in use.
 #[derive(Debug, Default)]
 struct KvCache(Option<(Tensor, Tensor)>);
 
-/// One layer's buffers, and how much of them is in use.
+/// The buffers of one layer, and the number of positions in use.
 pub(super) struct KvSlot<'a> {
     layer: &'a mut KvCache,
     len: usize,
@@ -183,8 +184,8 @@ impl KvSlot<'_> {
     }
 }
 
-/// `buffer`, or one of at least twice its size with the same front when it has no room for `end`
-/// positions.
+/// Returns `buffer` if it has room for `end` positions, else a buffer of at least twice its size
+/// with the same contents.
 fn grown(buffer: &Tensor, len: usize, end: usize, max_len: usize) -> Result<Tensor> {
     if end <= buffer.dim(2)? {
         return Ok(buffer.clone());
@@ -199,8 +200,8 @@ fn empty_like(like: &Tensor, capacity: usize) -> Result<Tensor> {
     Tensor::zeros((batch, heads, capacity, head_dim), like.dtype(), like.device())
 }
 
-/// Room for `end` positions: a power of two, so that growing copies each position about once in
-/// all.
+/// Capacity for `end` positions: a power of two, so that all reallocations together copy each
+/// position about once.
 fn capacity(end: usize, max_len: usize) -> usize {
     end.max(256).next_power_of_two().min(max_len)
 }

@@ -65,11 +65,11 @@ impl<'a> Chat<'a> {
         self.messages.retain(|message| message.role == "system");
     }
 
-    /// The answer to `user`, written to `out` as it comes and kept as a message.
+    /// Writes the answer to `user` to `out` while it is generated, and keeps it as a message.
     ///
     /// # Errors
-    /// [`TooLong`] when the context has no room for the messages and one token of the answer.
-    /// `user` is not kept then.
+    /// [`TooLong`] when the context has no room for the messages and one token of the answer. In
+    /// that case `user` is not kept.
     pub fn answer(&mut self, user: &str, mut out: impl Write) -> Result<Stats> {
         self.messages.push(Message { role: "user", content: user.to_string() });
         let prompt = self.prompt().and_then(|prompt| self.with_room(prompt));
@@ -86,7 +86,7 @@ impl<'a> Chat<'a> {
         Ok(stats)
     }
 
-    /// `prompt`, if one token fits after it.
+    /// Returns `prompt` if at least one token fits after it.
     fn with_room(&self, prompt: Vec<u32>) -> Result<Vec<u32>> {
         let len = prompt.len();
         ensure!(
@@ -97,8 +97,8 @@ impl<'a> Chat<'a> {
     }
 }
 
-/// Generates after `prompt` and hands the text to `say`, up to a stop string, Ctrl-C, or the end of
-/// the text.
+/// Generates after `prompt` and passes the text to `say`, until a stop string, Ctrl-C, or the end
+/// of the text.
 pub fn run(
     session: &mut Session,
     prompt: &[u32],
@@ -138,7 +138,7 @@ fn end_of_answer(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<u32> 
     tokenizer.get_added_tokens_decoder().get(&first).filter(|token| token.special).map(|_| first)
 }
 
-/// What the user enters.
+/// A line of user input.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Line {
     Message(String),
@@ -146,8 +146,8 @@ pub enum Line {
     Clear,
 }
 
-/// The next line of the user without its line end; none at the end of the input or after `/exit`.
-/// Empty lines are skipped, and those that are not UTF-8 are skipped with a note.
+/// The next line of the user without its line end, or None at the end of the input or after
+/// `/exit`. Empty lines are skipped. Lines that are not UTF-8 are skipped with a note.
 pub fn next_line(input: &mut impl BufRead, prompt: impl Fn()) -> Result<Option<Line>> {
     loop {
         prompt();

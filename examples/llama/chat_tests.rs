@@ -1,4 +1,4 @@
-//! Chat templates, and turns on one cache.
+//! Chat templates, and several answers with one cache.
 
 #![allow(clippy::unwrap_used)]
 
@@ -171,7 +171,8 @@ fn weights() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("weights")
 }
 
-/// Every answer begins where the cache ends, and is what a new cache gives for the whole chat.
+/// Every prompt continues the cache, and every answer equals that of a new cache for the whole
+/// chat.
 #[test]
 fn turns_on_the_cache_give_the_text_of_a_fresh_evaluation() -> Result<()> {
     let checkpoint = Checkpoint::open(weights())?;
@@ -206,7 +207,7 @@ fn turns_on_the_cache_give_the_text_of_a_fresh_evaluation() -> Result<()> {
     Ok(())
 }
 
-/// The answer to `messages` without a cache from before, and the number of tokens evaluated for it.
+/// The answer to `messages` with an empty cache, and the number of tokens evaluated for it.
 fn fresh(
     model: &Llama,
     template: &ChatTemplate,
@@ -279,7 +280,7 @@ fn a_message_that_does_not_fit_is_dropped() -> Result<()> {
     Ok(())
 }
 
-/// A message with which the prompt of the chat has `len` tokens.
+/// A message that makes the prompt of the chat `len` tokens long.
 fn fill(chat: &Chat, len: usize) -> Result<String> {
     let missing = len.checked_sub(chat.prompt()?.len()).context("the chat is longer")?;
     Ok(" a".repeat(missing))

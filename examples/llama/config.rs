@@ -1,7 +1,6 @@
-//! What the model needs to know, read from a HF `config.json`. A field that asks for another
-//! computation than the one in
-//! [`super::Llama`] is refused by name; fields that only concern training or generation defaults
-//! are left alone.
+//! The parameters of the model, read from a HF `config.json`. A field that requires another
+//! computation than that of [`super::Llama`] is an error that names it. Fields that only concern
+//! training or generation defaults are ignored.
 
 use candle_core::DType;
 use candle_swiglu::{Checkpoint, Error, Family, FfnConfig, Result};
@@ -11,7 +10,7 @@ use super::fields::{Fields, invalid, unsupported};
 pub use super::model_type::ModelType;
 pub use super::rope_config::{RopeConfig, RopeScaling};
 
-/// The sizes and switches of a LLaMA-like model.
+/// The sizes and options of a LLaMA-like model.
 #[derive(Debug, Clone)]
 pub struct LlamaConfig {
     pub model_type: ModelType,
@@ -25,9 +24,9 @@ pub struct LlamaConfig {
     pub rms_norm_eps: f64,
     pub rope: RopeConfig,
     /// The largest number of positions of a text. A `sliding_window` that the model type does not
-    /// have shortens it.
+    /// implement shortens it.
     pub max_position_embeddings: usize,
-    /// The field that this number is from: `max_position_embeddings` or `sliding_window`.
+    /// The field from which this number was read: `max_position_embeddings` or `sliding_window`.
     pub context_field: &'static str,
     /// The number of positions that a query of a sliding layer sees, its own included.
     pub sliding_window: Option<usize>,
@@ -42,16 +41,17 @@ pub struct LlamaConfig {
     pub attention_scale: f64,
     /// Granite's factor of the embedding; 1 in other model types.
     pub embedding_multiplier: f64,
-    /// Granite's factor of what attention and MLP add to x.
+    /// Granite's factor of the attention and MLP outputs before they are added to x.
     pub residual_multiplier: f64,
     /// Granite's divisor of the logits.
     pub logits_scaling: f64,
     pub bos_token_id: Option<u32>,
-    /// Any of these ends a text; empty when there is none.
+    /// Each of these ends a text. Empty if there is none.
     pub eos_token_ids: Vec<u32>,
-    /// The config has no `eos_token_id`, so that the id above is the model type's default.
+    /// Whether `eos_token_ids` is the model type's default because the config has no
+    /// `eos_token_id`.
     eos_is_default: bool,
-    /// The dtype the checkpoint was saved in, when the config says so.
+    /// The dtype in which the checkpoint was saved, if the config has it.
     pub dtype: Option<DType>,
     /// The MLP: sizes, activation, biases.
     pub ffn: FfnConfig,
@@ -60,9 +60,9 @@ pub struct LlamaConfig {
 /// The properties in which layers of one model differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerConfig {
-    /// Queries and keys have rotary embedding.
+    /// Whether queries and keys have rotary embedding.
     pub rope: bool,
-    /// A query sees the last `sliding_window` positions only.
+    /// Whether a query sees only the last `sliding_window` positions.
     pub sliding: bool,
 }
 
@@ -70,7 +70,7 @@ impl LlamaConfig {
     /// Reads a HF `config.json` of one of the model types in [`ModelType`].
     ///
     /// # Errors
-    /// Names the field that is missing, malformed, or asks for what the model does not compute.
+    /// The error names the field that is missing, malformed, or requires another computation.
     pub fn from_json(json: &Value) -> Result<Self> {
         let top = &Fields::of(json)?;
         let model_type = ModelType::of(top)?;
@@ -127,7 +127,7 @@ impl LlamaConfig {
             eos_is_default: !top.has("eos_token_id"),
             dtype: saved_dtype(top),
             ffn: match model_type {
-                // so that a VarMap gets the names of this model type
+                // So that a VarMap gets the names of this model type.
                 ModelType::Phi3 => FfnConfig::from_json(json)?.with_family(Family::Phi3),
                 _ => FfnConfig::from_json(json)?,
             },
@@ -146,11 +146,11 @@ impl LlamaConfig {
         Ok(cfg)
     }
 
-    /// Adds the end-of-text ids of a HF `generation_config.json`, or replaces the model type's
-    /// default by them.
+    /// Adds the end-of-text ids of a HF `generation_config.json`. They replace an id that is only
+    /// the model type's default.
     ///
     /// # Errors
-    /// When `eos_token_id` there is neither a token id, a list of them, nor null.
+    /// When its `eos_token_id` is neither a token id, a list of them, nor null.
     pub fn add_eos_of(&mut self, generation_config: &Value) -> Result<()> {
         let ids = Fields::of(generation_config)?.token_ids("eos_token_id")?;
         if self.eos_is_default && !ids.is_empty() {
@@ -209,7 +209,7 @@ fn head_dim(
             });
         }
     };
-    // as many rows as q, k and v have together
+    // q, k and v together have at most three times this many rows.
     match heads.checked_mul(head_dim).and_then(|rows| rows.checked_mul(3)) {
         Some(_) => Ok(head_dim),
         None => Err(invalid(
@@ -273,7 +273,7 @@ fn layers(
     Ok((window, rope.into_iter().zip(sliding).map(layer).collect()))
 }
 
-/// `layer_types` and which of them slide.
+/// The field `layer_types`, and for each layer whether it has a sliding window.
 fn layer_types<'a>(top: &Fields<'a>, count: usize) -> Result<Option<(&'a Value, Vec<bool>)>> {
     let Some(types) = top.read("layer_types", "a list of names", Value::as_array)? else {
         return Ok(None);
@@ -296,8 +296,8 @@ fn layer_types<'a>(top: &Fields<'a>, count: usize) -> Result<Option<(&'a Value, 
     }
 }
 
-/// SmolLM3's layers with rotary embedding: those with a 1 in `no_rope_layers`, by default all but
-/// every fourth.
+/// SmolLM3: whether each layer has rotary embedding. These are the layers with a 1 in
+/// `no_rope_layers`, by default all except every fourth.
 fn rope_layers(top: &Fields, count: usize) -> Result<Vec<bool>> {
     const EXPECTED: &str = "a list of 0 and 1 with one for each layer";
     let one = |value: &Value| match value {
@@ -320,8 +320,8 @@ fn rope_layers(top: &Fields, count: usize) -> Result<Vec<bool>> {
 }
 
 /// transformers' LLaMA and Granite ignore `sliding_window` in their masks but not in their caches.
-/// Texts within the window have one result with and without it, so the window limits the context.
-/// The second result is the field that the limit is from.
+/// A text within the window has the same result with and without it, so here the window limits the
+/// context. The second result is the field that sets the limit.
 fn usable_context(
     top: &Fields,
     model_type: ModelType,

@@ -28,12 +28,12 @@ impl<'a> Fields<'a> {
         self.map.get(field).filter(|value| !value.is_null())
     }
 
-    /// The field is there, be it null.
+    /// Whether the field is present, null included.
     pub fn has(&self, field: &str) -> bool {
         self.map.contains_key(field)
     }
 
-    /// The field through `read`, or an error that says what was expected.
+    /// Reads the field with `read`. The error says what was expected.
     pub fn read<T>(
         &self,
         field: &str,
@@ -77,7 +77,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// False when absent, as most such fields are in transformers.
+    /// False if absent, which is the default of most such fields in transformers.
     pub fn flag(&self, field: &str) -> Result<bool> {
         Ok(self.read(field, "true or false", Value::as_bool)?.unwrap_or(false))
     }
@@ -95,8 +95,8 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// One id, a list of ids, or none. Negative ids, with which some configs say "none", are left
-    /// out.
+    /// One id, a list of ids, or none. Negative ids, which mean "none" in some configs, are
+    /// omitted.
     pub fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
         let id = |value: &Value| match value.as_i64()? {
             ..0 => Some(None),

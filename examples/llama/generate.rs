@@ -15,8 +15,8 @@ use tokenizers::{
 use crate::model::{Cache, Llama, LlamaConfig};
 use crate::sampler::{Sampler, SamplingArgs};
 
-/// The tokenizer of a checkpoint. Truncation and padding, which some files ask for, are switched
-/// off: a prompt is used whole.
+/// The tokenizer of a checkpoint. Truncation and padding, which some files enable, are disabled,
+/// because a prompt must be used whole.
 pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
     ensure!(path.is_file(), "{}: no such file; {}", path.display(), instead_of_tokenizer(path));
     let mut tokenizer = Tokenizer::from_file(path).map_err(|error| match read_json(path) {
@@ -28,7 +28,7 @@ pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// What the directory has in place of `path`, tokenizer.json.
+/// A hint about other tokenizer files beside `path`, where tokenizer.json is missing.
 fn instead_of_tokenizer(path: &Path) -> String {
     let there = |file: &&str| path.with_file_name(file).is_file();
     let found: Vec<_> = ["tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"]
@@ -46,8 +46,8 @@ fn instead_of_tokenizer(path: &Path) -> String {
     )
 }
 
-/// The prompt's token ids, with the special tokens that the tokenizer puts around a text; checked
-/// against the model.
+/// The prompt's token ids, with the special tokens that the tokenizer adds. They are checked
+/// against the context and the vocabulary of the model.
 pub fn encode(tokenizer: &Tokenizer, prompt: &str, cfg: &LlamaConfig) -> Result<Vec<u32>> {
     let mut ids = token_ids(tokenizer, prompt, true)?;
     if ids.is_empty() {
@@ -61,7 +61,7 @@ pub fn encode(tokenizer: &Tokenizer, prompt: &str, cfg: &LlamaConfig) -> Result<
     Ok(ids)
 }
 
-/// The token ids of a text in which the special tokens are written out, as a chat template does.
+/// The token ids of a text that contains the special tokens, as the output of a chat template does.
 pub fn encode_rendered(tokenizer: &Tokenizer, text: &str, cfg: &LlamaConfig) -> Result<Vec<u32>> {
     let ids = token_ids(tokenizer, text, false)?;
     ensure!(!ids.is_empty(), "the chat template made an empty text");
@@ -87,7 +87,7 @@ pub fn context(cfg: &LlamaConfig) -> String {
     format!("{} ({})", cfg.max_position_embeddings, cfg.context_field)
 }
 
-/// The ids fit into the model's context and vocabulary.
+/// Checks that the ids fit into the model's context and vocabulary.
 fn check(ids: &[u32], cfg: &LlamaConfig) -> Result<()> {
     let len = ids.len();
     ensure!(len <= cfg.max_position_embeddings, TooLong { len, context: context(cfg) });
@@ -100,7 +100,7 @@ fn check(ids: &[u32], cfg: &LlamaConfig) -> Result<()> {
     Ok(())
 }
 
-/// Token ids in, text out, complete characters only.
+/// Decodes token ids to text, in complete characters only.
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
     stream: DecodeStream<
@@ -111,12 +111,12 @@ pub struct TextStream<'a> {
         PostProcessorWrapper,
         DecoderWrapper,
     >,
-    /// Ids whose text is still held back.
+    /// Ids whose text has not been returned yet.
     pending: Vec<u32>,
 }
 
 impl<'a> TextStream<'a> {
-    /// A stream that goes on after `prompt`, whose text is not repeated.
+    /// A stream that continues after `prompt`. The text of the prompt is not returned.
     pub fn after(tokenizer: &'a Tokenizer, prompt: &[u32]) -> Result<Self> {
         let mut text =
             Self { tokenizer, stream: tokenizer.decode_stream(true), pending: Vec::new() };
@@ -127,7 +127,7 @@ impl<'a> TextStream<'a> {
         Ok(text)
     }
 
-    /// The text that `id` completes, often empty while a character is spread over several tokens.
+    /// The text that `id` completes. It is empty while a character is spread over several tokens.
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.pending.push(id);
         let text = match self.stream.step(id) {
@@ -139,16 +139,16 @@ impl<'a> TextStream<'a> {
         Ok(text)
     }
 
-    /// Bytes that never became a character can change how the text before them decodes (byte
-    /// fallback), and then the stream gives up. What has been said stays: the text of the pending
-    /// tokens, and a new stream that knows `last`.
+    /// Starts a new stream that knows `last`, and returns the text of the pending tokens. The old
+    /// stream fails when bytes that never became a character change the decoding of the text before
+    /// them (byte fallback). Text that was already returned stays as it is.
     fn restart(&mut self, last: u32) -> Result<String> {
         self.stream = self.tokenizer.decode_stream(true);
         self.stream.step(last).map_err(|error| anyhow!("cannot decode token {last}: {error}"))?;
         self.pending_text()
     }
 
-    /// What is still held back: the beginning of a character that was never completed.
+    /// The text not returned yet: the beginning of a character that was never completed.
     pub fn finish(&self) -> Result<String> {
         self.pending_text()
     }
@@ -163,21 +163,21 @@ impl<'a> TextStream<'a> {
 /// Why a text ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// The model said so.
+    /// The model generated an end token.
     Eos,
-    /// As many tokens as were asked for.
+    /// The requested number of tokens was generated.
     SampleLen,
     /// The context is full.
     Context,
-    /// A stop string.
+    /// The text reached a stop string.
     Stop,
     /// Ctrl-C.
     Interrupted,
-    /// Nobody listens any more.
+    /// The reader of the output has closed it.
     Closed,
 }
 
-/// What one text took.
+/// Token counts and times of one text.
 #[derive(Debug)]
 pub struct Stats {
     /// Tokens of the prompt that were evaluated, without those that were in the cache.
@@ -186,19 +186,19 @@ pub struct Stats {
     pub prompt: Duration,
     /// Tokens generated, an end token included.
     pub generated: usize,
-    /// The time for all but the first of them.
+    /// The time for all of them except the first.
     pub generation: Duration,
     pub end: End,
 }
 
-/// One text after another on one cache.
+/// Generates several texts with one cache.
 pub struct Session<'a> {
     model: &'a Llama,
     cache: Cache,
     /// The tokens whose keys and values are in the cache.
     cached: Vec<u32>,
     sampler: Sampler,
-    /// Any of these ends a text.
+    /// Each of these tokens ends a text.
     ends: Vec<u32>,
 }
 
@@ -221,7 +221,8 @@ impl<'a> Session<'a> {
         self.ends.push(token);
     }
 
-    /// Generates up to `sample_len` tokens after `prompt`, handing each to `on_token` as it comes.
+    /// Generates up to `sample_len` tokens after `prompt` and passes each to `on_token`
+    /// immediately.
     ///
     /// If the prompt begins with the tokens in the cache, only the others are evaluated.
     pub fn generate(
@@ -263,13 +264,14 @@ impl<'a> Session<'a> {
         Ok(stats)
     }
 
-    /// The most tokens after a prompt of `len`, and the end when all of them are generated.
+    /// The most tokens after a prompt of `len` tokens, and the reason for the end when all are
+    /// generated.
     fn limit(&self, len: usize, sample_len: usize) -> (usize, End) {
         let room = self.model.config().max_position_embeddings.saturating_sub(len);
         if sample_len <= room { (sample_len, End::SampleLen) } else { (room, End::Context) }
     }
 
-    /// Starts the cache over unless `prompt` begins with what is in it, and has more.
+    /// Empties the cache unless `prompt` begins with its tokens and has more.
     fn keep_prefix_of(&mut self, prompt: &[u32]) {
         if prompt.len() <= self.cached.len() || !prompt.starts_with(&self.cached) {
             self.cache.reset();
@@ -277,7 +279,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The token after `tokens`, which begin with those in the cache.
+    /// The token after `tokens`, which begin with the tokens in the cache.
     fn next(&mut self, tokens: &[u32]) -> Result<u32> {
         let index_pos = self.cache.positions();
         let input = Tensor::new(&tokens[index_pos..], self.model.device())?.unsqueeze(0)?; // (1,T)

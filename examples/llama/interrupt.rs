@@ -1,5 +1,5 @@
-//! Ctrl-C ends the text that is being generated. At any other time, and the second time, it ends
-//! the program.
+//! Ctrl-C ends the text that is being generated. At any other time, and when it is pressed again,
+//! it ends the program.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -7,7 +7,7 @@ const IDLE: u8 = 0;
 const GENERATING: u8 = 1;
 const INTERRUPTED: u8 = 2;
 
-/// The exit status of a program that SIGINT has ended.
+/// The exit status of a program that was ended by SIGINT.
 pub const EXIT_STATUS: u8 = 130;
 
 static STATE: AtomicU8 = AtomicU8::new(IDLE);
@@ -24,7 +24,7 @@ pub fn install() -> Result<(), ctrlc::Error> {
     })
 }
 
-/// While this exists, Ctrl-C is noted instead of ending the program.
+/// While this exists, Ctrl-C is recorded instead of ending the program.
 pub struct Generating(());
 
 impl Generating {

@@ -84,7 +84,7 @@ fn run(args: &Args) -> Result<ExitCode> {
     Ok(status)
 }
 
-/// Writes the prompt and the text after it.
+/// Writes the prompt and the generated text.
 fn complete(
     args: &Args,
     model: &Llama,
@@ -110,8 +110,7 @@ fn complete(
     })
 }
 
-/// Answers each line of stdin. A line that does not fit into the context is reported, and the chat
-/// goes on without it.
+/// Answers each line of stdin. A line that does not fit into the context is reported and skipped.
 fn converse(
     args: &Args,
     model: &Llama,

@@ -8,14 +8,14 @@
 //! logits = lm_head(rms_norm(x))                       (B,T,vocab)
 //! ```
 //!
-//! Mistral has this with a sliding window, Qwen2 with biases, Qwen3 with norms of each query's and
-//! key's head, SmolLM3 with layers without rotary embedding, Phi-3 with packed projections, and
-//! Granite with factors of the embedding, the scores, the residuals and the logits.
+//! Mistral adds a sliding window, Qwen2 biases, Qwen3 norms of each query and key head, SmolLM3
+//! layers without rotary embedding, Phi-3 packed projections, and Granite factors of the embedding,
+//! the scores, the residuals and the logits.
 //!
-//! Values are rounded where transformers rounds them: norms are computed in f32 and rounded before
-//! the weight, the softmax is in f32, rotary tables are in the model's dtype, and rotated queries
-//! and keys are rounded. On the CPU attention computes in f32 up to its result. The logits are f32
-//! sums that are not rounded to the model's dtype.
+//! Values are rounded where transformers rounds them. Norms are computed in f32 and rounded before
+//! the multiplication by their weight. The softmax is in f32. Rotary tables are in the model's
+//! dtype, and rotated queries and keys are rounded. On the CPU the intermediate values of attention
+//! are in f32. The logits are f32 sums that are not rounded to the model's dtype.
 //!
 //! This file is a module of the example, of `tests/llama.rs` and of `examples/train.rs`.
 #![allow(
@@ -64,10 +64,10 @@ use self::config::LayerConfig;
 use self::names::{Head, Names};
 use self::norm::Norm;
 
-/// The model. Cloning it shares the weights; the state of a text lives in a [`Cache`].
+/// The model. A clone shares the weights. The state of a text is stored in a [`Cache`].
 #[derive(Debug, Clone)]
 pub struct Llama {
-    /// (vocab, hidden); none where the weight is `lm_head`'s, of which there is one copy
+    /// (vocab, hidden). None if it is `lm_head`'s weight, so that there is only one copy.
     embed_tokens: Option<Tensor>,
     layers: Vec<Layer>,
     norm: Norm,
@@ -79,12 +79,12 @@ pub struct Llama {
 }
 
 impl Llama {
-    /// Loads the model of a checkpoint. Its names have the prefix `model.`, none (a model saved
-    /// without its head) or a longer one. [`Llama::notes`] says where the checkpoint differs from
-    /// its config.
+    /// Loads the model of a checkpoint. The prefix of its names is `model.`, empty (a model saved
+    /// without its head), or a longer one. [`Llama::notes`] lists the differences between the
+    /// checkpoint and its config.
     ///
     /// # Errors
-    /// A tensor that is missing or has another shape; no head, although the config does not tie it
+    /// A tensor that is missing or has another shape; no head although the config does not tie it
     /// to the embedding; a tensor that the model does not read, unless [`ignore_unread`] has marked
     /// it.
     pub fn open(
@@ -94,19 +94,19 @@ impl Llama {
         device: &Device,
     ) -> Result<Self> {
         let names = Names::find(checkpoint, cfg)?;
-        // before the first byte is read
+        // Checked before any weight is read.
         names.unknown(checkpoint, cfg).map_or(Ok(()), |unread| Err(unread.into_error()))?;
         let model = Self::with_names(checkpoint.var_builder(dtype, device), cfg, names)?;
         check_all_read(checkpoint).map_err(Unread::into_error)?;
         Ok(model)
     }
 
-    /// Loads the model from `vb`, which is at the root of the names (`model.embed_tokens`,
-    /// `lm_head`, ...). The head is the embedding if the config says so.
+    /// Loads the model from `vb`, whose prefix is the root of the names (`model.embed_tokens`,
+    /// `lm_head`, ...). The head is the embedding if the config ties them.
     ///
-    /// With the `VarBuilder` of a `VarMap` it is created there, and [`Llama::forward_all`] has a
-    /// gradient: candle's fused operations, which have none, are used only where no variable is
-    /// involved.
+    /// With the `VarBuilder` of a `VarMap` the variables are created, and [`Llama::forward_all`]
+    /// has a gradient. Candle's fused operations have no gradient, so they are used only where no
+    /// variable is involved.
     pub fn load(vb: VarBuilder, cfg: &LlamaConfig) -> Result<Self> {
         Self::with_names(vb, cfg, Names::usual(cfg))
     }
@@ -139,8 +139,7 @@ impl Llama {
         })
     }
 
-    /// tokens (B,T) u32, of which the first stands at `index_pos` -> logits after the last,
-    /// (B,vocab) f32.
+    /// tokens (B,T) u32, the first at position `index_pos` -> logits after the last, (B,vocab) f32.
     ///
     /// For inference: no gradient flows through the cache.
     ///
@@ -168,7 +167,7 @@ impl Llama {
         &self.cfg
     }
 
-    /// Where the checkpoint differs from its config, in sentences.
+    /// The differences between the checkpoint and its config, in sentences.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
@@ -181,8 +180,8 @@ impl Llama {
         &self.device
     }
 
-    /// tokens (B,T) -> (B,T,hidden), before the last norm; (B,index_pos+T,hidden) if the whole text
-    /// is computed again.
+    /// tokens (B,T) -> (B,T,hidden) before the last norm, or (B,index_pos+T,hidden) if the whole
+    /// text is computed again.
     fn hidden(&self, tokens: &Tensor, index_pos: usize, cache: &mut Cache) -> Result<Tensor> {
         self.check_tokens(tokens)?;
         cache.check(index_pos, tokens.dims2()?.1)?;

@@ -1,5 +1,5 @@
 //! The model types: their defaults for fields that a config does not have, as in transformers 5.23,
-//! and the fields that each of them does not compute with.
+//! and the fields that each of them ignores.
 
 use candle_swiglu::{Error, Result};
 use serde_json::Value;
@@ -20,13 +20,13 @@ pub enum ModelType {
 
 use ModelType::{Granite, Llama, Mistral, Phi3, Qwen2, Qwen3, SmolLm3};
 
-/// The values of fields that the config does not have.
+/// The values of fields that are missing from the config.
 pub struct Defaults {
     pub max_position_embeddings: usize,
     pub rms_norm_eps: f64,
-    /// `num_attention_heads` if there is none, or if the field is null.
+    /// None: the default is `num_attention_heads`, also if the field is null.
     pub num_key_value_heads: Option<usize>,
-    /// `hidden_size / num_attention_heads` if there is none.
+    /// None: the default is `hidden_size / num_attention_heads`.
     pub head_dim: Option<usize>,
     pub rope_theta: f64,
     pub tie_word_embeddings: bool,
@@ -103,11 +103,11 @@ impl ModelType {
         }
     }
 
-    /// Refuses fields that change the computation in another model type, unless their value changes
-    /// nothing.
+    /// Rejects fields that change the computation of another model type, unless their value has no
+    /// effect.
     ///
     /// # Errors
-    /// Names the field.
+    /// The error names the field.
     pub fn refuse_foreign_fields(self, top: &Fields) -> Result<()> {
         for field in ["quantization_config", "quantization", "compression_config"] {
             if let Some(found) = top.get(field) {
@@ -138,7 +138,7 @@ impl ModelType {
     }
 }
 
-/// The value, which is not null, changes nothing.
+/// Whether the value, which is not null, has no effect.
 fn is_off(value: &Value, off: &[f64]) -> bool {
     match value {
         Value::Bool(on) => !on,
@@ -147,12 +147,12 @@ fn is_off(value: &Value, off: &[f64]) -> bool {
     }
 }
 
-/// A field, the numbers that change nothing (beside null and false), and the model types that read
+/// A field, the numbers that have no effect (besides null and false), and the model types that read
 /// it.
 type Foreign = (&'static str, &'static [f64], &'static [ModelType]);
 
 const FOREIGN: &[Foreign] = &[
-    // qwen2 has biases whatever this field says
+    // Qwen2 has biases whatever the value of this field.
     ("attention_bias", &[], &[Llama, Qwen2, Qwen3, SmolLm3, Granite]),
     ("mlp_bias", &[], &[Llama, SmolLm3, Granite]),
     ("embedding_multiplier", &[1.0], &[Granite]),

@@ -1,5 +1,4 @@
-//! The names of a checkpoint's tensors: the prefix of the model, its head, and the tensors that
-//! were not read.
+//! The names of a checkpoint's tensors: the prefix of the model, its head, and the unread tensors.
 
 use std::collections::BTreeMap;
 
@@ -13,24 +12,24 @@ pub struct Names {
     /// The prefix of `embed_tokens`, `layers` and `norm`: `model`, or empty.
     pub model: String,
     pub head: Head,
-    /// Where the checkpoint differs from its config, in sentences.
+    /// The differences between the checkpoint and its config, in sentences.
     pub notes: Vec<String>,
 }
 
-/// The matrix of the logits.
+/// The matrix that computes the logits.
 pub enum Head {
     /// The weight of `embed_tokens`.
     Embedding,
     /// The weight of the module of this name.
     Own(String),
-    /// The weight of the module of this name, which is the embedding's weight too.
+    /// The weight of the module of this name, which is also the embedding.
     Both(String),
 }
 
 /// A tensor that the first layer has in every model type.
 const IN_LAYERS: &str = "layers.0.input_layernorm.weight";
 
-/// The end of the name of a tensor that follows from the config.
+/// The end of the name of a tensor that can be computed from the config.
 const INV_FREQ: &str = "rotary_emb.inv_freq";
 
 impl Names {
@@ -41,16 +40,16 @@ impl Names {
         Self { model: "model".into(), head, notes: vec![] }
     }
 
-    /// The names in the checkpoint. If the config ties the head to the embedding, then, as in
-    /// transformers, one matrix serves as both when only one is there or when both are equal; two
+    /// The names in the checkpoint. If the config ties the head to the embedding, this follows
+    /// transformers: one matrix is used for both if only one exists or if the two are equal; two
     /// different matrices are both used.
     ///
     /// # Errors
-    /// No model, or several; no head, although the config does not tie it.
+    /// No model, or several; no head although the config does not tie it.
     pub fn find(checkpoint: &Checkpoint, cfg: &LlamaConfig) -> Result<Self> {
         let model = find_model(checkpoint)?;
         let embedding = dotted(&model, "embed_tokens.weight");
-        // lm_head is beside `model`, or at the root
+        // lm_head is a sibling of `model`, or at the root.
         let beside = dotted(model.rsplit_once('.').map_or("", |(outer, _)| outer), "lm_head");
         let heads = [beside, "lm_head".to_string()];
         let head = heads.into_iter().find(|name| checkpoint.contains(&dotted(name, "weight")));
@@ -81,12 +80,12 @@ impl Names {
         Ok(Self { model, head, notes })
     }
 
-    /// The unread tensors that the model will not read either.
+    /// The tensors that are unread so far and that the model will not read.
     pub fn unknown(&self, checkpoint: &Checkpoint, cfg: &LlamaConfig) -> Option<Unread> {
         unread(checkpoint, |name| !self.reads(cfg, name))
     }
 
-    /// The model reads a tensor of this name.
+    /// Whether the model reads a tensor of this name.
     fn reads(&self, cfg: &LlamaConfig, name: &str) -> bool {
         let head = |module: &str| name.strip_suffix(".weight") == Some(module);
         let (reads_embedding, is_head) = match &self.head {
@@ -110,7 +109,7 @@ impl Names {
     }
 }
 
-/// A layer reads a tensor of this name.
+/// Whether a layer reads a tensor of this name.
 fn layer_reads(cfg: &LlamaConfig, name: &str) -> bool {
     let (module, is_bias) = match name.rsplit_once('.') {
         Some((module, "weight")) => (module, false),
@@ -164,8 +163,8 @@ fn dotted(prefix: &str, name: &str) -> String {
     if prefix.is_empty() { name.to_string() } else { format!("{prefix}.{name}") }
 }
 
-/// Tensors of a checkpoint that the model did not read, and without which it may compute something
-/// else than intended.
+/// Tensors of a checkpoint that the model did not read. Without them it may compute something else
+/// than intended.
 #[derive(Debug, thiserror::Error)]
 #[error("the model does not read {} of the checkpoint's tensors: {}", names.len(), listed(names))]
 pub struct Unread {
@@ -173,23 +172,23 @@ pub struct Unread {
 }
 
 impl Unread {
-    /// As candle's error, with the program's way out.
+    /// As candle's error, with the flag that ignores these tensors.
     pub fn into_error(self) -> candle_core::Error {
         candle_core::Error::wrap(format!("{self} (--allow-unread goes on without them)"))
     }
 }
 
 /// Checks that every tensor of the checkpoint has been read, except `rotary_emb.inv_freq`, which
-/// follows from the config.
+/// can be computed from the config.
 ///
 /// # Errors
-/// Names the tensors that have not been read.
+/// The error names the tensors that have not been read.
 pub fn check_all_read(checkpoint: &Checkpoint) -> std::result::Result<(), Unread> {
     unread(checkpoint, |_| true).map_or(Ok(()), Err)
 }
 
-/// Hides the tensors that the model will not read, so that it loads in spite of them, and returns
-/// them for a warning.
+/// Hides the tensors that the model will not read, so that loading succeeds, and returns them for a
+/// warning.
 ///
 /// # Errors
 /// As [`Names::find`].

@@ -1,4 +1,4 @@
-//! RMS norm, with the places of rounding that transformers has.
+//! RMS norm, rounded where transformers rounds.
 
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use candle_nn::{Init, Module, RmsNorm, VarBuilder};
@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use super::rows::{Real, dot, for_each_row, slice, vectorized};
 
-/// y = round(x / sqrt(mean(x²) + eps)) * weight, the quotient in f32
+/// y = round(x / sqrt(mean(x²) + eps)) * weight, with the quotient in f32
 #[derive(Debug, Clone)]
 pub struct Norm {
     inner: RmsNorm,
@@ -26,15 +26,16 @@ impl Norm {
         let weight = self.inner.weight();
         let halves = matches!(weight.dtype(), DType::F16 | DType::BF16);
         match (halves, weight.device().is_cpu()) {
-            // none of the fused operations has a gradient
+            // None of the fused operations has a gradient.
             _ if x.track_op() || weight.track_op() => self.inner.forward_diff(x),
-            // candle's multiplies halves on the CPU by the weight before it rounds
+            // On the CPU candle's fused operation multiplies f16 and bf16 by the weight before it
+            // rounds.
             (true, true) => {
                 x.contiguous()?.apply_op2_no_bwd(weight, &RoundedNorm { eps: self.eps as f32 })
             }
             (true, false) => self.inner.forward(x),
             (false, _) if weight.dtype() == DType::F32 => self.inner.forward(x),
-            // and it has no f64
+            // Candle's fused operation has no f64.
             (false, _) => self.inner.forward_diff(x),
         }
     }
@@ -105,8 +106,8 @@ mod tests {
 
     use super::*;
 
-    /// The two differ by the order of a sum, so by one unit in the last place where a quotient lies
-    /// that near to the middle of two.
+    /// The two differ in the order of a sum, and therefore by one unit in the last place where a
+    /// quotient is close enough to the middle of two values.
     #[test]
     fn rounds_where_the_composition_does() -> Result<()> {
         for (dtype, unit) in [(DType::BF16, 2f32.powi(-7)), (DType::F16, 2f32.powi(-10))] {
@@ -128,7 +129,7 @@ mod tests {
                     found.len()
                 );
                 for (a, b) in found.iter().zip(&expected) {
-                    // a unit of the quotient, then one of the product
+                    // One unit of the quotient, and one of the product.
                     assert!((a - b).abs() <= 2.0 * unit * b.abs(), "{dtype:?} {hidden}: {a} {b}");
                 }
             }

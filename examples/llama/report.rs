@@ -1,4 +1,4 @@
-//! What the program says on stderr, and how it writes the text to stdout.
+//! The messages on stderr, and the output of the text on stdout.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -9,12 +9,13 @@ use anyhow::{Context, Result};
 
 use crate::generate::{End, Stats};
 
-/// Writes a line to stderr, if anyone listens.
+/// Writes a line to stderr, and ignores errors.
 pub fn note(line: impl Display) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-/// Writes to `out` at once; a reader that has gone away (`| head`) ends the text, it is no error.
+/// Writes to `out` and flushes it. A reader that has closed the pipe (`| head`) ends the text
+/// without an error.
 pub fn print(mut out: impl Write, text: &str) -> Result<ControlFlow<End>> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(ControlFlow::Continue(())),
@@ -25,8 +26,8 @@ pub fn print(mut out: impl Write, text: &str) -> Result<ControlFlow<End>> {
     }
 }
 
-/// The rates of one text, and why it ended, a line each. `context` is its size and the config field
-/// that limits it.
+/// The rates of one text, and the reason for its end, one line each. `context` names the size of
+/// the context and the config field that limits it.
 pub fn lines(stats: &Stats, context: &str) -> Vec<String> {
     let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
     let mut lines = vec![];
@@ -54,7 +55,7 @@ fn counted(count: usize, what: &str) -> String {
     if count == 1 { format!("{count} {what}") } else { format!("{count} {what}s") }
 }
 
-/// The most memory this process has held, where the system tells (Linux).
+/// The peak memory of this process, where the system reports it (Linux).
 pub fn peak_memory() -> Option<String> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

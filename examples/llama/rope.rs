@@ -1,5 +1,5 @@
-//! Rotary position embedding as transformers computes it: the frequencies in f32, step by step in
-//! the same order, so that the tables agree to the last bit or nearly so.
+//! Rotary position embedding. The frequencies are computed in f32 in the same order as in
+//! transformers, so that the tables agree to the last bit or nearly so.
 
 use std::f64::consts::PI;
 
@@ -12,12 +12,12 @@ use half::{bf16, f16};
 use super::config::{RopeConfig, RopeScaling};
 use super::rows::{Real, for_each_row, slice, vectorized};
 
-/// The rotary frequencies, one for each pair of a head: `1 / theta^(2i / dim)`, scaled as the
-/// config says.
+/// The rotary frequencies, one for each pair of a head: `1 / theta^(2i / dim)`, scaled according to
+/// the config.
 #[derive(Debug)]
 pub struct Frequencies {
     inv_freq: Vec<f32>,
-    /// The frequencies of texts with more positions than this number, if there are others.
+    /// The frequencies of texts with more than this number of positions, if they differ.
     long: Option<(usize, Vec<f32>)>,
     /// The factor of cos and sin.
     scale: f32,
@@ -25,7 +25,7 @@ pub struct Frequencies {
 
 impl Frequencies {
     pub fn new(rope: &RopeConfig) -> Self {
-        // f64 only so that the power is rounded once
+        // f64, so that the power is rounded only once.
         let power = |i: usize| rope.theta.powf(f64::from((2 * i) as f32 / rope.dim as f32)) as f32;
         let plain = || (0..rope.dim.div_ceil(2)).map(|i| 1.0 / power(i));
         let (inv_freq, long, scale) = match &rope.scaling {
@@ -68,18 +68,18 @@ impl Frequencies {
         Self { inv_freq, long, scale }
     }
 
-    /// A text of `len` positions has the frequencies of long texts.
+    /// Whether a text of `len` positions uses the frequencies of long texts.
     pub fn is_long(&self, len: usize) -> bool {
         self.long.as_ref().is_some_and(|(original, _)| len > *original)
     }
 
-    /// Long texts have other frequencies than short ones.
+    /// Whether long texts have other frequencies than short ones.
     pub fn depend_on_length(&self) -> bool {
         self.long.is_some()
     }
 
-    /// cos and sin of every position below `len`: (len, pairs) each, rounded to `model_dtype` (as
-    /// transformers does) and handed out in `dtype`, the one that attention computes in.
+    /// cos and sin of every position below `len`: (len, pairs) each. They are rounded to
+    /// `model_dtype`, as in transformers, and returned in `dtype`, in which attention computes.
     pub fn tables(
         &self,
         is_long: bool,
@@ -104,8 +104,8 @@ impl Frequencies {
     }
 }
 
-/// Waves longer than `context / low` are slowed down by `factor`, those shorter than
-/// `context / high` are kept, and between the two the frequency is interpolated.
+/// The frequencies of waves longer than `context / low` are divided by `factor`, those of waves
+/// shorter than `context / high` are kept, and those between are interpolated.
 fn llama3(freq: f32, factor: f32, low: f64, high: f64, context: f64) -> f32 {
     let wavelength = (2.0 * PI) as f32 / freq;
     if wavelength > (context / low) as f32 {
@@ -119,8 +119,8 @@ fn llama3(freq: f32, factor: f32, low: f64, high: f64, context: f64) -> f32 {
 }
 
 /// x (B,T,H,D) -> (B,H,T,D): rotates the two halves of the first R values of each head by the
-/// angles of the position. cos and sin are (T, R/2). The other values stay. The result has the
-/// dtype of x on the CPU without gradient, else that of cos and sin.
+/// angles of the position. The other values are copied. cos and sin are (T, R/2). On the CPU
+/// without a gradient the result has the dtype of x, else that of cos and sin.
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let dtype = cos.dtype();
     if x.device().is_cpu() && dtype == DType::F32 && !x.track_op() {
@@ -138,13 +138,13 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 fn turn_all(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let x = x.to_dtype(cos.dtype())?;
     match x.track_op() {
-        // the fused operation has no gradient
+        // The fused operation has no gradient.
         true => rotary_emb::rope_slow(&x.transpose(1, 2)?.contiguous()?, cos, sin),
         false => rotary_emb::rope_thd(&x.contiguous()?, cos, sin)?.transpose(1, 2),
     }
 }
 
-/// x (B,T,H,D) -> the same, turned.
+/// The fused rotation on the CPU: x (B,T,H,D) -> (B,T,H,D).
 struct Rotate;
 
 impl CustomOp3 for Rotate {
@@ -193,7 +193,7 @@ impl CustomOp3 for Rotate {
     }
 }
 
-/// x ((positions,H), D), tables of `half` angles of T positions, after which they begin anew
+/// x ((positions,H), D). The tables have `half` angles of T positions and repeat after that.
 fn turned<T: Real>(
     x: &[T],
     (cos, sin): (&[f32], &[f32]),
@@ -237,7 +237,8 @@ mod tests {
         RopeConfig { theta: 100.0, dim, scaling }
     }
 
-    /// What has no gradient against what has one, in two texts, of whole heads and of parts.
+    /// The fused operation against the one with a gradient, on two texts, with whole and partial
+    /// rotation.
     #[test]
     fn turns_as_the_composition_does() -> Result<()> {
         let (batch, len, heads, head_dim) = (2, 5, 3, 12);
@@ -249,7 +250,7 @@ mod tests {
             let (cos, sin) =
                 frequencies.tables(false, len, DType::F32, DType::F32, &Device::Cpu)?;
             assert_eq!(cos.dims(), [len, dim.div_ceil(2)]);
-            // |y| < 8, so half a unit in its last place
+            // |y| < 8, so the bound is half a unit in its last place.
             for (dtype, bound) in
                 [(DType::F32, 0.0), (DType::BF16, 2f32.powi(-6)), (DType::F16, 2f32.powi(-9))]
             {
@@ -267,7 +268,7 @@ mod tests {
                     .to_scalar::<f32>()?;
                 assert!(error <= bound + 1e-6, "{dim} of {head_dim}, {dtype:?}: {error}");
             }
-            // the tables of another number of positions
+            // Tables for another number of positions.
             let x = Tensor::zeros((1, len + 1, heads, head_dim), DType::F32, &Device::Cpu)?;
             assert!(rotate(&x, &cos, &sin).is_err());
         }

@@ -11,7 +11,7 @@ use super::model_type::ModelType;
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeConfig {
     pub theta: f64,
-    /// The number of leading values of a head that are rotated; the others stay.
+    /// The number of leading values of a head that are rotated.
     pub dim: usize,
     pub scaling: RopeScaling,
 }
@@ -19,19 +19,20 @@ pub struct RopeConfig {
 /// How the rotary frequencies are scaled.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// The frequencies are not scaled.
     None,
-    /// Every frequency divided by `factor`.
+    /// Every frequency is divided by `factor`.
     Linear { factor: f64 },
-    /// LLaMA 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
+    /// LLaMA 3.1: low frequencies are divided by `factor`, high ones are kept, and those between
+    /// are interpolated.
     Llama3 {
         factor: f64,
         low_freq_factor: f64,
         high_freq_factor: f64,
         original_max_position_embeddings: usize,
     },
-    /// Phi-3: each frequency divided by its own factor, from `short` in texts of up to
-    /// `original_max_position_embeddings` positions and from `long` in longer ones; cos and sin
+    /// Phi-3: each frequency is divided by its own factor. The factors are `short` in texts of up
+    /// to `original_max_position_embeddings` positions and `long` in longer ones. cos and sin are
     /// multiplied by `attention_factor`.
     LongRope {
         short: Vec<f64>,
@@ -42,10 +43,11 @@ pub enum RopeScaling {
 }
 
 impl RopeConfig {
-    /// From `rope_parameters` (transformers 5) or `rope_scaling` beside `rope_theta` (before).
+    /// Reads `rope_parameters` (transformers 5), or `rope_scaling` and `rope_theta` (earlier
+    /// versions).
     ///
     /// # Errors
-    /// Names the field that is malformed or asks for what is not computed.
+    /// The error names the field that is malformed or not supported.
     pub fn of(
         top: &Fields,
         model_type: ModelType,
@@ -163,7 +165,8 @@ fn rotary_dim(
     }
 }
 
-/// The pretraining context. In transformers the field beside the section has precedence.
+/// The pretraining context. As in transformers, the field of the config precedes that of the
+/// section.
 fn original_context(top: &Fields, rope: &Fields, context: usize) -> Result<usize> {
     const FIELD: &str = "original_max_position_embeddings";
     match top.size_opt(FIELD)? {

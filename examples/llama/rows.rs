@@ -1,5 +1,5 @@
-//! What the fused CPU operations share: rows of a tensor over candle's thread pool, and loops that
-//! the compiler may vectorize for this machine.
+//! Shared by the fused CPU operations: loops over the rows of a tensor on candle's thread pool, and
+//! loops that the compiler may vectorize for this machine.
 
 use std::sync::Mutex;
 
@@ -8,7 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::{Simd, WithSimd};
 
-/// A dtype of the model, of which the CPU computes in f32.
+/// A dtype of the model for which the CPU computes in f32.
 pub(super) trait Real: WithDType {
     fn widen(from: &[Self], to: &mut [f32]);
     fn round(from: &[f32], to: &mut [Self]);
@@ -50,18 +50,19 @@ impl Real for f16 {
     }
 }
 
-/// Calls `f`, compiled for the vectors that this machine has; `f` and what it calls count only as
-/// far as they are `inline(always)`.
+/// Calls `f`, compiled for the vector instructions of this machine. This only applies to the
+/// functions called by `f` that are `inline(always)`.
 #[inline(always)]
 pub(super) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// Some 20 microseconds, in multiplications: more than it costs to wake another thread.
+/// About 20 microseconds, in multiplications. Waking another thread costs less.
 const WORTH_A_THREAD: usize = 128 * 1024;
 
-/// Calls `f(row, its part of out)` for every row; `work` is about the number of multiplications in
-/// one. On candle's thread pool, if there is enough of it.
+/// Calls `f(row, its part of out)` for every row. `work` is the approximate number of
+/// multiplications of one row. The rows are distributed over candle's thread pool if the total is
+/// large enough.
 pub(super) fn for_each_row<T: Send>(
     out: &mut [T],
     row_len: usize,
@@ -78,8 +79,9 @@ pub(super) fn for_each_row<T: Send>(
     });
 }
 
-/// Calls `f` for every task, the first ones first; `work` is about the number of multiplications in
-/// one. On candle's thread pool, if there is enough of it.
+/// Calls `f` for every task, starting with the first ones. `work` is the approximate number of
+/// multiplications of one task. The tasks are distributed over candle's thread pool if the total is
+/// large enough.
 pub(super) fn in_parallel<T: Send>(tasks: Vec<T>, work: usize, f: impl Fn(T) + Sync) {
     if tasks.len() <= 1 || tasks.len() * work <= WORTH_A_THREAD {
         return tasks.into_iter().for_each(f);
@@ -87,7 +89,7 @@ pub(super) fn in_parallel<T: Send>(tasks: Vec<T>, work: usize, f: impl Fn(T) + S
     let tasks: Vec<_> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
     candle_core::utils::barrier_pool().execute_chunked(tasks.len(), |range| {
         for task in &tasks[range] {
-            // each task is taken once: the lock is free and never poisoned
+            // Each task is taken once, so the lock is free and never poisoned.
             let task = task.lock().ok().and_then(|mut task| task.take());
             task.into_iter().for_each(&f);
         }
@@ -108,8 +110,8 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     pulp::Arch::new().dispatch(Dot(a, b))
 }
 
-/// The sums of a*b for several b, for the vectors of its caller: sums are what the compiler does
-/// not vectorize by itself.
+/// The sums of a*b for several b, with the vectors of its caller. Written by hand because the
+/// compiler does not vectorize sums.
 #[inline(always)]
 pub(super) fn simd_dots<S: Simd, const N: usize>(simd: S, a: &[f32], b: [&[f32]; N]) -> [f32; N] {
     let (a_vectors, a_tail) = S::as_simd_f32s(a);
@@ -127,7 +129,7 @@ pub(super) fn simd_dots<S: Simd, const N: usize>(simd: S, a: &[f32], b: [&[f32];
     out
 }
 
-/// y += the sum of factor * x, for the vectors of its caller
+/// y += the sum of factor * x, with the vectors of its caller
 #[inline(always)]
 pub(super) fn simd_add<S: Simd, const N: usize>(
     simd: S,

@@ -29,7 +29,7 @@ pub struct SamplingArgs {
     pub repeat_last_n: usize,
 }
 
-/// Chooses tokens. The sequence of choices depends on the seed and the logits only.
+/// Chooses tokens. The sequence of choices depends only on the seed and the logits.
 pub struct Sampler {
     args: SamplingArgs,
     random: StdRng,
@@ -40,7 +40,7 @@ impl Sampler {
         Self { args: args.clone(), random: StdRng::seed_from_u64(args.seed) }
     }
 
-    /// The token after `tokens`, from their logits (1,vocab) on any device.
+    /// The next token after `tokens`, from the logits (1,vocab), on any device.
     ///
     /// # Errors
     /// Logits that are NaN, or infinite where they become probabilities.
@@ -89,7 +89,7 @@ impl SamplingArgs {
     }
 }
 
-/// Makes each token of `recent` less likely, once however often it occurs.
+/// Makes each token of `recent` less likely, once even if it occurs several times.
 fn penalize(logits: &mut [f32], recent: &[u32], penalty: f32) {
     if penalty == 1.0 {
         return;
@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(Sampler::new(&GREEDY).choose(&equal, &[]).unwrap(), 1);
     }
 
-    /// Frequencies of 10,000 draws lie within five standard deviations, 0.025, of the
+    /// Frequencies of 10,000 draws are within 0.025, five standard deviations, of the
     /// probabilities.
     #[test]
     fn frequencies_are_the_probabilities() {

@@ -1,5 +1,5 @@
-//! The softmax of attention, causal: a query sees the keys up to its own position, or the last of
-//! them in a sliding window.
+//! The causal softmax of attention: a query sees the keys up to its own position, or the last of
+//! them with a sliding window.
 //!
 //! On the CPU this is one pass over the visible part of each row, forward and backward. Elsewhere
 //! it is candle's softmax after adding a mask of 0 and -inf.
@@ -12,7 +12,7 @@ use candle_core::{
 
 use super::rows::{for_each_row, slice, vectorized};
 
-/// Whether [`causal_softmax`] does without a mask.
+/// Whether [`causal_softmax`] needs no mask.
 pub fn needs_no_mask(queries: usize, dtype: DType, device: &Device) -> bool {
     queries == 1 || is_fused(dtype, device)
 }
@@ -35,8 +35,8 @@ pub(super) fn visible(
 }
 
 /// The mask for up to `queries` queries over `keys` keys: (queries, keys), 0 where visible, -inf
-/// elsewhere. Query i stands at position `keys - queries + i`, so a smaller block that ends earlier
-/// finds its mask in the lower right corner.
+/// elsewhere. Query i is at position `keys - queries + i`. The mask of a smaller block that ends
+/// earlier is therefore the lower right corner.
 pub fn causal_mask(
     queries: usize,
     keys: usize,
@@ -56,7 +56,7 @@ pub fn causal_mask(
 /// query at position S-T+t: it sees S-T+t+1 keys, or the last `window` of them. For a single query,
 /// S is at most the window.
 ///
-/// `mask` is that of [`causal_mask`], needed where [`needs_no_mask`] is false.
+/// `mask` is the result of [`causal_mask`]. It is required where [`needs_no_mask`] is false.
 pub fn causal_softmax(
     scores: Tensor,
     queries: usize,
@@ -78,10 +78,10 @@ pub fn causal_softmax(
         _ => scores,
     };
     if !scores.track_op() {
-        // fused, but without a gradient
+        // Fused, but without a gradient.
         return candle_nn::ops::softmax_last_dim(&scores);
     }
-    // the maximum only guards against overflow: its gradient is zero
+    // The maximum only prevents overflow; its gradient is zero.
     let exp = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
     exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
 }
@@ -103,7 +103,7 @@ struct CausalSoftmax {
 }
 
 impl CausalSoftmax {
-    /// The rows of `p`, which hold scores.
+    /// Replaces the scores in the rows of `p` by their softmax.
     fn rows(&self, p: &mut [f32], keys: usize) {
         for_each_row(p, keys, EXP * keys, |row, p| {
             softmax_of(p, visible(row % self.queries, self.queries, keys, self.window), self.scale);
@@ -128,7 +128,7 @@ impl CustomOp1 for CausalSoftmax {
     }
 }
 
-/// ds = p * (dp - sum(p * dp)); what is not visible has p = 0 and gets 0.
+/// ds = p * (dp - sum(p * dp)). Keys that are not visible have p = 0 and get 0.
 struct SoftmaxBackward;
 
 impl CustomOp2 for SoftmaxBackward {
@@ -172,22 +172,23 @@ fn softmax_row(row: &mut [f32], scale: f32) {
     );
 }
 
-/// [`softmax_row`], for the vectors of its caller
+/// [`softmax_row`], with the vectors of its caller.
 #[inline(always)]
 pub(super) fn softmax(row: &mut [f32], scale: f32) {
     let max = lanes(row, [f32::NEG_INFINITY; LANES], |max, s| if s > max { s } else { max });
     let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
     row.iter_mut().for_each(|p| *p = exp((*p - max) * scale));
-    // Sums over rows of thousands of keys are the one place where f32 would lose digits.
+    // f64, because an f32 sum over rows of thousands of keys would lose digits.
     let over_sum =
         1.0 / lanes(row, [0f64; LANES], |sum, p| sum + f64::from(p)).iter().sum::<f64>() as f32;
     row.iter_mut().for_each(|p| *p *= over_sum);
 }
 
-/// Independent results, so that the compiler can keep them in vector registers.
+/// The number of independent results, which the compiler can keep in vector registers.
 const LANES: usize = 16;
 
-/// Each of the results is `f` over every sixteenth value; what is left over goes to the first ones.
+/// Each of the results is `f` over every sixteenth value. The remaining values go to the first
+/// results.
 #[inline(always)]
 fn lanes<T: Copy>(values: &[f32], mut results: [T; LANES], f: impl Fn(T, f32) -> T) -> [T; LANES] {
     let mut chunks = values.chunks_exact(LANES);
@@ -201,11 +202,11 @@ fn lanes<T: Copy>(values: &[f32], mut results: [T; LANES], f: impl Fn(T, f32) ->
     results
 }
 
-/// e^x for x <= 0 within 2 units in the last place, as the compiler can do it for several x at
-/// once; below 1.7e-38 not 0 but that. NaN stays NaN.
+/// e^x for x <= 0 within 2 units in the last place, in operations that the compiler can vectorize.
+/// The result is never below 1.7e-38. NaN stays NaN.
 ///
-/// With n the integer nearest to x / ln 2 and r = x - n·ln 2, |r| <= 0.35: 2ⁿ times the Taylor
-/// polynomial of degree 7, which errs by less than 0.35⁸/8! = 6e-9.
+/// With n the integer nearest to x / ln 2 and r = x - n·ln 2, |r| <= 0.35: the result is 2ⁿ times
+/// the Taylor polynomial of degree 7, whose error is less than 0.35⁸/8! = 6e-9.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     const ROUNDS: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to an integer, which then stands in the low bits
@@ -221,7 +222,7 @@ fn exp(x: f32) -> f32 {
     y * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
-/// What an exponential costs, in multiplications.
+/// The cost of an exponential, in multiplications.
 const EXP: usize = 16;
 
 #[cfg(test)]

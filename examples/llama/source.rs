@@ -1,4 +1,4 @@
-//! Where the checkpoint comes from, and where it runs.
+//! The source of the checkpoint, and the device on which it runs.
 
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::model::{Llama, LlamaConfig, ignore_unread};
 use crate::report::note;
 
-/// The directory that `model_id` names, downloaded if it is none here.
+/// The directory that `model_id` names. If there is no such directory, it is downloaded from the
+/// hub.
 pub fn checkpoint_dir(model_id: Option<&str>, revision: &str) -> Result<PathBuf> {
     let Some(model_id) = model_id else {
         let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("weights");
@@ -51,7 +52,7 @@ fn download(model_id: &str, _revision: &str) -> Result<PathBuf> {
     )
 }
 
-/// The config, and the end tokens of generation_config.json when there is one.
+/// The config, and the end tokens of generation_config.json if it exists.
 pub fn read_config(checkpoint: &Checkpoint) -> Result<LlamaConfig> {
     let dir = checkpoint.dir();
     let mut cfg = LlamaConfig::of(checkpoint).with_context(|| dir.display().to_string())?;
@@ -62,7 +63,7 @@ pub fn read_config(checkpoint: &Checkpoint) -> Result<LlamaConfig> {
     Ok(cfg)
 }
 
-/// The first device that this was built for and finds.
+/// The first device for which this program was built and which is present.
 pub fn pick_device(cpu: bool) -> Device {
     let cuda = || candle_core::utils::cuda_is_available().then(|| Device::new_cuda(0));
     let metal = || candle_core::utils::metal_is_available().then(|| Device::new_metal(0));
@@ -81,7 +82,7 @@ pub fn device_name(device: &Device) -> String {
     }
 }
 
-/// The model, with a progress bar while its bytes are read.
+/// Loads the model, with a progress bar.
 pub fn load(
     checkpoint: Checkpoint,
     cfg: &LlamaConfig,
@@ -101,7 +102,7 @@ pub fn load(
     Ok(model)
 }
 
-/// Shown on a terminal only.
+/// A progress bar in bytes, shown on a terminal only.
 fn byte_bar(verb: &'static str, total: u64) -> Result<ProgressBar> {
     let target = if io::stderr().is_terminal() {
         ProgressDrawTarget::stderr()

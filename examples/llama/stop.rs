@@ -3,17 +3,17 @@
 /// Ends a text before the first stop string, which may be spread over several pieces.
 pub struct Stop<'a> {
     strings: &'a [String],
-    /// The end of the text so far that may be the beginning of a stop string.
+    /// The end of the text so far, if it may be the beginning of a stop string.
     held: String,
 }
 
 impl<'a> Stop<'a> {
-    /// No string may be empty.
+    /// Searches for `strings`, none of which may be empty.
     pub fn new(strings: &'a [String]) -> Self {
         Self { strings, held: String::new() }
     }
 
-    /// The text that is certain with `piece`, and whether a stop string follows it.
+    /// The text that can be returned after `piece`, and whether a stop string follows it.
     pub fn push(&mut self, piece: &str) -> (String, bool) {
         self.held.push_str(piece);
         if let Some(end) =
@@ -31,7 +31,7 @@ impl<'a> Stop<'a> {
         (std::mem::replace(&mut self.held, rest), false)
     }
 
-    /// The text that was held back.
+    /// The text that was not returned because a stop string could begin with it.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }

@@ -1,4 +1,4 @@
-//! Chat templates: the Jinja template of a checkpoint makes one text of the messages of a chat.
+//! Chat templates: the Jinja template of a checkpoint turns the messages of a chat into one text.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -21,7 +21,7 @@ pub struct Message {
     pub content: String,
 }
 
-/// The template of a checkpoint, and the special tokens that it may name (`bos_token`, `eos_token`,
+/// The template of a checkpoint, and the special tokens that it may use (`bos_token`, `eos_token`,
 /// ...).
 #[derive(Debug)]
 pub struct ChatTemplate {
@@ -33,8 +33,8 @@ pub struct ChatTemplate {
 const NAME: &str = "chat template";
 
 impl ChatTemplate {
-    /// The template of the checkpoint in `dir`: of `chat_template.jinja`, `chat_template.json` or
-    /// `tokenizer_config.json`, whichever comes first.
+    /// The template of the checkpoint in `dir`: from `chat_template.jinja`, `chat_template.json` or
+    /// `tokenizer_config.json`, in this order.
     ///
     /// # Errors
     /// No template, one that cannot be parsed, or a malformed file.
@@ -58,7 +58,7 @@ impl ChatTemplate {
     /// A template that cannot be parsed.
     pub fn new(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self> {
         let mut environment = Environment::new();
-        // as transformers sets up Jinja
+        // The settings of Jinja in transformers.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(template_error)?);
         environment
@@ -76,7 +76,7 @@ impl ChatTemplate {
     /// The text of `messages`, with the beginning of an answer if `add_generation_prompt`.
     ///
     /// # Errors
-    /// What the template raises.
+    /// Any error that the template raises.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let none = JinjaValue::from(());
         let fields = context! { messages => Serde(messages), add_generation_prompt, tools => none.clone(), documents => none };
@@ -109,8 +109,7 @@ fn template_file(dir: &Path) -> Result<Option<String>> {
     template_of(&read_json(&json)?).with_context(|| json.display().to_string())
 }
 
-/// The field `chat_template`: a template, or a list of templates with names, of which `default` is
-/// taken.
+/// The field `chat_template`: a template, or a list of named templates, of which `default` is used.
 fn template_of(config: &Value) -> Result<Option<String>> {
     let named = match config.get("chat_template") {
         None | Some(Value::Null) => return Ok(None),
@@ -140,8 +139,8 @@ fn special_tokens(config: &Value) -> BTreeMap<String, String> {
     tokens.filter_map(|(name, value)| Some((name.clone(), token(value)?))).collect()
 }
 
-/// transformers marks the answers with `{% generation %}`, for training. The tags are replaced by
-/// ones without effect.
+/// Replaces the tags `{% generation %}`, which mark the answers for training in transformers, by
+/// tags without effect.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -160,7 +159,7 @@ fn without_generation_tags(source: &str) -> String {
     out + rest
 }
 
-/// The message of a template's error. Of what the template raises itself, only its words.
+/// The message of a template's error. If the template itself raised it, only its own message.
 fn template_error(error: minijinja::Error) -> anyhow::Error {
     match error.detail().and_then(|detail| detail.strip_prefix(RAISED)) {
         Some(words) => anyhow!("the chat template refuses the messages: {words}"),
@@ -174,7 +173,7 @@ fn raise_exception(message: &str) -> Result<String, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
 }
 
-/// What Jinja in Python takes for a sequence: strings and objects too.
+/// Whether Jinja in Python treats the value as a sequence, which includes strings and objects.
 fn is_sequence(value: JinjaValue) -> bool {
     use minijinja::value::ValueKind::{Iterable, Map, Seq, String};
     matches!(value.kind(), Iterable | Map | Seq | String)
@@ -193,7 +192,7 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
     written.map(|()| text).map_err(invalid)
 }
 
-/// JSON as Python's `json.dumps` writes it, with characters beyond ASCII as they are.
+/// JSON in the format of Python's `json.dumps`, with `ensure_ascii=False`.
 fn tojson(value: JinjaValue, options: Kwargs) -> Result<JinjaValue, minijinja::Error> {
     let indent = options.get::<Option<usize>>("indent")?;
     let mut out = vec![];
@@ -211,7 +210,7 @@ fn tojson(value: JinjaValue, options: Kwargs) -> Result<JinjaValue, minijinja::E
     text.map(JinjaValue::from_safe_string).map_err(invalid)
 }
 
-/// A space after each comma and colon.
+/// A space after each comma and colon, as in Python.
 struct PythonJson;
 
 impl serde_json::ser::Formatter for PythonJson {

@@ -1,9 +1,9 @@
-//! A seeded generator of little stories whose entropy is known: the training text of the checkpoint
-//! in `weights/`.
+//! A seeded generator of short stories with known entropy: the training text of the checkpoint in
+//! `weights/`.
 //!
-//! `stories.txt` holds lists of facts and thirteen plots written as templates. A story is told from
-//! left to right; a fact (who, where, which toy, what weather) is drawn where it is first
-//! mentioned, and every later mention repeats it.
+//! `stories.txt` contains lists of facts, and thirteen plots written as templates. A story is
+//! generated from left to right. A fact (who, where, which toy, what weather) is drawn where it is
+//! first mentioned, and every later mention repeats it.
 //!
 //! # Notation of `stories.txt`
 //! * `@toys use` opens a list whose rows are `kite, ball : fly it`: keys, then one value for each
@@ -20,14 +20,14 @@
 //!   `<name>` tells a rule.
 //!
 //! # Entropy
-//! All chance goes through `Teller::pick`, which adds -log2(p) of what it picked, so `Story::bits`
-//! is -log2 of the probability of the derivation. No two derivations give the same text: the test
-//! `no_text_has_two_derivations` proves it for the whole grammar. Hence `bits` is -log2 of the
-//! probability of the *text*, its mean over stories is the entropy of the distribution exactly (no
-//! mere bound), and no model's expected loss, summed over a story, is below `bits` · ln 2 nats.
+//! All randomness goes through `Teller::pick`, which adds -log2(p) of its choice. `Story::bits` is
+//! therefore -log2 of the probability of the derivation. No two derivations give the same text: the
+//! test `no_text_has_two_derivations` proves it for the whole grammar. Hence `bits` is also -log2
+//! of the probability of the *text*, and its mean over stories is exactly the entropy of the
+//! distribution. No model's expected loss, summed over a story, is below `bits` · ln 2 nats.
 //!
-//! The mean is 93.6 bits at 159 words (a million stories: 76 to 125 bits, 125 to 199 words); no
-//! story is likelier than 2^-69.
+//! The mean is 93.6 bits at 159 words (a million stories: 76 to 125 bits, 125 to 199 words). Every
+//! story has a probability below 2^-69.
 
 #![allow(
     clippy::panic,
@@ -42,13 +42,13 @@ use std::sync::LazyLock;
 pub(crate) struct Story {
     /// Paragraphs separated by blank lines, no newline at the end.
     pub(crate) text: String,
-    /// -log2 of the probability with which the grammar tells exactly this text.
+    /// -log2 of the probability that the grammar generates exactly this text.
     pub(crate) bits: f64,
 }
 
 /// Story number `index` of the stream `seed`: the same on every machine.
 ///
-/// Streams of different seeds are independent, so held-out stories are those of another seed.
+/// Streams of different seeds are independent, so held-out stories use another seed.
 pub(crate) fn story(seed: u64, index: u64) -> Story {
     static GRAMMAR: LazyLock<Grammar> =
         LazyLock::new(|| Grammar::parse(include_str!("stories.txt")));
@@ -68,7 +68,7 @@ impl SplitMix64 {
     }
 }
 
-/// What `stories.txt` says.
+/// The parsed `stories.txt`.
 struct Grammar {
     lists: HashMap<String, Vec<Row>>,
     rules: HashMap<String, Vec<Node>>,
@@ -98,7 +98,7 @@ struct Branch {
 
 // ---- telling ----
 
-/// A story under way.
+/// The state while a story is generated.
 struct Teller<'g> {
     grammar: &'g Grammar,
     random: SplitMix64,
@@ -117,9 +117,9 @@ impl Grammar {
 }
 
 impl<'g> Teller<'g> {
-    /// Picks an index with probability `weights[i]` / sum: the only place where chance enters.
+    /// Picks an index with probability `weights[i]` / sum. No other function uses random numbers.
     ///
-    /// 64 random bits are scaled to the sum, which is below 2^10, so each probability is right to
+    /// 64 random bits are scaled to the sum, which is below 2^10, so each probability is exact to
     /// within 2^-54.
     fn pick(&mut self, weights: &[u64]) -> usize {
         let total: u64 = weights.iter().sum();
@@ -305,14 +305,14 @@ fn fact(inside: &str) -> Node {
     Node::Recall(slot.into(), form.into(), capital)
 }
 
-/// Cuts the first `len` bytes off `rest`.
+/// Removes the first `len` bytes from `rest` and returns them.
 fn take<'a>(rest: &mut &'a str, len: usize) -> &'a str {
     let (taken, left) = rest.split_at(len.min(rest.len()));
     *rest = left;
     taken
 }
 
-/// Cuts a bracket, what it holds, and the closing one off `rest`; gives what it holds.
+/// Removes a bracket, its contents and the closing bracket from `rest`, and returns the contents.
 fn between<'a>(rest: &mut &'a str, close: char) -> &'a str {
     let len = rest.find(close).unwrap_or_else(|| panic!("no {close} in {rest}"));
     &take(rest, len + 1)[1..len]

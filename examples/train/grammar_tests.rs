@@ -1,14 +1,14 @@
-//! The proof that each story has one derivation, and checks of what is told.
+//! The proof that each story has one derivation, and checks of the generated texts.
 
 use super::*;
 use std::collections::{BTreeSet, HashSet};
 
-/// All derivations as a graph of characters: each path from the start to `End` is one, told a
-/// character at a time.
+/// All derivations as a graph of characters: each path from the start to `End` is one derivation,
+/// character by character.
 ///
-/// It says a little more than the grammar: guards are taken as open, a draw may take any row, and a
-/// recalled fact may be any row that is ever bound to the slot. A derivation of the grammar is
-/// still one path, and two are two.
+/// The graph contains slightly more than the grammar: guards count as open, a draw may take any
+/// row, and a recalled fact may be any row that is ever bound to the slot. A derivation of the
+/// grammar is still one path, and different derivations are different paths.
 struct Paths {
     states: Vec<State>,
     /// slot -> the lists its rows come from
@@ -18,7 +18,7 @@ struct Paths {
 
 enum State {
     Char(char, usize),
-    /// Ways on; `chosen` if which of them is a choice of the grammar, not a fact already told.
+    /// Successors. `chosen`: the grammar chooses between them, unlike the rows of a recalled fact.
     Fork {
         ways: Vec<usize>,
         chosen: bool,
@@ -62,7 +62,7 @@ impl Paths {
         self.push(State::Fork { ways, chosen })
     }
 
-    /// The state from which `nodes` are told, then what `next` tells.
+    /// The state at which `nodes` begin, followed by `next`.
     fn nodes(&mut self, grammar: &Grammar, nodes: &[Node], next: usize) -> usize {
         nodes.iter().rev().fold(next, |next, node| match node {
             Node::Text(text) => self.text(text, next),
@@ -84,7 +84,7 @@ impl Paths {
         })
     }
 
-    /// Is there a text that can be told from `a` and from `b` alike?
+    /// Whether some text can be generated both from `a` and from `b`.
     fn meet(&mut self, a: usize, b: usize) -> bool {
         if a == b {
             return true;
@@ -103,7 +103,7 @@ impl Paths {
         met
     }
 
-    /// The fewest and the most words of a text: a state's ways on have been pushed before it.
+    /// The fewest and the most words of a text. The successors of a state were pushed before it.
     fn words(&self, start: usize) -> (usize, usize) {
         let mut spaces = vec![(0, 0)];
         for state in &self.states[1..=start] {
@@ -120,7 +120,7 @@ impl Paths {
         (spaces[start].0 + 3, spaces[start].1 + 3)
     }
 
-    /// Can `text` be told from `at`?
+    /// Whether `text` can be generated from `at`.
     fn tell(&self, at: usize, text: &str) -> bool {
         match &self.states[at] {
             State::Char(c, next) => {
@@ -131,7 +131,7 @@ impl Paths {
         }
     }
 
-    /// The start of a text that can be told after either of two ways on from a choice, if there is
+    /// The start of a text that can follow two different branches of the same choice, if there is
     /// one.
     fn find_ambiguity(&mut self) -> Option<String> {
         for at in 0..self.states.len() {
@@ -146,7 +146,7 @@ impl Paths {
         None
     }
 
-    /// The first characters of a text told from `at`.
+    /// The first characters of a text generated from `at`.
     fn rest(&self, at: usize, len: usize) -> String {
         match &self.states[at] {
             State::Char(c, next) if len > 0 => format!("{c}{}", self.rest(*next, len - 1)),
@@ -160,8 +160,8 @@ fn grammar() -> Grammar {
     Grammar::parse(include_str!("stories.txt"))
 }
 
-/// Two derivations of one text would part at some choice, with the same text told before it and
-/// after it: so it is enough that no two ways on from any choice can tell the same rest of a story.
+/// Two derivations of one text would differ at some choice, with the same text before and after it.
+/// It is therefore enough that no two branches of a choice can generate the same rest of a story.
 #[test]
 fn no_text_has_two_derivations() {
     let (mut paths, start) = Paths::new(&grammar());
@@ -180,8 +180,9 @@ fn an_ambiguity_is_found() {
     }
 }
 
-/// The information of the likeliest telling of `nodes`, or a little less: guarded rivals count as
-/// closed, and of a list as many rows as taken as it could be.
+/// A lower bound of the information of the most likely text of `nodes`. Guarded alternatives count
+/// as closed, and the rows that other slots hold are assumed to reduce each list as much as
+/// possible.
 fn least_bits(grammar: &Grammar, nodes: &[Node]) -> f64 {
     let least = |node: &Node| match node {
         Node::Text(_) | Node::Recall(..) => 0.0,
@@ -202,7 +203,7 @@ fn least_bits(grammar: &Grammar, nodes: &[Node]) -> f64 {
     nodes.iter().map(least).sum()
 }
 
-/// So two stories drawn apart are equal with a probability below 2^-69.
+/// Two stories drawn independently are therefore equal with a probability below 2^-69.
 #[test]
 fn no_story_is_likely() {
     let grammar = grammar();

@@ -1,4 +1,4 @@
-//! The story model's tokenizer: byte-level BPE, as LLaMA 3 has it, so that any text can be encoded.
+//! The story model's tokenizer: byte-level BPE, as in LLaMA 3, so that any text can be encoded.
 
 use std::path::Path;
 
@@ -10,14 +10,14 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer, TokenizerBuilder};
 
-/// Begins every text.
+/// The token at the beginning of every text.
 pub(crate) const BOS: u32 = 0;
-/// Ends every text.
+/// The token at the end of every text.
 pub(crate) const EOS: u32 = 1;
 const BOS_TEXT: &str = "<|begin_of_text|>";
 const EOS_TEXT: &str = "<|end_of_text|>";
 
-/// Learns merges from the texts; the vocabulary has `vocab_size` tokens at most.
+/// Learns merges from the texts. The vocabulary has at most `vocab_size` tokens.
 pub(crate) fn train(
     vocab_size: usize,
     texts: impl Iterator<Item = String> + Send,
@@ -58,7 +58,7 @@ fn begins_with_bos() -> Result<TemplateProcessing> {
     Ok(template?)
 }
 
-/// Writes `tokenizer.json`, and what transformers reads beside it.
+/// Writes `tokenizer.json`, and the other tokenizer files that transformers reads.
 pub(crate) fn save(tokenizer: &Tokenizer, dir: &Path) -> Result<()> {
     let path = dir.join("tokenizer.json");
     tokenizer

@@ -1,8 +1,9 @@
 // The gate of src/gate/gate.h on CUDA, in f32 and f64.
 //
-// Error in f32, in units of 2^-24 relative, from the documented errors of the GPU's expf (2 ulp,
-// taken as 4 units) and rcp.approx (1 ulp, 2 units) and one unit for each other rounding: Silu and
-// Sigmoid 9, Swish 9 + |βg|, Gelu 15, GeluTanh 9 + 4|v|; with the product one more.
+// Relative error in f32, in units of 2^-24: Silu and Sigmoid 9, Swish 9 + |βg|, Gelu 15, GeluTanh 9
+// + 4|v|, and one more for the product. These bounds follow from the documented errors of the GPU's
+// expf (2 ulp, counted as 4 units) and rcp.approx (1 ulp, 2 units), with one unit for each other
+// rounding.
 #pragma once
 #include "device.cuh"
 
@@ -53,7 +54,7 @@ template <typename R, typename A> struct Plain {
   }
 };
 
-// act(min(m·gate, limit)) · (clamp(up, ±limit) + c); the gradient passes below the limit and is 0
+// act(min(m·gate, limit)) · (clamp(up, ±limit) + c). The gradient passes below the limit and is 0
 // at it and beyond.
 template <typename R, typename A> struct Modified {
   A act;
@@ -70,7 +71,7 @@ template <typename R> struct Unknown {
   DEVICE Gradients<R> gradients(R, R, R) const { return {R(NAN), R(NAN)}; }
 };
 
-// f(formula) for an activation and the modifiers of `op`
+// Calls f(formula) for an activation with the modifiers of `op`.
 template <typename R, typename F> struct WithModifiers {
   const GluParams& op;
   F& f;
@@ -81,8 +82,8 @@ template <typename R, typename F> struct WithModifiers {
   DEVICE void operator()(NoActivation<R>) const { f(Unknown<R>{}); }
 };
 
-// f(formula), where formula has the gate's `value` and `gradients` with everything but its
-// parameters known at compile time.
+// Calls f(formula), where formula has the gate's `value` and `gradients`. Everything except its
+// parameters is known at compile time.
 template <typename R, typename F> DEVICE void with_formula(const GluParams& op, F f) {
   with_activation<R>(op.activation, R(op.beta), WithModifiers<R, F>{op, f});
 }

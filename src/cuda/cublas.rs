@@ -9,11 +9,11 @@ use candle_core::{Result, bail};
 use super::launch::{Element, Pointer};
 
 /// y (M,N) = factor · (x (M,K) · w (N,K)ᵀ + y if `add`), on candle's handle and so on candle's
-/// stream, summed in f32 (in TF32 where candle's own matmul of f32 was told to).
+/// stream. Sums are in f32, or in TF32 where candle is configured to use it for f32 matmuls.
 ///
-/// cuBLAS stores columns: to it, row-major w is Wᵀ (K,N), x is (K,M) and y (N,M), and the product
-/// is y = (Wᵀ)ᵀ·x with leading dimensions K, K and N. With `add`, y holds C and both α and β are
-/// the factor.
+/// cuBLAS is column-major: it sees row-major w as Wᵀ (K,N), x as (K,M) and y as (N,M). The product
+/// is y = (Wᵀ)ᵀ·x with leading dimensions K, K and N. With `add`, y is the C operand, and both α
+/// and β are the factor.
 ///
 /// # Safety
 /// The pointers are valid for the sizes given.
@@ -37,8 +37,8 @@ pub(super) unsafe fn gemm<T: Element>(
     let (alpha, beta) = (factor, if add { factor } else { 0.0 });
     device.cuda_stream().context().bind_to_thread().w()?;
     let handle = device.cublas_handle();
-    // SAFETY: the handle lives; α and β are f32, as these compute types ask, and read before the
-    // call returns; the memory is the caller's promise.
+    // SAFETY: the handle is alive. α and β are f32, as these compute types require, and are read
+    // before the call returns. The caller guarantees the memory.
     unsafe {
         gemm_ex(
             *handle.handle(),

@@ -1,43 +1,45 @@
 // The block for few rows, M ≤ 32: `gate_up` h = glu(x·Wgᵀ + bg, x·Wuᵀ + bu) and `linear` y = (x·Wᵀ
 // + b)·factor.
 //
-// Time is the time to read the weights once, so everything serves to keep loads of them in flight.
+// Decode is bandwidth-bound: it takes as long as one read of the weights, so the design keeps loads
+// of them in flight.
 //
 // mma (bf16, f16): the weights are the 16-row A operand of mma.m16n8k16, the tokens its 8-column B
-// operand. A dot product does not care about the order of k, so lane 4g + t feeds the tensor core
-// the 8 consecutive k of one 16-byte load, the same for both operands: no shared memory, shuffle or
-// ldmatrix on the way. A tile is 16 rows of A:
-//   gate_up: rows 0..7 are 8 features of gate, rows 8..15 the same features of up, which so meet in one thread;
+// operand. A dot product does not depend on the order of k. Lane 4g + t therefore feeds the tensor
+// core the 8 consecutive k of one 16-byte load, the same k for both operands, and no shared memory,
+// shuffle or ldmatrix is needed. A tile is 16 rows of A:
+//   gate_up: rows 0..7 are 8 features of gate, rows 8..15 the same features of up (in one thread);
 //   linear: 16 features.
-// The warps of a block share K in rounds, 128 k each, so a block reads 2 or 4 KiB of a row at a
-// time, which memory likes (a warp for each tile, 256 B of a row at a time, reads at 0.85 of an
-// H200's speed). Blocks are persistent, two of 8 warps to a multiprocessor: tile after tile, and
-// the loads of the next tile are in flight while the sums of this one go through shared memory to
-// the epilogue, partial sums in the order of the warps: no atomics, the same bits every time, for
-// any number of rows. One of 16 warps (w16) serves where there are no more tiles than
-// multiprocessors. All of x that a register tile of weights needs is loaded before its first
-// product: loads in between made the products wait for L2 once for each, 8 % of the time with 16
-// rows.
+// The warps of a block split K: in each round a warp reads 128 k. A block thus reads 2 or 4 KiB of
+// a row at a time, which DRAM handles well. (With one warp per tile, 256 B of a row at a time, an
+// H200 reads at 0.85 of its bandwidth.) Blocks are persistent, two of 8 warps per multiprocessor.
+// The loads of the next tile are in flight while the partial sums of this one go through shared
+// memory to the epilogue, which adds them in the order of the warps. There are no atomics, so
+// results are bit-identical from run to run and for any number of rows. Blocks of 16 warps (w16)
+// are used where there are no more tiles than multiprocessors. All of x that a register tile of
+// weights needs is loaded before its first product. Loads between the products stalled on L2 once
+// each, which cost 8 % of the time with 16 rows.
 //
-// fma (f32; in bf16 and f16 the shapes that mma does not take): CUDA cores. A warp does 4 rows of
-// weights (2 features of gate and of up, or 4), its lanes share k, 16 bytes at a time in f32 and
-// element by element where rows lie at odd addresses, and a butterfly of 31 shuffles for every 32
-// sums ends it.
+// fma (f32, and the shapes of bf16 and f16 that mma does not support): CUDA cores. A warp computes
+// 4 rows of weights: 2 features of gate and the same 2 of up, or 4 features. Its lanes split k: 16
+// bytes per load in f32, single elements where rows are not 16-byte aligned. A butterfly of 31
+// shuffles reduces every 32 sums at the end.
 //
-// Two register tiles in turn: while one is used the loads of the other are in flight. mma: a tile
-// is 4 KiB per warp, so 64 to 128 KiB of a multiprocessor are in flight (n4: half of that). By
-// Little's law an H200 needs 4.5 TB/s · 1 µs / 132 = 34 KiB. fma: 2 to 4 KiB per warp (n1). Tensor
-// cores and not CUDA cores for M > 1: at M = 8 the products alone are 17 T FMA/s of about 33.
+// There are two register tiles: while one is multiplied, the loads of the other are in flight. mma:
+// a tile is 4 KiB per warp, so 64 to 128 KiB per multiprocessor are in flight (half of that in n4).
+// By Little's law an H200 needs 4.5 TB/s · 1 µs / 132 = 34 KiB. fma: 2 to 4 KiB per warp (n1).
+// Tensor cores are used for M > 1 because at M = 8 the products alone are 17 T FMA/s, and the CUDA
+// cores reach about 33.
 //
-// The first tile of weights is loaded before pdl_wait, under the tail of the previous kernel.
+// The first tile of weights is loaded before pdl_wait, while the previous kernel ends.
 #include "activation.cuh"
 
 namespace {
 
 // ----------------------------------------------------------------------------- device maths
 
-// use(tile, i) for i in 0..steps, in order, with the loads one tile ahead if AHEAD; the first ones
-// before the dependency.
+// Calls use(tile, i) for i in 0..steps, in order. With AHEAD the loads are one tile ahead. The
+// first tile is loaded before pdl_wait.
 template <typename Tile, bool AHEAD = true, typename Load, typename Use> DEVICE void sweep(int steps, Load load, Use use) {
   Tile even;
   if (steps > 0) load(even, 0);
@@ -64,11 +66,11 @@ template <typename Tile, bool AHEAD = true, typename Load, typename Use> DEVICE 
 
 constexpr int CHUNK = 64;        // k of a chunk: 2 loads x 4 lanes x 8 elements
 constexpr int RUN = 2 * CHUNK;   // a warp's part of a round
-// Chunks of a register tile: 2 · 2 loads · 2 halves of A · 512 B = 4 KiB per warp; half of that
-// where 32 tokens need the registers.
+// Chunks of a register tile: 2 · 2 loads · 2 halves of A · 512 B = 4 KiB per warp, or half of that
+// where the accumulators of 32 tokens need the registers.
 template <int NT> constexpr int PER_TILE = NT == 4 ? 1 : 2;
 
-// One load's worth of A: 8 k of row g and of row g+8.
+// The part of A that one load of each row fills: 8 k of row g and of row g+8.
 struct Piece {
   uint4 a, b;
 };
@@ -82,7 +84,7 @@ template <typename T, int NT> struct MmaSums {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) d[nt][0] = d[nt][1] = d[nt][2] = d[nt][3] = 0.0f;
   }
-  // d += piece · x, for 8 k of every token; lane g has token 8·nt + g.
+  // d += piece · x, for 8 k of every token. Lane g has token 8·nt + g.
   DEVICE void add(const Piece& w, const uint4 (&x)[NT]) {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
@@ -92,11 +94,11 @@ template <typename T, int NT> struct MmaSums {
   }
 };
 
-// Where the first warp of a block is: a tile, and the first k of its register tile there.
+// The position of the block's first warp: a tile, and the first k of its register tile there.
 struct Cursor {
   int tile, k = 0;
-  // One register tile of `chunks` on, of rounds of `round` k up to `end`; true where a tile of
-  // output ends.
+  // Advances by one register tile of `chunks`, in rounds of `round` k up to `end`. Returns true at
+  // the end of a tile of the output.
   DEVICE bool next(int chunks, int round, int end) {
     k += chunks * CHUNK;
     if (k % RUN == 0) k += round - RUN;
@@ -108,7 +110,8 @@ struct Cursor {
 };
 
 // sums = the rows row(tile, half) of lane g · x (M,K)ᵀ, over the runs `part`, `part` + SPLIT, ...
-// of K, for this block's tiles in turn; done(tile) has them.
+// of K, for one tile of this block after the other. Calls done(tile) when the sums of a tile are
+// complete.
 template <typename T, int NT, int SPLIT, typename Row, typename Done>
 DEVICE void dot_mma(MmaSums<T, NT>& sums, const T* x, int M, int K, int tiles, int part, Row row, Done done) {
   constexpr int CHUNKS = PER_TILE<NT>, ROUND = SPLIT * RUN;
@@ -119,7 +122,7 @@ DEVICE void dot_mma(MmaSums<T, NT>& sums, const T* x, int M, int K, int tiles, i
   Cursor loading{int(blockIdx.x)}, using_{int(blockIdx.x)};
   const T *a = row(loading.tile, 0), *b = row(loading.tile, 1);
   sums.clear();
-  // K is a multiple of 8, so every load is wholly in or wholly out.
+  // K is a multiple of 8, so every load is entirely inside or entirely outside of the row.
   const auto load = [&](MmaTile<NT>& tile, int) {
 #pragma unroll
     for (int u = 0; u < CHUNKS; ++u)
@@ -162,7 +165,7 @@ template <typename T> struct FmaTile {
   T row[FMA_ROWS][FMA_WIDTH];
 };
 
-// v[i] = p[k + i] in one 16-byte load where VECTORS, else p[k + 32·i] or 0 from K on.
+// v[i] = p[k + i] in one 16-byte load with VECTORS, else p[k + 32·i], and 0 for indices from K on.
 template <bool VECTORS, typename T, typename Load16> DEVICE void load_four(T (&v)[FMA_WIDTH], const T* p, int k, int K, Load16 load) {
   if constexpr (VECTORS) {
     static_assert(sizeof(v) == 16);
@@ -195,11 +198,13 @@ DEVICE void dot_fma(float (&sums)[FMA_ROWS][N], const T* x, const T* const (&row
           for (int v = 0; v < FMA_WIDTH; ++v) sums[r][n] += widen(tile.row[r][v]) * widen(token[v]);
       }
   };
-  // 64 sums and more leave no room for a second tile; so many rows need less of the memory's speed.
+  // From 64 sums on there are no registers for a second tile. With that many rows the kernel is
+  // less bandwidth-bound and needs less prefetching.
   sweep<FmaTile<T>, (N < 16)>(first < K ? (K - first + STEP - 1) / STEP : 0, load, use);
 }
 
-// The sum over all lanes of v[l], in lane l: halves of the lanes exchange halves of the sums.
+// The sum over all lanes of v[l], in lane l. In each step the two halves of the lanes exchange half
+// of their sums.
 template <int D = 16> DEVICE float sum_across(const float (&v)[2 * D]) {
   const bool high = threadIdx.x & D;
   float half[D];
@@ -218,16 +223,16 @@ template <typename T> DEVICE float bias_at(const T* bias, int i) { return bias ?
 
 // ------------------------------------------------------------------ tiles: sums, then pairs
 
-// run(shared, x, M, K, features, row, finish) of a block: a finished tile is handed on as pairs,
-// finish(first, each), where each(emit) calls emit(token, f, a, b) for tokens < M, with a the sum
-// of feature first + f of the first half of the tile's rows and b that of the second. row(first,
-// half, f): the weights. A tile has HALF features in each of its halves, and STRIDE features are
-// from one to the next.
+// run(shared, x, M, K, features, row, finish) of a block computes its tiles and hands each finished
+// one to the epilogue as pairs: finish(first, each), where each(emit) calls emit(token, f, a, b)
+// for tokens < M. a is the sum of feature first + f of the first half of the tile's rows, b that of
+// the second half. row(first, half, f) returns the address of a row of weights. Each half of a tile
+// has HALF features, and the first features of consecutive tiles are STRIDE apart.
 
 template <typename T, int NT, int SPLIT, int HALVES> struct MmaBlock {
   static constexpr int HALF = 8, STRIDE = HALF * HALVES;
-  // Two tiles' worth: while some warps still read one, others write the next. Where that is too
-  // much, one, and a barrier more.
+  // Sums of two tiles: while some warps still read one, others write the next. Where two need too
+  // much shared memory there is one, and an additional barrier.
   static constexpr int TURNS = SPLIT * NT > 32 ? 1 : 2;
   using Sums = float[TURNS][SPLIT][NT][4][32];
 
@@ -262,7 +267,7 @@ template <typename T, int NT, int SPLIT, int HALVES> struct MmaBlock {
   }
 };
 
-// Four warps: one tile of K in SPLIT parts, or four tiles.
+// Four warps: one tile with K split into SPLIT parts, or four tiles.
 template <typename T, int NT, int SPLIT, int HALVES> struct FmaBlock {
   static constexpr int HALF = 2, STRIDE = HALF * HALVES, WARPS = 4, N = NT * 8;
   using Sums = float[WARPS][NT][32];
@@ -277,7 +282,7 @@ template <typename T, int NT, int SPLIT, int HALVES> struct FmaBlock {
     for (int r = 0; r < FMA_ROWS; ++r)
 #pragma unroll
       for (int n = 0; n < N; ++n) sums[r][n] = 0.0f;
-    // Rows lie on 16 bytes if the first ones do and K is a multiple of 16 bytes.
+    // Every row is 16-byte aligned if the first ones are and K is a multiple of 16 bytes.
     const bool vectors = sizeof(T) == 4 && K % FMA_WIDTH == 0 && on16(x) && on16(rows[0]) && on16(rows[2]);
     if constexpr (sizeof(T) == 4) {
       if (vectors) dot_fma<T, N, SPLIT, true>(sums, x, rows, M, K, part);
@@ -310,7 +315,7 @@ template <typename T, int NT, int SPLIT, int HALVES> struct FmaBlock {
 template <typename B, typename T>
 DEVICE void gate_up(const T* x, const T* w_gate, const T* w_up, const T* b_gate, const T* b_up, T* h, int M, int I, int H, GluParams op) {
   SHARED(typename B::Sums, shared);
-  // Past the end the last row is read once more, and not stored.
+  // Beyond I the last row is read again, and its result is not stored.
   const auto row = [&](int first, int half, int f) { return (half ? w_up : w_gate) + size_t(min(first + f, I - 1)) * H; };
   B::run(shared, x, M, H, I, row, [&](int first, auto each) {
     with_formula<float>(op, [&](auto formula) {
@@ -341,7 +346,7 @@ DEVICE void linear(const T* x, const T* w, const T* bias, T* y, int M, int N, in
 
 // ---------------------------------------------------------------------------------- kernels
 
-// NAME, threads, least blocks per SM (for the register limit), T, the block
+// NAME, threads, minimum blocks per SM (it limits the registers), T, the block
 #define GATE_UP(NAME, THREADS, BLOCKS, T, ...)                                                                               \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gate_up_##NAME(                                              \
       const T* x, const T* w_gate, const T* w_up, const T* b_gate, const T* b_up, T* h, int M, int I, int H, GluParams op) {     \
@@ -352,7 +357,7 @@ DEVICE void linear(const T* x, const T* w, const T* bias, T* y, int M, int N, in
       const T* x, const T* w, const T* bias, T* y, int M, int N, int K, float factor) {                                      \
     linear<__VA_ARGS__>(x, w, bias, y, M, N, K, factor);                                                                     \
   }
-// gate_up's two halves are of one feature, linear's of two.
+// The two halves of a tile hold the same features in gate_up, to different ones in linear.
 #define MMA_KERNELS(T, NT)                                                 \
   GATE_UP(mma_##T##_n##NT##_w8, 256, 2, T, MmaBlock<T, NT, 8, 1>)           \
   GATE_UP(mma_##T##_n##NT##_w16, 512, 1, T, MmaBlock<T, NT, 16, 1>)         \

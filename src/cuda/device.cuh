@@ -1,6 +1,6 @@
 // What the kernels need beyond plain C++: the dtypes, and instructions of sm_80 and later as
-// functions. tests/cuda_emu/device.cuh has the same names for the CPU; nothing here may depend on
-// what is computed with it.
+// functions. tests/cuda_emu/device.cuh declares the same names for the CPU. This file must not
+// depend on any kernel.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -15,7 +15,7 @@ using f16 = __half;
 
 // ----------------------------------------------------------------------------------- dtypes
 
-// The type that elements of T are computed in, and the one rounding back.
+// The type in which elements of T are computed, and the rounding back to T.
 template <typename T> struct Number {
   using Real = T;
   static DEVICE T narrow(T v) { return v; }
@@ -45,7 +45,7 @@ DEVICE uint32_t pack2(f16, float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-// 1/x within 1 ulp, for x in [1, 32]: no slow path. f64: correctly rounded.
+// 1/x within 1 ulp, for x in [1, 32], without a slow path. f64: correctly rounded.
 DEVICE float reciprocal(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -55,35 +55,36 @@ DEVICE double reciprocal(double x) { return 1.0 / x; }
 
 // ----------------------------------------------------------------------------------- memory
 
-// Weights: read once, so past L1, and 128 bytes at a time into L2 (an H200 takes 3 % longer with
-// 256, 17 % with 64). Only for memory that no kernel in flight writes (.nc).
+// Weights are read once, so the load bypasses L1. It fetches 128 bytes at a time into L2 (an H200
+// is 3 % slower with 256, 17 % slower with 64). Only for memory that no kernel in flight writes
+// (.nc).
 DEVICE uint4 load16_weights(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
-// Activations: through L1, coherent (the previous kernel may have written them while this one was
-// already resident).
+// Activations: through L1, coherent, because the previous kernel may have written them while this
+// kernel was already resident.
 DEVICE uint4 load16(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 DEVICE void store16(void* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }
 DEVICE bool on16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-// Loads do not move across this at compile time.
+// The compiler moves no memory access across this.
 DEVICE void compiler_fence() { asm volatile("" ::: "memory"); }
 
 // ------------------------------------------------------------ programmatic dependent launch
 
-// All that the previous kernels of the stream wrote is complete and visible after this, and they no
-// longer read. Every thread calls it before its first load of an activation and before its first
-// store. A kernel that did not wait could end before its predecessor does, and so release its
-// successor too early.
+// After this call everything that the previous kernels of the stream wrote is complete and visible,
+// and they read nothing more. Every thread calls it before its first load of an activation and
+// before its first store. A kernel that did not wait could end before its predecessor, and would
+// release its successor too early.
 DEVICE void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Lets the next kernel start its prologue as SMs have room. Called after pdl_wait, so at most two
-// kernels overlap.
+// Lets the next kernel start its prologue when SMs have room. It is called after pdl_wait, so at
+// most two kernels overlap.
 DEVICE void pdl_launch() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -96,9 +97,9 @@ DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 
-// d (16,8) += a (16,16) · b (16,8), f32 sums. With lane = 4g + t, register halves in order:
-// a0, a2: row g, k = 2t.. and 8+2t..; a1, a3: row g+8; b0, b1: column g, the same k; d: (g, 2t),
-// (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
+// d (16,8) += a (16,16) · b (16,8), f32 sums. With lane = 4g + t, register halves in order: a0, a2:
+// row g, k = 2t.. and 8+2t..; a1, a3: row g+8; b0, b1: column g, the same k; d: (g, 2t), (g, 2t+1),
+// (g+8, 2t), (g+8, 2t+1).
 DEVICE void mma_m16n8k16(bf16, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));

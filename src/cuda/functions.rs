@@ -16,8 +16,8 @@ const DECODE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/decode.fatbin"))
 const GATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/gate.fatbin"));
 const PREFILL_SM90: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/prefill_sm90.fatbin"));
 
-/// The first number of the device's compute capability. (The context's own method would also take,
-/// and so hide, an error that the context has recorded for the next operation.)
+/// The major version of the device's compute capability. (The context's own method would also take
+/// the error that the context has recorded for the next operation, and so hide it.)
 pub(super) fn major(device: &CudaDevice) -> Option<i32> {
     let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
     // SAFETY: a candle device holds the context of a device that exists.
@@ -32,7 +32,7 @@ pub(super) struct Function {
     /// Bytes of dynamic shared memory of a block.
     pub(super) shared: u32,
     /// The code was compiled for sm_90 or newer. It waits for the preceding kernel before it reads
-    /// an activation or writes, so it may be launched before that kernel has ended.
+    /// an activation or writes anything, so it may be launched before that kernel has ended.
     pub(super) waits: bool,
 }
 
@@ -42,16 +42,17 @@ impl Function {
     }
 }
 
-/// All functions that a device can run, and what [`super::plan`] needs to know of the device.
+/// All functions that a device can run, and the properties of the device that [`super::plan`]
+/// needs.
 pub(crate) struct Functions {
-    /// Per dtype, by [`Kernel::index`]; None where a dtype or a device has no such kernel.
+    /// For each dtype, by [`Kernel::index`]. None where the dtype or the device has no such kernel.
     by_kernel: [(DType, Vec<Option<Function>>); 4],
     pub(super) gpu: Gpu,
 }
 
 impl Functions {
-    /// Loads them at the first call for the context of `device`. Loading takes milliseconds and may
-    /// synchronise, so the constructors of layers call this, not `forward`.
+    /// The functions of `device`, which the first call for its context loads. Loading takes
+    /// milliseconds and may synchronise, so the constructors of layers call this, not `forward`.
     pub(crate) fn of(device: &CudaDevice) -> Result<Arc<Self>> {
         static LOADED: Mutex<Option<HashMap<usize, Arc<Functions>>>> = Mutex::new(None);
         let stream = device.cuda_stream();
@@ -62,7 +63,7 @@ impl Functions {
         if let Some(functions) = loaded.get(&key) {
             return Ok(functions.clone());
         }
-        // The functions keep the context alive, so its address is not used again.
+        // The functions keep the context alive, so its address is not reused.
         let functions = Arc::new(Self::load(context)?);
         loaded.insert(key, functions.clone());
         Ok(functions)
@@ -104,12 +105,12 @@ impl Functions {
 fn describe(context: &Arc<CudaContext>) -> Result<Gpu> {
     use sys::CUdevice_attribute as Attribute;
     let sms = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()? as usize;
-    // 0 where the driver does not report it; only the choice between two ways of prefill needs it.
+    // 0 where the driver does not report it: only the choice of the prefill method needs it.
     let number = |attribute| context.attribute(attribute).map_or(0.0, f64::from);
     let bits = number(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH);
     let memory_clock = number(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE);
     let clock = number(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE).max(1.0);
-    // The memory transfers on both edges of its clock.
+    // DRAM transfers data on both edges of its clock.
     let bytes_per_clock = 2.0 * memory_clock * bits / 8.0 / (clock * sms as f64);
     let (major, minor) = context.compute_capability().w()?;
     if major < 8 {

@@ -1,13 +1,13 @@
 // The gate by itself, one pass over memory: `gate_forward` out = glu(gate + bg, up + bu),
 // `gate_backward` its gradients, and rows filled with a bias.
 //
-// A thread takes V = 16 / sizeof(T) adjacent columns of a row at a time: one 16-byte access per
-// operand where everything lies on 16 bytes, V single ones elsewhere and at a row's end. Elements
-// are widened, computed in f32 (f64 for f64) and rounded once. Time is the time of the bytes: 3
-// elements moved per output forward, 5 per pair backward. In flight per SM: 1024 threads or more ·
-// 2 loads · 16 B = 32 KiB and up. The arithmetic of SiLU in bf16 is about 20 instructions for 6
-// bytes, some 60 % of what an H200 can issue while it moves them, which is why the formula is
-// chosen outside of the loop. Reckoned, not measured.
+// A thread computes V = 16 / sizeof(T) adjacent columns of a row at a time. It makes one 16-byte
+// access per operand where all operands are 16-byte aligned, and V single accesses elsewhere and at
+// the end of a row. Elements are widened, computed in f32 (f64 for f64) and rounded once. The
+// kernels are bandwidth-bound: they move 3 elements per output forward, 5 per pair backward. At
+// least 1024 threads · 2 loads · 16 B = 32 KiB are in flight per SM. SiLU in bf16 is about 20
+// instructions for 6 bytes, some 60 % of what an H200 can issue while it moves them. The formula is
+// therefore selected outside of the loop. These figures are estimates, not measurements.
 #include "activation.cuh"
 
 namespace {
@@ -16,7 +16,7 @@ namespace {
 
 template <typename T> constexpr int LANES = 16 / sizeof(T);
 
-// V adjacent elements of T as they are computed.
+// V adjacent elements of T in the type they are computed in.
 template <typename T> struct Pack {
   Real<T> v[LANES<T>];
 };
@@ -52,7 +52,7 @@ template <typename T> DEVICE void store_pack(T* p, const Pack<T>& pack, int n, b
   }
 }
 
-// pack += bias, where there is one
+// pack += bias, if there is a bias
 template <typename T> DEVICE void add_bias(Pack<T>& pack, const T* bias, int n, bool vectors) {
   if (!bias) return;
   const Pack<T> b = load_pack(bias, n, vectors);
@@ -60,16 +60,16 @@ template <typename T> DEVICE void add_bias(Pack<T>& pack, const T* bias, int n, 
   for (int i = 0; i < LANES<T>; ++i) pack.v[i] += b.v[i];
 }
 
-// Operands that single accesses of 16 bytes fit: all on 16 bytes, rows a multiple of 16 bytes
-// apart.
+// An operand supports 16-byte accesses: it starts on 16 bytes and its rows are a multiple of 16
+// bytes apart.
 template <typename T> DEVICE bool fits(const T* p, long long stride) { return on16(p) && stride % LANES<T> == 0; }
 
-// each(row, column, n) for this thread's share of the packs of a (rows, cols) matrix; n of their
-// elements exist.
+// Calls each(row, column, n) for this thread's packs of a (rows, cols) matrix. n elements of a pack
+// are inside the row.
 template <typename T, typename Each> DEVICE void for_packs(long long rows, long long cols, Each each) {
   const long long per_row = (cols + LANES<T> - 1) / LANES<T>, step = (long long)gridDim.x * blockDim.x;
   const long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-  // One division for the place and one for the step, none in the loop.
+  // One division for the position and one for the step, none in the loop.
   long long row = first / per_row, pack = first - row * per_row;
   const long long row_step = step / per_row, pack_step = step - row_step * per_row;
   while (row < rows) {

@@ -37,7 +37,7 @@ pub(crate) fn gate_backward(glu: &Glu, operands: [Operand<'_>; 3]) -> Result<Cud
     }
 }
 
-/// Operands in rows of adjacent columns, copied where they were not.
+/// Operands as rows of adjacent columns; operands of any other layout are copied.
 struct Laid<'a, const N: usize> {
     operands: [Operand<'a>; N],
     copies: [Option<CudaStorage>; N],
@@ -101,7 +101,7 @@ fn forward<T: Element>(glu: &Glu, operands: [Operand<'_>; 2]) -> Result<CudaStor
             op
         ];
         // SAFETY: the arguments of gate_forward_*; gate and up have rows of adjacent columns at
-        // these strides, out has rows·columns elements.
+        // these strides, and out has rows·columns elements.
         unsafe { call.launch::<T>(call.over::<T>(Kernel::GateForward, rows, columns), list)? };
     }
     Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
@@ -139,7 +139,7 @@ fn backward<T: Element>(glu: &Glu, operands: [Operand<'_>; 3]) -> Result<CudaSto
             op
         ];
         // SAFETY: the arguments of gate_backward_*; the inputs have rows of adjacent columns at
-        // these strides, dgate and dup rows·columns elements each.
+        // these strides, and dgate and dup have rows·columns elements each.
         unsafe { call.launch::<T>(call.over::<T>(Kernel::GateBackward, rows, columns), list)? };
     }
     Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))

@@ -1,6 +1,6 @@
-// Hopper's asynchronous machinery (mbarrier, TMA, wgmma, clusters) as functions, sm_90a only.
-// tests/cuda_emu/hopper.cuh has the same names for the CPU. Addresses of shared memory are 32-bit,
-// of the .shared window.
+// Hopper's asynchronous instructions (mbarrier, TMA, wgmma, clusters) as functions, sm_90a only.
+// tests/cuda_emu/hopper.cuh declares the same names for the CPU. Addresses of shared memory are
+// 32-bit addresses in the .shared window.
 #pragma once
 #include <cuda.h>
 
@@ -17,22 +17,21 @@ DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_t
 DEVICE void barrier_init(uint32_t bar, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
-// Makes the barriers of this thread known to the cluster and to TMA; a cluster barrier comes after
-// it.
+// Makes this thread's barriers visible to the cluster and to TMA. A cluster barrier must follow.
 DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// Arrives, and adds the bytes that TMA will bring to what the phase waits for.
+// Arrives, and adds `bytes` to the bytes that TMA must deliver before the phase completes.
 DEVICE void barrier_expect(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
-// Until the phase of this parity is complete. On a fresh barrier the phase of parity 1 counts as
-// complete.
+// Waits until the phase of this parity is complete. On a fresh barrier the phase of parity 1 counts
+// as complete.
 DEVICE void barrier_wait(uint32_t bar, uint32_t parity) {
   asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}"
                ::"r"(bar), "r"(parity) : "memory");
 }
-// Arrives on the barrier at the same address in block `rank` of the cluster. For a buffer that only
-// wgmma has read: waiting for the wgmma orders the reads, so the plain form does. (release.cluster
-// would cost a fence of all memory in every k step.)
+// Arrives on the barrier at the same address in block `rank` of the cluster, for a buffer that only
+// wgmma has read. Waiting for the wgmma already orders the reads, so the plain form suffices;
+// release.cluster would cost a fence of all memory in every k step.
 DEVICE void barrier_arrive(uint32_t bar, uint32_t rank) {
   asm volatile("{\n.reg .b32 r;\nmapa.shared::cluster.u32 r, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [r];\n}"
                ::"r"(bar), "r"(rank) : "memory");
@@ -43,32 +42,33 @@ DEVICE void barrier_arrive(uint32_t bar, uint32_t rank) {
 DEVICE void tma_prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// The box at (column, row) -> shared memory here; its bytes count on `bar`. Outside of the matrix:
-// zeros.
+// Copies the box at (column, row) to this block's shared memory; its bytes count on `bar`. Elements
+// outside of the matrix become 0.
 DEVICE void tma_load(uint32_t dst, const TensorMap* map, uint32_t bar, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                ::"r"(dst), "l"(map), "r"(bar), "r"(column), "r"(row) : "memory");
 }
-// The same to the blocks of the cluster in `mask`, at the same addresses in each.
+// The same, to the blocks of the cluster in `mask`, at the same address in each.
 DEVICE void tma_load_multicast(uint32_t dst, const TensorMap* map, uint32_t bar, int column, int row, uint16_t mask) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
                "[%0], [%1, {%3, %4}], [%2], %5;"
                ::"r"(dst), "l"(map), "r"(bar), "r"(column), "r"(row), "h"(mask) : "memory");
 }
-// Shared memory -> the box at (column, row); outside of the matrix nothing is written.
+// Copies shared memory to the box at (column, row). Nothing outside of the matrix is written.
 DEVICE void tma_store(const TensorMap* map, uint32_t src, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];"
                ::"l"(map), "r"(src), "r"(column), "r"(row) : "memory");
 }
 DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until this thread's stores have read their shared memory; until they are written.
+// The first waits until this thread's stores have read their shared memory, the second until they
+// have written global memory.
 DEVICE void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 DEVICE void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-// Orders this thread's ordinary writes to shared memory before TMA's later reads of it.
+// Orders this thread's ordinary writes to shared memory before later reads by TMA.
 DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Four 8x8 matrices of 16-bit elements: lanes 8i..8i+7 hold the row addresses of matrix i, each
-// lane two elements of it.
+// Stores four 8x8 matrices of 16-bit elements. Lanes 8i..8i+7 supply the row addresses of matrix i;
+// each lane supplies two elements of every matrix.
 DEVICE void store_matrix_x4(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m0), "r"(m1), "r"(m2), "r"(m3) : "memory");
 }
@@ -89,14 +89,14 @@ template <int N> DEVICE void registers_up() { asm volatile("setmaxnreg.inc.sync.
 
 // ------------------------------------------------------------------------------------ wgmma
 
-// Before the first wgmma of a group: earlier accesses to the accumulators are done.
+// Called before the first wgmma of a group: earlier accesses to the accumulators are complete.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most N groups of this warpgroup are in flight.
+// Waits until at most N groups of this warpgroup are in flight.
 template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
 
-// A K-major operand in shared memory, rows of 128 bytes swizzled as TMA's SWIZZLE_128B leaves them,
-// groups of 8 rows 1024 bytes apart. The next 16 k are 32 bytes on: + 2.
+// A K-major operand in shared memory: rows of 128 bytes, swizzled as by TMA's SWIZZLE_128B, and
+// groups of 8 rows 1024 bytes apart. The next 16 k are 32 bytes further: + 2.
 DEVICE uint64_t wgmma_operand(uint32_t address) {
   return uint64_t((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
@@ -128,9 +128,9 @@ template <int N> DEVICE void pin(float (&d)[N]) {
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." DTYPE "." DTYPE " {" D##SUMS "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}"\
                : ACC##SUMS : "l"(a), "l"(b), "r"(accumulate))
 
-// d (64,N) = a (64,16) · b (N,16)ᵀ, plus d if `accumulate`; N is twice the number of a thread's
-// sums. Warp w of the warpgroup has rows 16w..; with lane = 4g + t, d[4i], d[4i+1] are (g, 8i +
-// 2t), (g, 8i + 2t + 1) and d[4i+2], d[4i+3] the same of row g + 8.
+// d (64,N) = a (64,16) · b (N,16)ᵀ, plus d if `accumulate`. N is twice the number of a thread's
+// sums. Warp w of the warpgroup computes rows 16w to 16w + 15. With lane = 4g + t, d[4i], d[4i+1]
+// are (g, 8i + 2t), (g, 8i + 2t + 1), and d[4i+2], d[4i+3] the same columns of row g + 8.
 DEVICE void wgmma_k16(bf16, float (&d)[64], uint64_t a, uint64_t b, int accumulate) { WGMMA(128, 64, "bf16", 64, 65, 66); }
 DEVICE void wgmma_k16(bf16, float (&d)[80], uint64_t a, uint64_t b, int accumulate) { WGMMA(160, 80, "bf16", 80, 81, 82); }
 DEVICE void wgmma_k16(bf16, float (&d)[96], uint64_t a, uint64_t b, int accumulate) { WGMMA(192, 96, "bf16", 96, 97, 98); }

@@ -1,4 +1,4 @@
-//! What crosses to the device: pointers, arguments, launches, tensor maps.
+//! What launches need: device pointers, arguments, tensor maps.
 
 use std::ffi::c_void;
 use std::ops::Deref;
@@ -19,7 +19,7 @@ use super::plan::{Grid, Kernel, gate_grid};
 
 /// An element type of the kernels.
 pub(super) trait Element: CudaDType + WithDType + DeviceRepr + 'static {
-    /// For cuBLAS.
+    /// The dtype in cuBLAS.
     const CUDA: cudaDataType_t;
 }
 
@@ -41,19 +41,20 @@ impl Element for f16 {
 
 // ---------------------------------------------------------------- pointers
 
-/// Device memory that a launch reads or writes. While it lives, cudarc knows that the stream uses
-/// the memory: it has waited for other streams' writes, and at the end it records the use (both
-/// only where a device has a stream of its own). Drop it after the launch.
+/// Device memory that a launch reads or writes. While this value exists, cudarc knows that the
+/// stream uses the memory: it has waited for the writes of other streams, and when the value is
+/// dropped it records the use. (Both only happen where a device has a stream of its own.) Drop it
+/// after the launch.
 pub(super) struct Pointer<'a> {
     pub(super) address: u64,
     _in_use: Option<SyncOnDrop<'a>>,
 }
 
-/// No bias.
+/// A null pointer: no bias.
 pub(super) const NULL: Pointer<'static> = Pointer { address: 0, _in_use: None };
 
 impl<'a> Pointer<'a> {
-    /// The elements of `storage` from `offset` on, to be read.
+    /// The elements of `storage` from `offset` on, for reading.
     pub(super) fn read<T: Element>(
         storage: &'a CudaStorage,
         offset: usize,
@@ -67,19 +68,19 @@ impl<'a> Pointer<'a> {
         Ok(Self { address: start + (offset * size_of::<T>()) as u64, _in_use: Some(in_use) })
     }
 
-    /// All elements of `slice`, to be written and read.
+    /// All elements of `slice`, for reading and writing.
     pub(super) fn write<T: Element>(slice: &'a mut CudaSlice<T>, stream: &'a CudaStream) -> Self {
         let (address, in_use) = slice.device_ptr_mut(stream);
         Self { address, _in_use: Some(in_use) }
     }
 
-    /// A vector access of 16 bytes may start here.
+    /// Whether a 16-byte vector access may start here.
     pub(super) fn is_aligned(&self) -> bool {
         self.address.is_multiple_of(16)
     }
 }
 
-/// A weight or bias, contiguous, on a CUDA device; G is the lock that candle holds for reading.
+/// A contiguous weight or bias on a CUDA device. G is candle's read lock.
 pub(super) struct Weight<G> {
     storage: G,
     offset: usize,
@@ -102,7 +103,7 @@ impl<G: Deref<Target = Storage>> Weight<G> {
         }
     }
 
-    /// Null where there is no weight.
+    /// A null pointer where there is no weight.
     pub(super) fn optional<'a, T: Element>(
         weight: &'a Option<Self>,
         stream: &'a CudaStream,
@@ -111,7 +112,7 @@ impl<G: Deref<Target = Storage>> Weight<G> {
     }
 }
 
-/// The elements of `layout` in row-major order, in a storage of their own.
+/// A copy of the elements of `layout` in row-major order.
 pub(super) fn contiguous<T: Element>(
     storage: &CudaStorage,
     layout: &Layout,
@@ -132,7 +133,7 @@ macro_rules! arguments {
 }
 pub(super) use arguments;
 
-/// Where and with what the launches of one call run.
+/// What all launches of one call share.
 pub(super) struct LaunchContext<'a> {
     pub(super) device: &'a CudaDevice,
     pub(super) stream: &'a CudaStream,
@@ -145,19 +146,20 @@ pub(super) struct Launch {
     pub(super) kernel: Kernel,
     pub(super) grid: Grid,
     pub(super) rows: usize,
-    /// The kernel may start while what precedes it on the stream still runs (programmatic dependent
-    /// launch), if it waits by itself. That hides its start and the latency of its first weights.
+    /// The kernel may start while its predecessor on the stream still runs (programmatic dependent
+    /// launch), if its code waits by itself. This hides its start and the latency of its first
+    /// weights.
     pub(super) early: bool,
 }
 
 impl LaunchContext<'_> {
-    /// (rows, columns), to be written in full by the launches that follow.
+    /// Allocates (rows, columns). The launches that follow must write all of it.
     pub(super) fn alloc<T: Element>(&self, rows: usize, columns: usize) -> Result<CudaSlice<T>> {
         let Some(elements) = rows.checked_mul(columns) else {
             bail!("a matrix of {rows} by {columns} is too large")
         };
-        // SAFETY: every path writes each element before anything reads it, on the stream that
-        // allocates.
+        // SAFETY: every path writes each element before anything reads it, on the stream of the
+        // allocation.
         unsafe { self.device.alloc::<T>(elements) }
     }
 
@@ -167,12 +169,12 @@ impl LaunchContext<'_> {
         Launch { kernel, grid, rows, early: false }
     }
 
-    /// Launches a kernel in its code for T.
+    /// Launches the code of a kernel for T.
     ///
     /// # Safety
-    /// The arguments are those of the kernel in number, order and type; its pointers are valid for
-    /// what it reads and writes. With `early`, the weights it reads were complete before whatever
-    /// precedes it on the stream was launched.
+    /// The arguments are those of the kernel in number, order and type. Its pointers are valid for
+    /// all it reads and writes. With `early`, the weights that it reads were complete before its
+    /// predecessor on the stream was launched.
     pub(super) unsafe fn launch<T: Element>(
         &self,
         launch: Launch,
@@ -206,8 +208,8 @@ impl LaunchContext<'_> {
             attrs: &mut attribute,
             numAttrs: u32::from(early && function.waits),
         };
-        // SAFETY: the configuration and its attribute outlive the call and the context is current;
-        // the rest is the caller's promise.
+        // SAFETY: the configuration and its attribute outlive the call, and the context is current.
+        // The caller guarantees the rest.
         unsafe {
             sys::cuLaunchKernelEx(
                 &config,
@@ -222,15 +224,15 @@ impl LaunchContext<'_> {
     }
 }
 
-/// The stream records a CUDA graph. (An error says that another stream does, which the next launch
-/// will report.)
+/// Whether the stream records a CUDA graph. (An error means that another stream does, which the
+/// next launch will report.)
 pub(super) fn is_capturing(stream: &CudaStream) -> bool {
     let none = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     stream.capture_status().is_ok_and(|status| status != none)
 }
 
 /// The tensor map of a row-major matrix (rows, columns) of 2-byte elements at `address`, in boxes
-/// of (rows, columns): of 64 columns, 128 B, swizzled, of fewer not.
+/// of (rows, columns). Boxes of 64 columns, which are 128 B, are swizzled; narrower ones are not.
 pub(super) fn tensor_map<T: Element>(
     address: u64,
     (rows, columns): (usize, usize),
@@ -248,8 +250,8 @@ pub(super) fn tensor_map<T: Element>(
     let (dims, strides) = ([columns as u64, rows as u64], [(columns * size_of::<T>()) as u64]);
     let (boxes, element_strides) = ([box_columns, box_rows], [1, 1]);
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    // SAFETY: every pointer is to an array of the rank's length, or for the strides of one less,
-    // that outlives the call; `address` is only encoded.
+    // SAFETY: every pointer is to an array that outlives the call, of the rank's length, or of one
+    // less for the strides. `address` is only encoded.
     unsafe {
         sys::cuTensorMapEncodeTiled(
             &mut map,

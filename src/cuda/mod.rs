@@ -1,5 +1,5 @@
-//! The block, one projection and the gate on CUDA. `README.md` beside this file says what each
-//! kernel takes.
+//! The block, one projection and the gate on CUDA. `README.md` beside this file lists the
+//! conditions of each kernel.
 //!
 //! ```text
 //! x (M,H)   gate_up_proj (2I,H), gate's rows first   down_proj (H,I)
@@ -11,17 +11,19 @@
 //!          y = h·Wdᵀ                      cuBLAS
 //! ```
 //!
-//! 1. All work goes to the stream of x's candle device, in order; nothing waits for the device. h,
-//!    p and y come from the stream's allocator, chunks of rows reuse them (`plan::chunk_rows`), and
-//!    so a call can be captured in a CUDA graph (with event tracking off if the device has a stream
-//!    of its own, as for any candle operation).
-//! 2. Kernels with a wait of their own start early (`launch::launch`). What they read before that
-//!    wait are weights alone, and those are complete: `prepare` synchronises the stream once, when
-//!    a layer is built.
-//! 3. Products are summed in f32, h and y rounded once. Where p exists gate and up are rounded too.
-//! 4. A bias goes in where the sum still is f32; through cuBLAS as y's first value, with β = α, and
-//!    then y may be rounded twice.
-//! 5. `plan::decode_rows` says how many rows are few: 32; on Hopper in bf16 and f16 16.
+//! 1. All work is queued on the stream of x's candle device, in order, and nothing waits for the
+//!    device. h, p and y come from the stream's allocator, and chunks of rows reuse them
+//!    (`plan::chunk_rows`). A call can therefore be captured in a CUDA graph. As for any candle
+//!    operation, event tracking must be off if the device has a stream of its own.
+//! 2. Kernels that wait by themselves start early (`launch::launch`). Before that wait they read
+//!    only weights, and those are complete: `prepare` synchronises the stream once, when a layer is
+//!    built.
+//! 3. Products are summed in f32, and h and y are rounded once. Where p exists, gate and up are
+//!    rounded too.
+//! 4. A bias is added while the sum is still in f32. With cuBLAS it is y's first value, with β = α,
+//!    and y may then be rounded twice.
+//! 5. `plan::decode_rows` gives the most rows that count as few: 32, or 16 on Hopper in bf16 and
+//!    f16.
 
 mod cublas;
 mod functions;
@@ -46,20 +48,20 @@ use launch::{Element, LaunchContext, Pointer, Weight, contiguous, weight};
 pub use plan::{Prefill, force_prefill};
 use products::{Operands, Projection};
 
-/// The block's and the projection's kernels run on this device in this dtype: compute capability
-/// 8.0 or newer. Elsewhere candle's operations do.
+/// Whether the kernels of the block and of the projection run on this device in this dtype: compute
+/// capability 8.0 or newer. Elsewhere candle's operations are used.
 pub(crate) fn supports(device: &CudaDevice, dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::BF16 | DType::F16) && supports_glu(device, dtype)
 }
 
-/// The gate's kernels do, f64 included.
+/// Whether the gate's kernels run there, f64 included.
 pub(crate) fn supports_glu(device: &CudaDevice, dtype: DType) -> bool {
     let floats = matches!(dtype, DType::F64 | DType::F32 | DType::BF16 | DType::F16);
     floats && functions::major(device).is_some_and(|major| major >= 8)
 }
 
-/// The code that runs: `cuda-sm80`, `cuda-sm90` or, compiled by the driver from PTX for a newer
-/// device, `cuda`.
+/// The code that runs: `cuda-sm80`, `cuda-sm90`, or `cuda` where the driver has compiled the PTX
+/// for a newer device.
 pub(crate) fn kernel_name(device: &CudaDevice) -> &'static str {
     match functions::major(device) {
         Some(8) => "cuda-sm80",
@@ -69,14 +71,14 @@ pub(crate) fn kernel_name(device: &CudaDevice) -> &'static str {
 }
 
 /// Loads the kernels and waits until the weights that were written on the device's stream are
-/// complete. After it a layer may be called.
+/// complete. A layer may be called afterwards.
 pub(crate) fn prepare(device: &CudaDevice) -> Result<Arc<Functions>> {
     let functions = Functions::of(device)?;
     device.cuda_stream().synchronize().w()?;
     Ok(functions)
 }
 
-/// x (M,H) of any layout -> y (M,H), by functions that were loaded when the layer was built.
+/// x (M,H) of any layout -> y (M,H), with functions that were loaded when the layer was built.
 pub(crate) fn block(
     functions: &Functions,
     block: &DeviceBlock,
@@ -106,7 +108,7 @@ pub(crate) fn linear(
     }
 }
 
-/// x in place if it is contiguous and starts on 16 bytes, else a copy.
+/// x in place if it is contiguous and 16-byte aligned, else a copy.
 struct Input<'a> {
     x: &'a CudaStorage,
     offset: usize,

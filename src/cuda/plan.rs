@@ -1,15 +1,15 @@
-//! Which kernels compute a block, by its sizes. No call to CUDA is made here.
+//! Selects the kernels that compute a block, by its sizes. No function here calls CUDA.
 
 use std::cell::Cell;
 use std::sync::OnceLock;
 
 use candle_core::{DType, Result};
 
-/// At most this much memory for h and the product of gate and up together, per call. More rows are
-/// computed in chunks (of 128 at least).
+/// The most memory per call for h and for the product of gate and up together. More rows are
+/// computed in chunks of at least 128.
 const SCRATCH_BYTES: usize = 768 << 20;
 
-/// What the choices depend on.
+/// The properties of a GPU on which the choices depend.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Gpu {
     /// Streaming multiprocessors.
@@ -31,7 +31,7 @@ pub(super) enum Kernel {
         cores: Cores,
         rows: DecodeRows,
     },
-    /// prefill_sm90.cu, by the index of its tile in [`TILES`].
+    /// prefill_sm90.cu, with the index of its tile in [`TILES`].
     Fused(usize),
     /// gate.cu
     GateForward,
@@ -42,7 +42,7 @@ pub(super) enum Kernel {
 /// The arithmetic units of a kernel of decode.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cores {
-    /// `fma`: f32, and the shapes of bf16 and f16 that tensor cores do not take.
+    /// `fma`: f32, and the shapes of bf16 and f16 that the tensor-core kernels do not support.
     Cuda,
     /// `mma`, in blocks of 8 warps.
     Tensor8,
@@ -50,7 +50,7 @@ pub(super) enum Cores {
     Tensor16,
 }
 
-/// The most rows that a kernel of decode.cu takes.
+/// The most rows that a kernel of decode.cu computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DecodeRows {
     Eight,
@@ -75,7 +75,7 @@ impl Kernel {
         decode.chain(fused).chain([Self::GateForward, Self::GateBackward, Self::BiasRows])
     }
 
-    /// Its place among [`Self::all`].
+    /// The position of this kernel in [`Self::all`].
     pub(super) fn index(self) -> usize {
         match self {
             Self::Decode { gated, cores, rows } => {
@@ -89,7 +89,7 @@ impl Kernel {
         }
     }
 
-    /// The kernel exists for this dtype.
+    /// Whether the kernel exists for this dtype.
     pub(super) fn has(self, dtype: DType) -> bool {
         let half = matches!(dtype, DType::BF16 | DType::F16);
         match self {
@@ -152,8 +152,8 @@ impl Grid {
 
 /// Threads of a block of gate.cu.
 const GATE_THREADS: usize = 256;
-/// Blocks of gate.cu per multiprocessor, at most: eight blocks are resident, a second round evens
-/// out their ends.
+/// Blocks of gate.cu per multiprocessor, at most. Eight are resident; a second round evens out the
+/// times at which they end.
 const GATE_BLOCKS_PER_SM: usize = 16;
 
 /// The grid of a kernel of gate.cu over (rows, columns).
@@ -166,7 +166,8 @@ pub(super) fn gate_grid(rows: usize, columns: usize, dtype: DType, sms: usize) -
 /// Threads of a block of prefill_sm90.cu: a producer and two consumers of 128.
 pub(super) const FUSED_THREADS: u32 = 384;
 
-/// Output features of a block of decode.cu: of a tile on tensor cores, of a block on CUDA cores.
+/// Output features of a block of decode.cu: of one tile on tensor cores, of the whole block on CUDA
+/// cores.
 const fn decode_features(gated: bool, tensor_cores: bool) -> usize {
     match (gated, tensor_cores) {
         (true, _) => 8,
@@ -176,7 +177,7 @@ const fn decode_features(gated: bool, tensor_cores: bool) -> usize {
 }
 
 /// The kernel of decode.cu for `m` rows and `features` outputs, and its grid. `aligned`: the shape
-/// and the addresses are what tensor cores need (README.md).
+/// and the addresses meet the conditions of the tensor-core kernels (README.md).
 pub(super) fn decode(
     gated: bool,
     dtype: DType,
@@ -206,13 +207,13 @@ pub(super) fn decode(
     (Kernel::Decode { gated, cores, rows }, Grid::new(blocks, 32 * warps as u32))
 }
 
-/// A tile of a kernel of prefill_sm90.cu: `cluster` blocks share the weights, each computes 128
-/// rows by `width` features.
+/// A tile of a kernel of prefill_sm90.cu. The `cluster` blocks share the weights, and each computes
+/// 128 rows by `width` features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tile {
     pub(super) cluster: usize,
     pub(super) width: usize,
-    /// Bytes of dynamic shared memory, of 232448 that a block can have.
+    /// Bytes of dynamic shared memory. A block can have 232448.
     shared: u32,
 }
 
@@ -220,7 +221,7 @@ const fn tile(cluster: usize, width: usize, shared: u32) -> Tile {
     Tile { cluster, width, shared }
 }
 
-/// All of them.
+/// All tiles for which there are kernels.
 pub(super) const TILES: [Tile; 8] = [
     tile(1, 64, 214_272),
     tile(1, 80, 206_080),
@@ -232,9 +233,9 @@ pub(super) const TILES: [Tile; 8] = [
     tile(2, 128, 230_656),
 ];
 
-// ---------------------------------------------------------------- the way of prefill
+// ---------------------------------------------------------------- the prefill method
 
-/// How gate, up and the activation are computed above the rows of the decode kernels.
+/// How gate, up and the activation are computed for more rows than the decode kernels support.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prefill {
     /// One product (M,2I) by cuBLAS, then one pass over its halves.
@@ -247,14 +248,14 @@ thread_local! {
     static FORCED: Cell<Option<Prefill>> = const { Cell::new(None) };
 }
 
-/// Forces one way of prefill in the calling thread, or lets the environment and the sizes decide
+/// Forces one prefill method in the calling thread. With None the environment and the sizes decide
 /// again. For tests and benchmarks.
 pub fn force_prefill(way: Option<Prefill>) {
     FORCED.set(way);
 }
 
-/// What [`force_prefill`] or else the environment variable `CANDLE_SWIGLU_CUDA_PREFILL`, read once,
-/// forces.
+/// The method that [`force_prefill`] forces, or else the environment variable
+/// `CANDLE_SWIGLU_CUDA_PREFILL`, which is read once.
 pub(super) fn forced() -> Result<Option<Prefill>> {
     static ASKED: OnceLock<std::result::Result<Option<Prefill>, String>> = OnceLock::new();
     if let Some(way) = FORCED.get() {
@@ -276,9 +277,9 @@ fn parse(value: Option<&str>) -> std::result::Result<Option<Prefill>, String> {
     }
 }
 
-/// The kernels of decode.cu take up to this many rows: 32; 16 in bf16 and f16 on Hopper, where
-/// cuBLAS and the kernels of prefill_sm90.cu are faster from there on; 8 where a way of prefill is
-/// forced.
+/// The most rows for which the kernels of decode.cu are used: 32, or 16 in bf16 and f16 on Hopper,
+/// where cuBLAS and the kernels of prefill_sm90.cu are faster above that. It is 8 where a prefill
+/// method is forced.
 pub(super) fn decode_rows(forced: Option<Prefill>, hopper: bool) -> usize {
     match (forced, hopper) {
         (Some(_), _) => 8,
@@ -291,13 +292,13 @@ pub(super) fn decode_rows(forced: Option<Prefill>, hopper: bool) -> usize {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct DecodeGrid {
     blocks: usize,
-    /// Of a block: 8, with two blocks to a multiprocessor; or 16, so that one block uses all of a
-    /// multiprocessor, where one block each is enough for all tiles.
+    /// Warps of a block: 8, with two blocks per multiprocessor. Where one block per multiprocessor
+    /// covers all tiles it has 16, so that it uses the whole multiprocessor.
     warps: usize,
 }
 
-/// The persistent blocks for `tiles` tiles. They do not depend on the number of rows, so a row's
-/// bits do not either.
+/// The persistent blocks for `tiles` tiles. The grid does not depend on the number of rows, so the
+/// bits of a row's result do not either.
 fn decode_grid(tiles: usize, sms: usize) -> DecodeGrid {
     let warps = if tiles <= sms { 16 } else { 8 };
     DecodeGrid { blocks: tiles.min(16 / warps * sms), warps }
@@ -305,8 +306,8 @@ fn decode_grid(tiles: usize, sms: usize) -> DecodeGrid {
 
 /// Rows of a tile of prefill_sm90.cu, per block of a cluster.
 const TILE_ROWS: usize = 128;
-/// Blocks that share no weights read more from L2. Above one tile of rows, where arithmetic is the
-/// bound, they take 5 % longer.
+/// Blocks that do not share weights read more from L2. Above one tile of rows, where they are
+/// compute-bound, they take 5 % longer.
 const UNSHARED_WEIGHTS: f64 = 1.05;
 /// Starting and ending a tile takes as long as computing 4 of its features.
 const TILE_OVERHEAD_FEATURES: usize = 4;
@@ -314,7 +315,7 @@ const TILE_OVERHEAD_FEATURES: usize = 4;
 /// A launch of a kernel of prefill_sm90.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FusedGrid {
-    /// In [`TILES`].
+    /// Index in [`TILES`].
     pub(super) tile: usize,
     pub(super) blocks: usize,
     /// Tiles that the busiest block computes, one after the other.
@@ -329,14 +330,14 @@ impl FusedGrid {
         Self { tile, blocks: cluster * clusters, waves: tiles.div_ceil(clusters) }
     }
 
-    /// The work of the busiest multiprocessor, in features of one row of tiles.
+    /// The work of the busiest multiprocessor, in features of one tile row.
     fn load(&self, m: usize) -> f64 {
         let Tile { cluster, width, .. } = TILES[self.tile];
         let unshared = if cluster == 1 && m > TILE_ROWS { UNSHARED_WEIGHTS } else { 1.0 };
         (self.waves * width) as f64 * unshared
     }
 
-    /// Its time in the same unit.
+    /// The time of that work in the same unit.
     fn time(&self, m: usize) -> f64 {
         self.load(m) + (TILE_OVERHEAD_FEATURES * self.waves) as f64
     }
@@ -356,20 +357,21 @@ pub(super) fn fused_grid(m: usize, i: usize, sms: usize) -> FusedGrid {
 /// clock and multiprocessor.
 const FAST_MEMORY: f64 = 14.0;
 const FAST_MEMORY_ROWS: usize = 64;
-/// Up to one tile of rows both ways are bandwidth-bound, and the fused kernel reads the weights
+/// Up to one tile of rows both methods are bandwidth-bound, and the fused kernel reads the weights
 /// 1.15 times as fast as cuBLAS.
 const READS_FASTER: f64 = 1.15;
-/// Where arithmetic is the bound and the tiles divide evenly, the fused kernel takes 0.94 of the
-/// time of cuBLAS and the pass over its halves.
+/// Where both are compute-bound and the tiles divide evenly, the fused kernel takes 0.94 of the
+/// time of cuBLAS and the gate's pass over gate and up.
 const COMPUTES_FASTER: f64 = 1.06;
-/// Reading the weights takes cuBLAS as long as computing 2.5 tiles of rows, so up to about 300 rows
-/// bandwidth is its bound.
+/// cuBLAS reads the weights in the time of computing 2.5 tiles of rows, so it is bandwidth-bound up
+/// to about 300 rows.
 const READING_IN_TILES: f64 = 2.5;
 
-/// The fused kernel or cuBLAS for (M,I), by measurements on an H100 and an H200.
+/// Selects the fused kernel or cuBLAS for (M,I), by measurements on an H100 and an H200.
 ///
-/// The load of the fused kernel would be I / sms per row of tiles if tiles divided evenly. It is
-/// the faster way if its load is within the factor by which it is faster than cuBLAS then.
+/// If tiles divided evenly, the load of the fused kernel would be I / sms per tile row. The fused
+/// kernel is chosen if its load exceeds that by less than the factor by which it would then be
+/// faster than cuBLAS.
 pub(super) fn prefill((m, i): (usize, usize), gpu: &Gpu) -> Prefill {
     if m <= FAST_MEMORY_ROWS && gpu.bytes_per_clock > FAST_MEMORY {
         return Prefill::Cublas;
@@ -381,8 +383,8 @@ pub(super) fn prefill((m, i): (usize, usize), gpu: &Gpu) -> Prefill {
     if fused_grid(m, i, gpu.sms).load(m) <= bound * even { Prefill::Fused } else { Prefill::Cublas }
 }
 
-/// Rows of a chunk: as many as [`SCRATCH_BYTES`] allow, in whole tiles and in chunks of nearly
-/// equal size.
+/// Rows of a chunk: whole tiles, as many as [`SCRATCH_BYTES`] allows, in chunks of nearly equal
+/// size.
 pub(super) fn chunk_rows(m: usize, i: usize, element: usize) -> usize {
     let row = i.saturating_mul(3 * element).max(1);
     let most = (SCRATCH_BYTES / row / 128 * 128).max(128);

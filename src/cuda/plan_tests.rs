@@ -10,8 +10,8 @@ fn indices_are_the_places_among_all() {
     assert_eq!(Kernel::all().count(), DECODE_KERNELS + TILES.len() + 3);
 }
 
-/// Each `extern "C"` name in the sources is that of one kernel and dtype, by the macros that make
-/// them.
+/// Each `extern "C"` name in the sources belongs to one kernel and dtype, according to the macros
+/// that generate the names.
 #[test]
 fn names_are_those_of_the_contract() {
     let dtypes = [DType::F32, DType::BF16, DType::F16, DType::F64];
@@ -103,11 +103,11 @@ fn fused_blocks_fit_the_device() {
             assert!(grid.waves * grid.blocks / cluster >= tiles);
         }
     }
-    // 16 clusters of rows by 112 columns of tiles on 66 clusters: 27.2, so 28 one after the other.
+    // 16 clusters of rows by 112 columns of tiles on 66 clusters: 27.2 tiles each, so 28 waves.
     assert_eq!(fused_grid(4096, 14336, 132), FusedGrid { tile: 7, blocks: 132, waves: 28 });
 }
 
-/// Widths that leave few multiprocessors idle, where 128 leaves many.
+/// These widths leave few multiprocessors idle where 128 leaves many idle.
 #[test]
 fn tiles_divide_the_features() {
     let found = |m, i| {

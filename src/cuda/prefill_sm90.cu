@@ -1,25 +1,26 @@
 // `gate_up` on Hopper (sm_90a) for any number of rows: h = glu(x·Wgᵀ + bg, x·Wuᵀ + bu), both
 // products and the gate in one kernel.
 //
-// A tile is 128 rows of x by W features of gate and the same W of up. The 2W rows of weights lie in
-// shared memory as [gate W | up W], so one wgmma m64n2Wk16 leaves gate of a feature in acc[i] and
-// up of it in acc[W/2 + i] of one thread, and the gate is computed in registers. The weights need
-// no repacking; they may be one packed matrix or two. The host takes the W whose tiles divide best
-// among the multiprocessors: what counts is how many the busiest one gets, for few rows too,
-// because each multiprocessor reads memory at about its share of the whole speed and no faster (an
-// H100: 24 GB/s of 3.1 TB/s).
+// A tile is 128 rows of x by W features of gate and the same W of up. Shared memory holds its 2W
+// rows of weights as [gate W | up W]. One wgmma m64n2Wk16 thus leaves gate of a feature in acc[i]
+// and up of it in acc[W/2 + i] of the same thread, and the gate is computed in registers. The
+// weights need no repacking; they may be one matrix or two. The host chooses the W whose tiles
+// divide best among the multiprocessors. The number of tiles of the busiest multiprocessor decides,
+// for few rows too, because one multiprocessor reads memory at about its share of the bandwidth and
+// no faster (24 GB/s of an H100's 3.1 TB/s).
 //
-// Warpgroup 0 produces: one thread brings x and the weights by TMA, 64 k at a time, through a ring
-// of 4 to 6 stages. Warpgroups 1 and 2 consume, 64 rows each. `full[s]` completes when the bytes of
-// stage s are there, `empty[s]` when every warpgroup that reads it is done. In a cluster of 2 along
-// M rank 0 brings the gate half of the weights to both blocks and rank 1 the up half, so a stage is
-// free when the consumers of both blocks say so. Blocks are persistent: tile after tile, in strips
-// of 8 tile rows, so that a strip of x and the weights in flight stay in L2. The first stages of
-// weights are brought before pdl_wait.
+// Warpgroup 0 is the producer: one thread loads x and the weights by TMA, 64 k at a time, into a
+// ring of 4 to 6 stages. Warpgroups 1 and 2 are the consumers, 64 rows each. `full[s]` completes
+// when all bytes of stage s have arrived, `empty[s]` when every warpgroup that reads it is done. In
+// a cluster of 2 along M, rank 0 loads the gate half of the weights for both blocks and rank 1 the
+// up half. A stage is therefore free when the consumers of both blocks have released it. Blocks are
+// persistent. They process tiles in strips of 8 tile rows, so that a strip of x and the weights in
+// flight stay in L2. The first stages of weights are loaded before pdl_wait.
 //
-// W = 128: per k step a block needs 48 KiB (c1) or 32 KiB of its own reads (c2) for 1024 clocks of
+// W = 128: per k step a block reads 48 KiB (c1), or 32 KiB of its own (c2), for 1024 clocks of
 // wgmma; 4 stages hold 192 KiB in flight or in use. Measured on an H100 with M = 4096, H = 4096, I
-// = 14336: 1.89 M clocks of 1.84 M for wgmma alone, and then its power limit decides.
+// = 14336: 1.89 M clocks, of which wgmma alone needs 1.84 M. Beyond that its power limit is the
+// bound.
 #include "hopper.cuh"
 
 #include "activation.cuh"
@@ -30,16 +31,16 @@ namespace {
 
 constexpr int BM = 128, BK = 64, CONSUMERS = 2;
 constexpr uint32_t X_BYTES = BM * BK * 2;
-// Of tiles of W features, a multiple of 16.
+// Sizes of tiles of W features, W a multiple of 16.
 template <int W> struct Size {
   static constexpr int STAGES = W <= 64 ? 6 : W <= 96 ? 5 : 4;
   static constexpr uint32_t HALF_BYTES = W * BK * 2, STAGE_BYTES = X_BYTES + 2 * HALF_BYTES;  // W = 128: 48 KiB
-  // h leaves in boxes of 64 rows by 64 features, or 16 where those do not divide W.
+  // h is stored in boxes of 64 rows by 64 features, or by 16 where 64 does not divide W.
   static constexpr int BOX = W % 64 == 0 ? 64 : 16;
   static constexpr uint32_t BOX_BYTES = 64 * BOX * 2, OUT_BYTES = BM * W * 2;
   static constexpr uint32_t SHARED = STAGES * STAGE_BYTES + OUT_BYTES + 1024 /* alignment */ + 256 /* barriers */;
 };
-// The host's numbers; what a block may have.
+// The host assumes these numbers. A block can have 232448 bytes.
 static_assert(Size<64>::SHARED == 214272 && Size<80>::SHARED == 206080 && Size<96>::SHARED == 230656 && Size<112>::SHARED == 210176 &&
               Size<128>::SHARED == 230656 && Size<128>::SHARED <= 232448);
 
@@ -71,7 +72,7 @@ template <int W> struct Places : Size<W> {
   DEVICE uint32_t empty(int stage) const { return barriers + 8 * (S::STAGES + stage); }
 };
 
-// The tiles of this block, first row and first feature of each.
+// Iterates over the tiles of this block: the first row and the first feature of each.
 template <int W, int CLUSTER_SIZE> struct Tiles {
   int across, down, index;
   DEVICE Tiles(int M, int I)
@@ -106,7 +107,7 @@ DEVICE void load_weights(const Places<W>& at, const Maps& maps, int stage, int r
   }
 }
 
-// sums = 64 rows of x · [gate | up]ᵀ over all of K; one wgmma group stays in flight.
+// sums = 64 rows of x · [gate | up]ᵀ over all of K. One wgmma group stays in flight.
 template <typename T, int W, int CLUSTER_SIZE>
 DEVICE void accumulate(float (&sums)[W], const Places<W>& at, Ring<W>& ring, int consumer, int k_steps) {
   const int thread = threadIdx.x & 127;
@@ -137,7 +138,7 @@ template <typename T> struct Biases {
   int I;
 };
 
-// This thread's pairs, of features first.., plus their biases.
+// Adds the biases to this thread's pairs, whose features start at `first`.
 template <int W, typename T> DEVICE void add_biases(float (&sums)[W], const Biases<T>& bias, int first) {
 #pragma unroll
   for (int i = 0; i < W / 2; i += 4)
@@ -153,9 +154,9 @@ template <int W, typename T> DEVICE void add_biases(float (&sums)[W], const Bias
     }
 }
 
-// The gate of the 8 pairs (sums[FIRST], sums[W/2 + FIRST]).., features 16·c.. of the tile, -> 16
-// rows of shared memory, as TMA takes them: in a box of 64 features rows are swizzled, in one of 16
-// they follow one another.
+// Applies the gate to the 8 pairs that start at (sums[FIRST], sums[W/2 + FIRST]), features 16·c..
+// of the tile, and writes 16 rows of shared memory in the layout of the TMA store: rows are
+// swizzled in a box of 64 features and contiguous in a box of 16.
 template <typename T, int FIRST, int W, typename Formula> DEVICE void put_columns(const float (&sums)[W], int c, uint32_t out, Formula formula) {
   using S = Size<W>;
   const int lane = threadIdx.x & 31, row = ((threadIdx.x >> 5) & 3) * 16 + (lane & 15);
@@ -175,9 +176,9 @@ template <typename T, int C, int W, typename Formula> DEVICE void put_all(const 
   }
 }
 
-// Plain SwiGLU with everything unrolled. Any other formula in a loop that moves the sums down to
-// where its body finds them, because registers cannot be indexed and fourteen unrolled copies would
-// be a megabyte of code.
+// Plain SwiGLU is fully unrolled. Any other formula runs in a loop that moves the sums down to the
+// registers its body uses: registers cannot be indexed, and fourteen unrolled copies would be a
+// megabyte of code.
 template <typename T, int W> DEVICE void put_tile(float (&sums)[W], uint32_t out, const GluParams& op) {
   if (op.activation == SILU && is_plain(op)) {
     put_all<T, 0>(sums, out, Plain<float, Swish<float>>{{1.0f}});
@@ -194,7 +195,7 @@ template <typename T, int W> DEVICE void put_tile(float (&sums)[W], uint32_t out
   }
 }
 
-// Where the producer is: the tile, and its k.
+// The producer's position: its tile, and its k there.
 template <int W, int CLUSTER_SIZE> struct Place {
   Tiles<W, CLUSTER_SIZE> tiles;
   int rank, H, row = 0, feature = 0, k = 0;
@@ -247,7 +248,7 @@ DEVICE void consume(const Places<W>& at, const Maps& maps, int rank, const Biase
     float sums[W];
     accumulate<T, W, CLUSTER_SIZE>(sums, at, ring, consumer, (H + BK - 1) / BK);
     if (bias.gate || bias.up) add_biases(sums, bias, feature);
-    // The last tile's store must have read `out` before it is written again.
+    // The store of the previous tile must have read `out` before it is overwritten.
     if (leader) tma_store_wait_read();
     sync_threads(1 + consumer, 128);
     put_tile<T>(sums, out, op);
@@ -287,7 +288,7 @@ DEVICE void gate_up(const Maps& maps, const T* b_gate, const T* b_up, int M, int
     consume<T, W, CLUSTER_SIZE>(at, maps, rank, Biases<T>{b_gate, b_up, I}, M, I, H, op);
     sync_warp();
   }
-  // No block may leave while its partner can still write into it or arrive on its barriers.
+  // A block must not exit while its partner can still write to it or arrive on its barriers.
   sync_cluster();
 }
 

@@ -9,13 +9,13 @@ use super::launch::{
 use super::plan::{self, Grid, Kernel, Prefill, TILES, Tile, chunk_rows};
 use crate::gate::params::GluParams;
 
-/// How many rows are few: the kernels of decode.cu take them.
+/// The most rows that count as few and are computed by the kernels of decode.cu.
 fn decode_rows<T: Element>(call: &LaunchContext<'_>) -> Result<usize> {
     let hopper = call.functions.gpu.hopper && T::DTYPE != DType::F32;
     Ok(plan::decode_rows(plan::forced()?, hopper))
 }
 
-/// A size as the kernels take it.
+/// A size as the i32 that the kernels receive.
 fn int(size: usize) -> Result<i32> {
     i32::try_from(size).map_err(|_| {
         candle_core::Error::Msg(format!("the CUDA kernels take sizes below 2^31, found {size}"))
@@ -34,7 +34,7 @@ pub(super) struct Projection<'a> {
 }
 
 impl Projection<'_> {
-    /// y (M,N) of x (M,K) in any rows.
+    /// y (M,N) of x (M,K), for any number of rows.
     pub(super) fn run<T: Element>(
         &self,
         call: &LaunchContext<'_>,
@@ -64,11 +64,11 @@ impl Projection<'_> {
         let list =
             arguments![x.address, self.weight.address, self.bias.address, y, m, n, k, self.factor];
         // SAFETY: the arguments of linear_*; x has M·K elements, the weight N·K, the bias N or
-        // none, y M·N; `prepare` has waited for the weight.
+        // none, y M·N. `prepare` has waited for the weight.
         unsafe { call.launch::<T>(launch, list) }
     }
 
-    /// Any rows, through cuBLAS.
+    /// Any number of rows, with cuBLAS.
     fn product<T: Element>(
         &self,
         call: &LaunchContext<'_>,
@@ -83,7 +83,7 @@ impl Projection<'_> {
             // SAFETY: the arguments of bias_rows_*; the bias has N elements, y M·N.
             unsafe { call.launch::<T>(call.over::<T>(Kernel::BiasRows, m, n), list)? };
         }
-        // SAFETY: x has M·K elements, the weight N·K, y M·N, which hold the bias if β is not 0.
+        // SAFETY: x has M·K elements, the weight N·K, y M·N. y holds the bias if β is not 0.
         unsafe { gemm::<T>(call.device, (x, &self.weight, y), (m, n, k), self.factor, biased) }
     }
 }
@@ -111,21 +111,21 @@ impl Operands<'_> {
         }
     }
 
-    /// up's half of gate_up_proj.
+    /// The half of gate_up_proj that belongs to up.
     fn up<T: Element>(&self) -> u64 {
         let (_, h, i) = self.sizes;
         self.gate_up.address + (i * h * size_of::<T>()) as u64
     }
 
-    /// gate's and up's half of the bias.
+    /// The halves of the bias that belong to gate and to up.
     fn biases<T: Element>(&self) -> (u64, u64) {
         let bias = self.gate_up_bias.address;
         (bias, if bias == 0 { 0 } else { bias + (self.sizes.2 * size_of::<T>()) as u64 })
     }
 
-    /// Few rows: two launches. h and y are allocated before the first, so that the second follows
-    /// the first directly in a CUDA graph too. In a graph, the first kernel follows an allocation
-    /// node, so programmatic launch cannot overlap it.
+    /// Few rows: two launches. h and y are allocated before the first launch, so that the second
+    /// follows the first directly in a CUDA graph too. In a graph, the first kernel follows an
+    /// allocation node, so programmatic launch cannot overlap it.
     fn decode<T: Element>(&self, call: &LaunchContext<'_>) -> Result<()> {
         let (m, h, i) = self.sizes;
         let mut product = call.alloc::<T>(m, i)?;
@@ -148,7 +148,7 @@ impl Operands<'_> {
             self.glu
         ];
         // SAFETY: the arguments of gate_up_*; x has M·H elements, each half of the weights I·H, of
-        // the biases I or none, h M·I; `prepare` has waited for the weights.
+        // the biases I or none, h M·I. `prepare` has waited for the weights.
         unsafe { call.launch::<T>(launch, list)? };
         self.down.decode::<T>(call, (&hidden, self.y.address), m, true)
     }
@@ -176,7 +176,8 @@ impl Operands<'_> {
         Ok(())
     }
 
-    /// A kernel of prefill_sm90.cu can compute gate and up, and is forced or expected to be faster.
+    /// Whether a kernel of prefill_sm90.cu can compute gate and up, and is forced or expected to be
+    /// faster.
     fn takes_fused<T: Element>(&self, call: &LaunchContext<'_>) -> Result<bool> {
         let (m, h, i) = self.sizes;
         let possible = call.functions.gpu.hopper
@@ -241,7 +242,7 @@ impl Operands<'_> {
         let (m, columns, k) = (int(rows)?, int(i)?, int(h)?);
         let list = arguments![x, gate, up, hidden, gate_bias, up_bias, m, columns, k, self.glu];
         // SAFETY: the arguments of gate_up_sm90_*; the maps are those of x (rows,H), the halves of
-        // the weights (I,H) and h (rows,I); the biases have I elements or none; `prepare` has
+        // the weights (I,H) and h (rows,I). The biases have I elements or none. `prepare` has
         // waited for the weights.
         unsafe { call.launch::<T>(launch, list) }
     }

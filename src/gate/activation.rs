@@ -1,5 +1,5 @@
-//! The gate activations of the GLU family, their names in Hugging Face configs, and what models put
-//! around them.
+//! The gate activations of the GLU family, their names in Hugging Face configs, and the modifiers
+//! that models apply around them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -56,7 +56,7 @@ pub enum GluActivation {
 }
 
 impl GluActivation {
-    /// One of each variant, in their order, for tests and listings: `Swish` with the slope of
+    /// One value of each variant, in their order, for tests and listings. `Swish` has the slope of
     /// `quick_gelu`. A later version may add variants.
     ///
     /// ```
@@ -75,13 +75,13 @@ impl GluActivation {
     ];
 }
 
-/// The pair operation with the modifiers that published models put around it:
+/// The gate with the modifiers that published models use:
 ///
 /// `out = act(min(m·gate, limit)) ⊙ (clamp(up, ±limit) + c)`
 ///
 /// with gate multiplier m (Falcon-H1), limit and up offset c (gpt-oss: 7 and 1, with Swish of β =
-/// 1.702). By default m = 1, no limit, c = 0. The gradient passes below the limit and is 0 at it
-/// and beyond, as PyTorch 2.15's clamp has it.
+/// 1.702). By default m = 1, there is no limit, and c = 0. The gradient passes below the limit and
+/// is 0 at the limit and beyond, as in PyTorch 2.15's clamp.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -126,7 +126,7 @@ impl Glu {
         Self { up_offset, ..self }
     }
 
-    /// Checks the numbers, as every operation does that uses them.
+    /// Checks the numbers. Every operation that uses them makes the same check.
     ///
     /// # Errors
     /// A limit that is not above 0, a multiplier, an offset or a β that is not finite; the error
@@ -162,7 +162,7 @@ impl Glu {
         }
     }
 
-    /// No modifier is set.
+    /// Whether no modifier is set.
     pub(crate) fn is_plain(&self) -> bool {
         self.gate_multiplier == 1.0 && self.limit.is_none() && self.up_offset == 0.0
     }
@@ -216,8 +216,8 @@ impl fmt::Display for GluActivation {
     }
 }
 
-/// The same function. Candle's `Gelu` is the exact one, `NewGelu` and `GeluPytorchTanh` the tanh
-/// form.
+/// The variant that computes the same function. Candle's `Gelu` is the exact one; `NewGelu` and
+/// `GeluPytorchTanh` are the tanh form.
 ///
 /// # Errors
 /// An activation that no variant computes.
@@ -264,7 +264,7 @@ impl From<GluActivation> for String {
 mod tests {
     use super::GluActivation::{self, *};
 
-    /// A new variant does not compile until it has a place in this chain.
+    /// A new variant does not compile until it has a position in this chain.
     fn after(activation: GluActivation) -> Option<GluActivation> {
         match activation {
             Silu => Some(Swish { beta: 1.702 }),

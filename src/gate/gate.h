@@ -1,17 +1,19 @@
 // The gate act(min(m·gate, limit)) · (clamp(up, ±limit) + c) on scalars, for CUDA (R = float or
-// double) and Metal (R = float): the one table of activations of both, with the formulas of
+// double) and Metal (R = float). Both share this table of activations. The formulas are those of
 // src/cpu/activation.rs and src/cpu/glu.rs.
 //
-// Method. Everything exponential goes through t = e^-|z| in [0, 1], which cannot overflow:
+// Method. Every exponential is t = e^-|z| in [0, 1], which cannot overflow:
 // 1. σ(z) = 1/(1+t) for z > 0 and t/(1+t) otherwise; σ'(z) = t/(1+t)².
 // 2. Swish: g·σ(βg). GELU in its tanh form: g·σ(v), v = √(8/π)·(g + 0.044715·g³).
-// 3. GELU: g·Φ(g). f64: ½·erfc(-g/√2). f32: Φ(-a) = e^(-a²/2)·E(a), E a polynomial of degree 9 in
-//    (a-4)/(a+4) divided by a+4; the rounding error of a² is known exactly (one fma) and put back as a factor.
-// NaN stays NaN throughout (every comparison with NaN is false and takes the branch that keeps it);
-// a tail that has vanished gives -0, also at g = -∞.
+// 3. GELU: g·Φ(g). f64: ½·erfc(-g/√2). f32: Φ(-a) = e^(-a²/2)·E(a), where E is a polynomial of
+//    degree 9 in (a-4)/(a+4) divided by a+4. The rounding error of a² is computed exactly with one
+//    fma and corrected by a factor.
 //
-// The including file defines these first, because exponentials, reciprocals and their rounding
-// belong to a device:
+// NaN stays NaN: every comparison with NaN is false and selects the branch that keeps it. Where the
+// tail underflows the result is -0, also at g = -∞.
+//
+// The including file first defines the following, because exponentials, reciprocals and their
+// rounding differ between devices:
 //   DEVICE                  precedes every function
 //   PARAMS                  the type of a reference to GluParams
 //   exp_neg(a)              e^-a
@@ -44,10 +46,10 @@ template <typename R> struct Both {
   R value, slope;
 };
 
-// x within ±bound; NaN stays.
+// x clamped to ±bound; NaN stays.
 template <typename R> DEVICE R bounded(R x, R bound) { return x >= bound ? bound : x <= -bound ? -bound : x; }
 
-// g·f for a factor f in [0, 1] that vanishes where g is very negative.
+// g·f for a factor f in [0, 1] that underflows to 0 where g is very negative.
 template <typename R> DEVICE R times_tail(R g, R f) { return f <= R(0) ? -R(0) : g * f; }
 
 template <typename R> struct Swish {
@@ -56,7 +58,7 @@ template <typename R> struct Swish {
   DEVICE Both<R> both(R g) const {
     const R z = beta * g;
     const Sigma<R> s(z);
-    // z·σ'(z) is 0 well before this bound, which only keeps ∞·0 away.
+    // z·σ'(z) is 0 well before this bound, which only prevents ∞·0.
     return {times_tail(g, s.value), s.plus_slope(bounded(z, R(sizeof(R) == 8 ? 800 : 200)))};
   }
 };
@@ -111,7 +113,7 @@ DEVICE Normal<float> normal(float x) {
 }
 
 template <typename R> struct Gelu {
-  // Beyond the bound Φ has long reached 0 or 1.
+  // Beyond the bound Φ rounds to 0 or 1.
   DEVICE R within(R g) const { return bounded(g, R(sizeof(R) == 8 ? 40 : 16)); }
   DEVICE R value(R g) const { return times_tail(g, normal(within(g)).cdf); }
   DEVICE Both<R> both(R g) const {
@@ -134,14 +136,14 @@ template <typename R> struct GeluTanh {
   }
 };
 
-// For a number that is no activation: NaN, not the result of another one.
+// For a number that names no activation: NaN instead of the result of another activation.
 template <typename R> struct NoActivation {
   DEVICE R value(R) const { return R(NAN); }
   DEVICE Both<R> both(R) const { return {R(NAN), R(NAN)}; }
 };
 
-// f(act) for the activation of this number. Without a default the compiler names an activation that
-// has no case (-Wswitch, an error in the emulators' builds).
+// Calls f(act) for the activation of this number. The switch has no default, so that the compiler
+// names an activation without a case (-Wswitch, an error in the emulators' builds).
 template <typename R, typename F> DEVICE auto with_activation(int activation, R beta, F f) {
   switch (Activation(activation)) {
     case SILU: return f(Swish<R>{R(1)});

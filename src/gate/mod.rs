@@ -1,5 +1,5 @@
-//! What every device's gate shares: the activations and the formula, their numbers and maths on GPUs,
-//! and the layout of the operands. `glu_mul.rs` has the public operations.
+//! The gate's definitions that every device uses: the activations and the formula, their numbers
+//! and arithmetic on GPUs, and the layout of the operands. `glu_mul.rs` has the public operations.
 
 pub(crate) mod activation;
 #[cfg(any(feature = "cuda", feature = "metal", test))]

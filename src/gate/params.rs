@@ -1,4 +1,5 @@
-//! The gate as the GPU kernels take it: one numbering of the activations for CUDA and Metal.
+//! The gate's parameters as the GPU kernels receive them, with one numbering of the activations for
+//! CUDA and Metal.
 
 use super::{Glu, GluActivation};
 

@@ -1,4 +1,4 @@
-//! Operands of any layout as rows and columns, for the kernels that take one stride for each.
+//! Operands of any layout as rows and columns, for kernels with one row and one column stride.
 
 use candle_core::Layout;
 

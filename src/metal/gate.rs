@@ -22,7 +22,7 @@ pub(crate) fn gate_backward(op: &Glu, operands: [Operand<'_>; 3]) -> Result<(Met
     run(op, Kernel::GateBackward, operands, shape)
 }
 
-/// Operands that are not rows and columns are copied first.
+/// Runs a kernel of the gate. Operands that are not rows and columns are copied first.
 fn run<const N: usize>(
     op: &Glu,
     kernel: Kernel,

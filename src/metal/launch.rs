@@ -1,4 +1,4 @@
-//! Buffers bound, kernels dispatched.
+//! Binds buffers and dispatches kernels.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use super::plan::{Choice, Kernel, Product, ProductParameters, THREADS};
 use crate::device::{DeviceBlock, DeviceLinear};
 use crate::gate::activation::Glu;
 
-/// x (M,H) contiguous -> y (M,H), by two dispatches
+/// x (M,H) contiguous -> y (M,H), in two dispatches
 pub(crate) fn block(
     block: &DeviceBlock,
     x: &MetalStorage,
@@ -53,7 +53,7 @@ pub(crate) fn linear(
 
 // ---------------------------------------------------------------- products
 
-/// x·Wᵀ with its bias, and what follows.
+/// x·Wᵀ with its bias, and the gate or the factor that follows.
 struct Projection<'a> {
     /// (columns, k), or (2·columns, k) with a gate
     weight: &'a Tensor,
@@ -63,7 +63,7 @@ struct Projection<'a> {
 }
 
 impl Projection<'_> {
-    /// x (rows, k) contiguous from this element on -> (rows, columns)
+    /// x (rows, k), contiguous and starting at element `x_start` -> (rows, columns)
     fn run(
         &self,
         device: &MetalDevice,
@@ -119,8 +119,8 @@ impl Projection<'_> {
         let aligned = product.is_aligned(dtype, [x_start, weight_layout.start_offset()]);
         let launch =
             Launch { kernel, dtype, aligned, grid: product.grid(kernel), rows: product.rows };
-        // Without a bias something must be bound all the same: the weight, which is not read as
-        // one.
+        // Without a bias some buffer must still be bound. It is the weight, which the kernel does
+        // not read as a bias.
         let Some(bias) = self.bias else {
             return dispatch(device, launch, |encoder| {
                 set_params!(encoder, (&x, &w, &w, Output::new(out), &[parameters][..]));
@@ -134,7 +134,7 @@ impl Projection<'_> {
     }
 }
 
-/// x (rows, k) · w (columns, k)ᵀ -> out (rows, columns) by candle's GEMM
+/// x (rows, k) · w (columns, k)ᵀ -> out (rows, columns), with candle's GEMM
 fn gemm(
     device: &MetalDevice,
     dtype: DType,
@@ -188,8 +188,8 @@ pub(super) struct Launch {
     pub(super) rows: usize,
 }
 
-/// Dispatches on candle's encoder, with the buffers that `bind` sets. The encoder is locked
-/// meanwhile, so `bind` must not call candle.
+/// Dispatches on candle's encoder, with the buffers that `bind` sets. The encoder is locked during
+/// `bind`, which must therefore not call candle.
 pub(super) fn dispatch(
     device: &MetalDevice,
     launch: Launch,

@@ -1,9 +1,9 @@
-//! Kernels for Apple GPUs, on candle's own command encoder: nothing here waits for the GPU.
+//! Kernels for Apple GPUs, on candle's own command encoder. Nothing here waits for the GPU.
 //!
-//! `swiglu.metal` says how they compute. `plan.rs` decides, without a GPU, which one takes a shape,
-//! and with what; `pipeline.rs` compiles each once per device; `launch.rs` binds and dispatches.
-//! candle orders dispatches by the buffers that they are said to read and write, so h needs no more
-//! than that between gate·up and down.
+//! `swiglu.metal` describes the algorithms. `plan.rs` selects a kernel and its parameters for a
+//! shape, without a GPU; `pipeline.rs` compiles each kernel once per device; `launch.rs` binds and
+//! dispatches. candle orders dispatches by the buffers that they are declared to read and write, so
+//! h needs no other synchronisation between gate·up and down.
 //!
 //! The kernels run on the CPU against f64 in `tests/metal_shim`; they have never run on Apple
 //! hardware.
@@ -23,7 +23,8 @@ pub(crate) use launch::{block, linear};
 #[cfg(feature = "metal")]
 pub(crate) use pipeline::{supports, supports_glu};
 
-/// The line of swiglu.metal that the text of gate.h replaces: Metal compiles one string.
+/// The line of swiglu.metal that is replaced by the text of gate.h, because Metal compiles one
+/// string.
 const INCLUDE: &str = "#include \"../gate/gate.h\"";
 
 /// The kernels as Metal compiles them.

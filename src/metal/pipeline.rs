@@ -1,8 +1,8 @@
-//! swiglu.metal compiled: one library per GPU, one pipeline per kernel, dtype and alignment, each
-//! made when it is first asked for.
+//! Compiles swiglu.metal: one library per GPU, and one pipeline per kernel, dtype and alignment.
+//! Each is created at its first use.
 //!
-//! Fast math is off: Metal's default may assume that there are no NaN and ∞, and takes divisions
-//! and functions that the error bounds of the activations do not hold for.
+//! Fast math is off. Metal's default may assume that there are no NaN and ∞, and it uses divisions
+//! and functions that are outside the error bounds of the activations.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -19,21 +19,21 @@ use objc2_metal::{
 use super::plan::{Kernel, THREADS};
 use super::source;
 
-/// Lanes of a simdgroup, as the kernels have it.
+/// Lanes of a simdgroup, as in the kernels.
 const LANES: usize = 32;
 
-/// The index of `ALIGNED`.
+/// The index of the function constant `ALIGNED`.
 const ALIGNED: usize = 0;
 
-/// By the GPU's registry id: candle makes a device more than once, the GPU is one.
+/// Keyed by the GPU's registry id, because several candle devices may use the same GPU.
 #[derive(Default)]
 struct Cache {
     libraries: HashMap<u64, Library>,
     pipelines: HashMap<(u64, Kernel, DType, bool), ComputePipeline>,
 }
 
-/// Whether the kernels run on this GPU in this dtype: it has matrices of simdgroups (M1 and A14
-/// on), which candle's GEMM needs too.
+/// Whether the kernels run on this GPU in this dtype. They need simdgroup matrices (M1 and A14 or
+/// newer), as candle's GEMM does.
 pub(crate) fn supports(device: &MetalDevice, dtype: DType) -> bool {
     let dtype_is_known = match dtype {
         DType::F32 | DType::F16 => true,
@@ -56,8 +56,7 @@ pub(super) fn pipeline(
     aligned: bool,
 ) -> Result<ComputePipeline> {
     static CACHE: OnceLock<Mutex<Cache>> = OnceLock::new();
-    // A thread that panicked while it held the lock has inserted an entry or not, never a part of
-    // one.
+    // A thread that panicked with the lock held has inserted a complete entry or none.
     let mut cache =
         CACHE.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
     let gpu = device.metal_device().registry_id();
@@ -107,7 +106,7 @@ fn compile(
     Ok(pipeline)
 }
 
-/// Safe math: NaN, ∞ and signed zeros count, divisions round correctly.
+/// Safe math: NaN, ∞ and signed zeros are respected, and divisions are correctly rounded.
 fn options() -> Retained<MTLCompileOptions> {
     let options = MTLCompileOptions::new();
     if available!(macos = 15.0, ios = 18.0) {

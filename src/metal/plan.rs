@@ -1,17 +1,18 @@
-//! What is launched: kernels, their parameters and grids, from shapes and strides alone.
+//! Selects kernels, their parameters and grids, from shapes and strides alone.
 //!
-//! The choice of a product's kernel is reasoned, not measured (no Apple GPU was at hand):
+//! The choice of a product's kernel is derived, not measured (no Apple GPU was available):
 //!
-//! 1. Up to 8 rows, `decode`: as long as the multiplications hide behind it, its time is that of
-//!    reading the weights once. M1 to M4 make 26 to 40 f32 flops per byte that they read, so of f16
-//!    weights 26 to 40 rows would hide if there were nothing but multiplications; conversions and
-//!    the loads of x are more than half of the instructions. A tile of 32 rows does the work of 32,
-//!    however few they are.
-//! 2. Beyond that, `tile` where something follows the product (the gate, a bias, a factor): written
-//!    where the sums are, instead of (M,2I) to memory and back, and rounded once. 32 rows as long
-//!    as they are enough, then 64, with which a fragment read from threadgroup memory serves twice
-//!    as many products.
-//! 3. A bare product of many rows is candle's own GEMM, which was tuned on the machines; ours could
+//! 1. Up to 8 rows, `decode`: it is bandwidth-bound, so it takes as long as one read of the
+//!    weights. M1 to M4 compute 26 to 40 f32 flops per byte that they read. With f16 weights 26 to
+//!    40 rows would be bandwidth-bound if there were only multiply-adds, but conversions and the
+//!    loads of x are more than half of the instructions. A tile of 32 rows costs the same for any
+//!    smaller number of rows.
+//! 2. Above that, `tile` where the gate, a bias or a factor follows the product. The result is
+//! 2. Above that, `tile` where the gate, a bias or a factor follows the product. The result is
+//!    written from the accumulators, without (M,2I) going through memory, and is rounded once. Up
+//!    to 32 rows a tile has 32 rows. Above that it has 64, so that a fragment read from threadgroup
+//!    memory is used for twice as many products.
+//!    kernel of ours could at best be as fast.
 //!    at best be as fast.
 
 use candle_core::{DType, Layout};
@@ -20,7 +21,7 @@ use crate::gate::params::GluParams;
 use crate::gate::rows::{Rows, Stride};
 use crate::gate::{Glu, GluActivation};
 
-// As in swiglu.metal; a test compares them.
+// These are those of swiglu.metal; a test compares them.
 pub(super) const SIMDGROUPS: usize = 4;
 pub(super) const THREADS: usize = 128;
 pub(super) const WEIGHT_ROWS: usize = 4;
@@ -28,7 +29,7 @@ pub(super) const TILE_COLUMNS: usize = 64;
 pub(super) const RASTER: usize = 8;
 pub(super) const ELEMENTS: usize = 4;
 
-/// The most rows for which a product is `decode`.
+/// The most rows for which a product uses `decode`.
 const DECODE_ROWS: usize = 8;
 
 /// A kernel of swiglu.metal.
@@ -49,7 +50,7 @@ pub(super) enum Kernel {
 }
 
 impl Kernel {
-    /// Its name for this dtype.
+    /// The kernel's name for this dtype.
     pub(super) fn name(self, dtype: DType) -> String {
         let dtype = dtype.as_str();
         let product = |gated| if gated { "gate_up" } else { "linear" };
@@ -68,14 +69,14 @@ pub(super) struct Product {
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) k: usize,
-    /// The activation of gate and up; without it, one projection.
+    /// The activation of gate and up, or None for one projection.
     pub(super) glu: Option<Glu>,
     pub(super) has_bias: bool,
-    /// Of a projection and its bias.
+    /// The factor of a projection and its bias.
     pub(super) factor: f32,
 }
 
-/// Who computes a product.
+/// What computes a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Choice {
     Kernel(Kernel),
@@ -84,7 +85,7 @@ pub(super) enum Choice {
 }
 
 impl Product {
-    /// The one place where it is chosen.
+    /// Selects what computes the product. No other function decides this.
     pub(super) fn choice(&self) -> Choice {
         let gated = self.glu.is_some();
         let bare = !gated && !self.has_bias && self.factor == 1.0;
@@ -98,7 +99,7 @@ impl Product {
         }
     }
 
-    /// Threadgroups of `kernel`.
+    /// The grid of `kernel`, in threadgroups.
     pub(super) fn grid(&self, kernel: Kernel) -> [usize; 3] {
         let features =
             |weight_rows: usize| if self.glu.is_some() { weight_rows / 2 } else { weight_rows };
@@ -120,7 +121,7 @@ impl Product {
         }
     }
 
-    /// Whether each row of x and w, which begin at these elements, is whole 16 B chunks at
+    /// Whether each row of x and w, which begin at these elements, consists of whole 16 B chunks at
     /// multiples of 4 elements.
     pub(super) fn is_aligned(&self, dtype: DType, offsets: [usize; 2]) -> bool {
         self.k.is_multiple_of(16 / dtype.size_in_bytes())
@@ -140,7 +141,7 @@ impl Product {
     }
 }
 
-/// A size that the kernels' sums of sizes (a tile more, a chunk more) cannot overflow.
+/// A size small enough that the kernels cannot overflow when they add a tile or a chunk to it.
 fn size(n: usize) -> Option<u32> {
     i32::try_from(n).ok()?.try_into().ok()
 }
@@ -162,8 +163,8 @@ pub(super) struct ProductParameters {
 pub(super) struct Pair<const N: usize>(Rows<N>);
 
 impl<const N: usize> Pair<N> {
-    /// None if they have more than two dimensions that cannot be merged, or a number that is too
-    /// large.
+    /// None if the operands have more than two dimensions that cannot be merged, or if a number is
+    /// too large.
     pub(super) fn new(layouts: [&Layout; N]) -> Option<Self> {
         let rows = Rows::new(layouts)?;
         let fits =
@@ -180,7 +181,7 @@ impl<const N: usize> Pair<N> {
         [self.0.columns.div_ceil(THREADS * ELEMENTS), self.0.rows, 1]
     }
 
-    /// Whether four elements at a time can be read of every operand, from these offsets on.
+    /// Whether every operand can be read four elements at a time from these offsets on.
     pub(super) fn is_aligned(&self, offsets: [usize; N]) -> bool {
         let four = |n: usize| n.is_multiple_of(ELEMENTS);
         let Rows { rows, columns, strides } = self.0;

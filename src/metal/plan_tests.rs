@@ -1,4 +1,4 @@
-//! The plan against swiglu.metal's text, and its choices.
+//! Compares the plan with the text of swiglu.metal, and checks its choices.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use candle_core::Shape;
@@ -16,7 +16,7 @@ fn constant(name: &str) -> usize {
         .unwrap();
     let value: String =
         line.chars().skip_while(|&c| c != '=').filter(char::is_ascii_digit).collect();
-    // Comments have digits too: only those before the semicolon count.
+    // Comments contain digits too, so only the text before the semicolon is read.
     let digits = line.split(['=', ';']).nth(1).unwrap().trim();
     assert!(value.starts_with(digits), "{line}");
     digits.parse().unwrap()
@@ -94,8 +94,8 @@ fn product(rows: usize, gated: bool, has_bias: bool, factor: f32) -> Product {
     Product { rows, columns: 100, k: 64, glu, has_bias, factor }
 }
 
-/// Every kernel that can be chosen, by name, is one that the test on the CPU has run: `kernels.txt`
-/// is what that test lists.
+/// Every kernel that the plan can choose has been run by the test on the CPU, whose kernels are
+/// listed in `kernels.txt`.
 #[test]
 fn every_choice_is_a_kernel_that_is_tested() {
     let tested: Vec<&str> = include_str!("../../tests/metal_shim/kernels.txt").lines().collect();
@@ -175,7 +175,7 @@ fn four_elements_at_a_time_need_whole_vectors_in_every_operand() {
     let contiguous = || Layout::contiguous(Shape::from((2, 3, 4)));
     let one_row = pair([contiguous(), contiguous()]).unwrap();
     assert!(one_row.is_aligned([0, 8]) && !one_row.is_aligned([0, 2]));
-    // Rows of any distance, because there is one.
+    // The distance of rows does not matter, because there is only one.
     assert!(pair([layout((1, 8), (3, 1))]).unwrap().is_aligned([4]));
     let halves = Layout::new(Shape::from((2, 3, 4)), vec![24, 8, 1], 4);
     assert!(pair([halves, contiguous()]).unwrap().is_aligned([4, 0]));

@@ -1,19 +1,22 @@
 // The block on Apple GPUs: h = act(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu) in one dispatch, y = (h·Wdᵀ +
-// bd)·factor in a second, and the gate alone with its gradient. W (2I,H) holds the gate's rows
-// first, then up's.
+// bd)·factor in a second, and the gate alone with its gradient. W (2I,H) holds the rows of gate
+// first, then those of up.
 //
 // Method.
-// 1. decode: few rows. A simdgroup reads WEIGHT_ROWS rows of W once, 16 B a lane at a time, and
-//    multiplies them with ROWS rows of x, which stay in the cache; gate and up of a feature meet in one simdgroup. No barrier, no threadgroup memory.
-// 2. tile: many rows. A threadgroup of 2 x 2 simdgroups makes BM x 64 sums; of the 64 columns 32
-//    are gate's and 32 the same features of up, so that the fragments of a pair lie in the same lanes and the gate is the epilogue. BK elements of k (64 B) of x
-//    and of W at a time go through threadgroup memory, rows 80 B apart so that the rows of a fragment lie in different banks.
-// 3. Products are exact, sums in f32; h and y are rounded once each to T.
+// 1. decode, for few rows. A simdgroup reads WEIGHT_ROWS rows of W once, 16 B per lane at a time,
+//    and multiplies them by ROWS rows of x, which stay in the cache. gate and up of a feature are
+//    in one simdgroup. There are no barriers, and no threadgroup memory.
+// 2. tile, for many rows. A threadgroup of 2 x 2 simdgroups computes BM x 64 sums. Of the 64
+//    columns 32 are of gate and 32 the same features of up, so the fragments of a pair are in the
+//    same lanes and the gate is the epilogue. BK elements of k (64 B) of x and of W at a time go
+//    through threadgroup memory. Its rows are 80 B apart, so that the rows of a fragment are in
+//    different banks.
+// 3. Products are exact, sums are in f32, and h and y are rounded to T once each.
 //
-// The activations are those of src/gate/gate.h and, with the exponential below, of the CPU kernels,
-// operation by operation; their file gives the error bounds. They rely on fma, on a division
-// rounded correctly, and on comparisons that are false for NaN: compile with fast math off.
-// A GPU may take f32 and bf16 denormals (below 1.2e-38) for 0.
+// The activations are those of src/gate/gate.h. With the exponential below they match the CPU
+// kernels operation by operation; their file gives the error bounds. They rely on fma, on correctly
+// rounded division, and on comparisons that are false for NaN, so compile with fast math off. A GPU
+// may replace f32 and bf16 denormals (below 1.2e-38) by 0.
 #include <metal_stdlib>
 #include <metal_simdgroup_matrix>
 using namespace metal;
@@ -28,8 +31,8 @@ constant constexpr uint TILE_COLUMNS = 64;        // tile: columns of sums per t
 constant constexpr uint RASTER = 8;               // tile: row tiles that share the weights of a column tile before the next one
 constant constexpr uint ELEMENTS = 4;             // glu: elements per thread
 
-// Every row starts on a multiple of 16 B (products) or of 4 elements (glu), and none has a
-// remainder.
+// Every row starts on a multiple of 16 B (products) or of 4 elements (glu), and its length is a
+// multiple of that too.
 constant bool ALIGNED [[function_constant(0)]];
 
 // ---------------------------------------------------------------- the gate
@@ -77,10 +80,10 @@ struct Sigma {
     R plus_slope(R factor) const { return value + (factor * t) * (q * q); }
 };
 
-// pipeline.rs replaces this line by the text of the file, because Metal compiles a string.
+// mod.rs replaces the next line by the text of the file, because Metal compiles one string.
 #include "../gate/gate.h"
 
-// act.both(g) of the activation that with_activation chooses
+// act.both(g) of the activation that with_activation selects
 struct At {
     float g;
     template <typename A>
@@ -101,7 +104,7 @@ inline float glu_value(constant GluParams& op, float gate, float up) {
     return activation(op, gate).value * up;
 }
 
-// (dgate, dup). The gradient passes below the limit and is 0 at it and beyond; NaN is within.
+// (dgate, dup). The gradient passes below the limit and is 0 at it and beyond. NaN counts as below.
 inline float2 glu_slope(constant GluParams& op, float gate, float up, float dy) {
     if (is_plain(op)) {
         const Both<float> a = activation(op, gate);
@@ -113,7 +116,7 @@ inline float2 glu_slope(constant GluParams& op, float gate, float up, float dy) 
     return float2(below(limit, m * gate, dgate), below(limit, fabs(up), dy * a.value));
 }
 
-// ---------------------------------------------------------------- what a product is given
+// ---------------------------------------------------------------- arguments of a product
 
 // x (rows, k) · w (columns or 2·columns, k)ᵀ -> out (rows, columns)
 struct Product {
@@ -125,7 +128,7 @@ struct Product {
     GluParams glu;
 };
 
-// Sums of one element, with their biases -> its value
+// The value of one element from its sums, with their biases
 template <typename T>
 inline float linear_value(constant Product& p, device const T* bias, uint column, float sum) {
     if (p.has_bias) sum += float(bias[column]);
@@ -198,7 +201,7 @@ void decode(device const T* x [[buffer(0)]], device const T* w [[buffer(1)]], de
         }
     }
 
-    // Lane f·ROWS + r keeps the sums of feature f and row r.
+    // Lane f·ROWS + r receives the sums of feature f and row r.
     float gate = 0.0f, up = 0.0f;
     UNROLL for (uint i = 0; i < WEIGHT_ROWS; i++) {
         UNROLL for (uint r = 0; r < ROWS; r++) {
@@ -216,7 +219,7 @@ void decode(device const T* x [[buffer(0)]], device const T* w [[buffer(1)]], de
 
 // ---------------------------------------------------------------- tile
 
-// 16 B of a row from element k on; 0 beyond the row's end and in rows that there are not
+// 16 B of a row from element k on; 0 beyond the end of the row and in rows that do not exist
 template <typename T>
 inline void stage(threadgroup T* dst, device const T* row, bool inside, uint k, uint end) {
     constexpr uint CHUNK = 16 / sizeof(T);
@@ -231,21 +234,21 @@ inline void stage(threadgroup T* dst, device const T* row, bool inside, uint k, 
     }
 }
 
-// Where the two neighbouring elements that a lane holds of an 8 x 8 fragment lie: (row, first
+// The position of the two neighbouring elements that a lane holds of an 8 x 8 fragment: (row, first
 // column).
 inline uint2 lane_position(uint lane) {
     return uint2(((lane / 4) & 4) + lane / 2 % 4, ((lane / 4) & 2) * 2 + lane % 2 * 2);
 }
 
-// An 8 x 8 fragment of f32 from elements of T, `down` and `right` apart
+// Loads an 8 x 8 fragment of f32 from elements of T. Rows are `down` apart, columns `right`.
 template <typename T>
 inline void load_fragment(thread simdgroup_matrix<float, 8, 8>& fragment, threadgroup const T* src, uint2 at, uint down, uint right) {
     fragment.thread_elements()[0] = float(src[at.x * down + at.y * right]);
     fragment.thread_elements()[1] = float(src[at.x * down + at.y * right + right]);
 }
 
-// Group (x, y, z): row tile z·RASTER + x, column tile y. Simdgroup (sm, sn) makes BM/2 rows and 32
-// columns of sums: with a gate 16 columns of gate and the same 16 of up.
+// Group (x, y, z): row tile z·RASTER + x, column tile y. Simdgroup (sm, sn) computes BM/2 rows and
+// 32 columns of sums. With a gate these are 16 columns of gate and the same 16 of up.
 template <typename T, uint BM, bool GATED>
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]
 void tile(device const T* x [[buffer(0)]], device const T* w [[buffer(1)]], device const T* bias [[buffer(2)]],
@@ -343,7 +346,7 @@ struct Pair {
     GluParams glu;
 };
 
-// Elements i.. of a row: four at once if ALIGNED, else as many of the four as there are
+// Elements i.. of a row: four at once if ALIGNED, else as many of the four as exist
 template <typename T>
 inline void load_four(device const T* row, uint i, uint columns, uint stride, thread float* dst) {
     if (ALIGNED) {

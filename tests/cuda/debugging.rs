@@ -1,4 +1,4 @@
-//! What helps to find a wrong result: the trace of launches, and `CANDLE_SWIGLU_KERNEL=plain`.
+//! Aids for finding a wrong result: the trace of launches, and `CANDLE_SWIGLU_KERNEL=plain`.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,7 +10,7 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use super::common::{Numbers, this_program, weights};
 use super::{build, cuda, on_model, run};
 
-/// Keeps what each event of this crate says.
+/// Collects the messages of this crate's events.
 #[derive(Clone, Default)]
 struct Launches(Arc<Mutex<Vec<String>>>);
 
@@ -71,7 +71,7 @@ fn plain_child() -> Result<()> {
     let cfg = FfnConfig::new(72, 136);
     let ffn = build(&cfg, &weights(&cfg, &mut Numbers::new(32), DType::F32)?, &device)?;
     ensure!(ffn.kernel() == "plain", "{}", ffn.kernel());
-    // The model of the driver does not know candle's kernels for this.
+    // The driver model does not implement candle's kernels for this.
     if !on_model() {
         let launches = Launches::default();
         let x = Numbers::new(33).tensor(&[3, 72], 1.0, DType::F32)?;

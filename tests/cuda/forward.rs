@@ -1,4 +1,4 @@
-//! The forward pass: every activation and modifier, every number of rows, layouts, sizes from the
+//! The forward pass: every activation and modifier, every number of rows, layouts, and sizes at the
 //! edges of the tiles.
 
 use anyhow::Result;
@@ -10,8 +10,8 @@ use super::common::{
 };
 use super::{KERNEL_DTYPES, build, cuda, on_model, run, sum_roundoff, with_prefill};
 
-/// (H, I): odd; multiples of 8, which the tensor cores take; and edges of the tiles of 64 (k), 128
-/// (columns) and 16 (outputs).
+/// (H, I): odd sizes, multiples of 8 (for tensor cores), and sizes at the edges of the tiles of 64
+/// (k), 128 (columns) and 16 (outputs).
 const SIZES: [(usize, usize); 4] = [(33, 45), (72, 136), (128, 128), (136, 200)];
 
 /// Fails unless y is within the bound of sums in f32 (`sum_roundoff`) and one rounding each of
@@ -50,8 +50,8 @@ fn the_family_follows_the_definition() -> Result<()> {
     Ok(())
 }
 
-/// M = 1..40 crosses every variant of the decode kernels and the change to prefill, 127..129 and
-/// 300 the tiles of that.
+/// M = 1..40 covers every variant of the decode kernels and the change to prefill; 127..129 and 300
+/// are at the edges of the prefill tiles.
 #[test]
 fn any_number_of_rows() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -77,9 +77,10 @@ fn any_number_of_rows() -> Result<()> {
     Ok(())
 }
 
-/// Few rows: each is what it is alone, bit by bit. (2800, 1400) makes 175 tiles of both products,
-/// more than a GPU has multiprocessors, so the blocks of decode.cu are small there and large with
-/// (72, 136). Few are 16, or 8 where the environment forces a way of prefill.
+/// Few rows: each row has the bits that it has alone. (2800, 1400) gives 175 tiles in both
+/// products, more than a GPU has multiprocessors, so decode.cu uses small blocks there, and large
+/// ones with (72, 136). The most rows that count as few are 16, or 8 where the environment forces a
+/// prefill method.
 #[test]
 fn few_rows_are_the_same_alone() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -114,7 +115,7 @@ fn few_rows_are_the_same_alone() -> Result<()> {
     Ok(())
 }
 
-/// Both ways of prefill, where the device and the sizes have both.
+/// Both prefill methods, where the device and the sizes support both.
 #[test]
 fn both_ways_of_prefill() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -144,8 +145,8 @@ fn both_ways_of_prefill() -> Result<()> {
     Ok(())
 }
 
-/// Tiles of every width: each divides its I evenly among the 132 multiprocessors of an H100 or
-/// H200, so it is taken there. Over integers both ways of prefill give the same bits.
+/// Tiles of every width. Each width divides its I evenly among the 132 multiprocessors of an H100
+/// or H200, so it is chosen there. Over integers both prefill methods give the same bits.
 #[test]
 fn tiles_of_every_width() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -173,7 +174,7 @@ fn tiles_of_every_width() -> Result<()> {
     Ok(())
 }
 
-/// (…,n) of every layout that candle's views make, on `device`.
+/// (…,n) on `device`, in every layout that candle's views can have.
 fn views(n: usize, dtype: DType, device: &Device) -> Result<Vec<(&'static str, Tensor)>> {
     let mut numbers = Numbers::new(1);
     let mut t = |dims: &[usize]| anyhow::Ok(numbers.tensor(dims, 2.0, dtype)?.to_device(device)?);
@@ -223,8 +224,8 @@ fn x_of_any_layout() -> Result<()> {
     Ok(())
 }
 
-/// Weights that start off 16 bytes, lie transposed or packed: bit by bit, over integers, whose sums
-/// are exact in any order.
+/// Weights that are not 16-byte aligned, transposed or packed give the same bits. They are
+/// integers, whose sums are exact in any order.
 #[test]
 fn weights_of_any_layout() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -274,7 +275,8 @@ fn one_projection() -> Result<()> {
                 let y = run(&layer, &x, &device)?;
                 let (xs, ws) = (values(&x)?, values(&weight)?);
                 let bs = bias.as_ref().map_or(Ok(vec![0.0; n]), values)?;
-                // |y - exact| <= γ·Σ|x||w| + u·|y|, γ = (k + 1)·u of the sums. With many rows cuBLAS rounds before it adds a bias, too.
+                // The bound: |y - exact| <= γ·Σ|x||w| + u·|y|, with γ = (k + 1)·u of the sums. With
+                // many rows cuBLAS also rounds before the bias is added.
                 let (gamma, u) =
                     ((k + 1) as f64 * sum_roundoff(dtype), super::common::unit_roundoff(dtype));
                 let (mut exact, mut bounds) = (vec![], vec![]);
@@ -295,7 +297,7 @@ fn one_projection() -> Result<()> {
     Ok(())
 }
 
-/// The accuracy promised: at most twice the error of candle's own operations on the same device.
+/// The documented accuracy: at most twice the error of candle's own operations on the same device.
 #[test]
 fn no_less_accurate_than_candle() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -326,8 +328,7 @@ fn no_less_accurate_than_candle() -> Result<()> {
     Ok(())
 }
 
-/// 1,100 rows of 3·65,536 f32 are more than the scratch of a call may be, so they go through in
-/// chunks.
+/// 1,100 rows of 3·65,536 f32 exceed the scratch memory of a call, so they are computed in chunks.
 #[test]
 fn chunks_of_rows_make_one_result() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -338,7 +339,8 @@ fn chunks_of_rows_make_one_result() -> Result<()> {
     let (gate_proj, up_proj, down_proj, x) = (t(&[i, h])?, t(&[i, h])?, t(&[h, i])?, t(&[m, h])?);
     let gate_up = GateUp::separate(gate_proj, up_proj, None, None);
     let cfg = FfnConfig::new(h, i).with_activation(GluActivation::Relu);
-    // |gate|, |up| <= 32 and |y| <= 65,536·1,024·2 = 2^27, but of sums that cancel: exact in f32 as long as partial sums stay below 2^24.
+    // |gate|, |up| <= 32 and |y| <= 65,536·1,024·2 = 2^27, but the terms of y cancel. The sums are
+    // exact in f32 while all partial sums stay below 2^24.
     let ffn = SwiGluFfn::from_weights(&cfg, Weights::new(gate_up, down_proj, None))?;
     let y = ffn.forward(&x)?;
     for start in [0, 500, 1000, 1090] {
@@ -352,8 +354,8 @@ fn chunks_of_rows_make_one_result() -> Result<()> {
     Ok(())
 }
 
-/// f64 and weights of a variable stay candle's matmuls around the gate's kernel, and x gets its
-/// gradient everywhere.
+/// f64 and weights of a variable use candle's matmuls around the gate's kernel, and x gets its
+/// gradient with all weights.
 #[test]
 fn gradients_of_x() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };

@@ -9,20 +9,20 @@ use super::common::{
 };
 use super::{cuda, on_model};
 
-/// The operation without and with all of its modifiers.
+/// The gate without modifiers, and with all of them.
 fn operations(activation: GluActivation) -> [Glu; 2] {
     let plain = Glu::new(activation);
     [plain, plain.with_gate_multiplier(-0.5).with_limit(2.0).with_up_offset(1.0)]
 }
 
-/// In f32 the kernels compute with this unit roundoff, whatever they store; f64 in f64.
+/// The unit roundoff of the kernels' arithmetic: that of f64 for f64, else that of f32.
 fn arithmetic(dtype: DType) -> f64 {
     unit_roundoff(if dtype == DType::F64 { dtype } else { DType::F32 })
 }
 
-/// Below the normal numbers of f16 a rounding errs by 2⁻²⁵. An exponential below those of f32 may
-/// be taken for 0: times |gate| <= 12 and
-/// |up + c| <= 5 that is less than 2⁻¹²⁰.
+/// The absolute error where numbers are denormal. A rounding to a denormal f16 has an error of
+/// 2⁻²⁵. An exponential that is denormal in f32 may be replaced by 0; times |gate| <= 12 and |up +
+/// c| <= 5 that is less than 2⁻¹²⁰.
 fn tiny(dtype: DType) -> f64 {
     match dtype {
         DType::F16 => 2f64.powi(-25),
@@ -31,8 +31,8 @@ fn tiny(dtype: DType) -> f64 {
     }
 }
 
-/// The documented units; in f64 the definition has them too, and erfc(x/√2) errs by x² units of its
-/// argument's rounding on either side.
+/// The documented units. In f64 the definition has the same error, and on both sides the rounding
+/// of erfc's argument x/√2 adds x² units.
 fn units(dtype: DType, activation: GluActivation, gate: f64) -> f64 {
     let units = glu_units(activation, gate);
     match (dtype, activation) {
@@ -42,8 +42,8 @@ fn units(dtype: DType, activation: GluActivation, gate: f64) -> f64 {
     }
 }
 
-/// The documented units of f32 (f64), one rounding to the dtype, and what forming m·g and u + c
-/// costs.
+/// The bound: the documented units of f32 (f64), one rounding to the dtype, and the errors of m·g
+/// and u + c.
 #[test]
 fn values_follow_the_definition() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -51,7 +51,7 @@ fn values_follow_the_definition() -> Result<()> {
         .into_iter()
         .flat_map(|dtype| ACTIVATIONS.into_iter().flat_map(operations).map(move |op| (dtype, op)))
     {
-        // Sizes from the edges of 16-byte vectors and of a block of 256 threads.
+        // Sizes at the edges of 16-byte vectors and of a block of 256 threads.
         for n in [1, 7, 8, 9, 255, 2048, 2049, 100_003] {
             let mut numbers = Numbers::new(21);
             let (gate, up) =
@@ -60,7 +60,7 @@ fn values_follow_the_definition() -> Result<()> {
             let (mut exact, mut bounds) = (vec![], vec![]);
             for (g, u) in values(&gate)?.into_iter().zip(values(&up)?) {
                 let y = reference::glu(&op, g, u);
-                // u + c cancels: an error of a unit of its terms, times act <= 12.
+                // u + c may cancel: this bounds an error of one unit of its terms, times act <= 12.
                 let offset = if op.up_offset == 0.0 { 0.0 } else { 12.0 * (u.abs() + 1.0) };
                 let bounded = (g * f64::from(op.gate_multiplier))
                     .min(op.limit.map_or(f64::INFINITY, f64::from));
@@ -89,7 +89,7 @@ fn special_values_propagate() -> Result<()> {
         let on_cpu = op.mul(&gate, &up)?.to_vec1::<f32>()?;
         let found = op.mul(&gate.to_device(&device)?, &up.to_device(&device)?)?.to_vec1::<f32>()?;
         for ((pair, a), b) in pairs.iter().zip(on_cpu).zip(found) {
-            // The model computes in f64, where this square is finite.
+            // The driver model computes in f64, where this square is finite.
             if on_model() && op.activation == GluActivation::Relu2 && pair.0 > 1e19 {
                 continue;
             }
@@ -138,7 +138,8 @@ fn gradients_follow_the_definition() -> Result<()> {
     Ok(())
 }
 
-/// (gate, up) as views of one tensor on `device`, which rows with strides describe or not.
+/// (gate, up) as views of one tensor on `device`. Some of them are rows with strides, others are
+/// not.
 fn pairs(dtype: DType, device: &Device) -> Result<Vec<(&'static str, Tensor, Tensor)>> {
     let mut numbers = Numbers::new(23);
     let mut t = |dims: &[usize]| anyhow::Ok(numbers.tensor(dims, 3.0, dtype)?.to_device(device)?);
@@ -167,8 +168,8 @@ fn pairs(dtype: DType, device: &Device) -> Result<Vec<(&'static str, Tensor, Ten
     ])
 }
 
-/// Views give the bits of their copies, forward and backward, with dy contiguous, transposed or
-/// broadcast.
+/// Views give the same bits as their copies, forward and backward, with dy contiguous, transposed
+/// or broadcast.
 #[test]
 fn any_layout() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -194,7 +195,7 @@ fn any_layout() -> Result<()> {
             for dy in dys {
                 let gradients = |gate: Tensor, up: Tensor, dy: &Tensor| -> Result<[Vec<u64>; 2]> {
                     let (gate, up) = (Var::from_tensor(&gate)?, Var::from_tensor(&up)?);
-                    // The product passes dy on as it lies.
+                    // The multiplication passes dy on in its layout.
                     let store =
                         (glu_mul(GluActivation::Silu, &gate, &up)? * dy)?.sum_all()?.backward()?;
                     let of = |var: &Var| bits(store.get(var).context("no gradient")?);

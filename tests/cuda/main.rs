@@ -1,7 +1,7 @@
 //! The block, `Linear` and the gate on a CUDA device, against the definition in f64.
 //!
-//! Without a device every test prints a line and passes; with `CANDLE_SWIGLU_REQUIRE_CUDA=1` it
-//! fails instead.
+//! Without a device every test prints a line and passes. With `CANDLE_SWIGLU_REQUIRE_CUDA=1` it
+//! fails.
 
 #![cfg(feature = "cuda")]
 
@@ -20,15 +20,15 @@ mod forward;
 mod gate;
 mod streams;
 
-/// Dtypes that the kernels of the block take.
+/// The dtypes that the kernels of the block support.
 const KERNEL_DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
-/// A candle device of its own on the first GPU, if there is one.
+/// A new candle device on the first GPU, if there is one.
 fn cuda() -> Result<Option<Device>> {
     present(Device::new_cuda(0))
 }
 
-/// The same with a stream of its own, so that cudarc tracks uses by events.
+/// The same with a stream of its own, so that cudarc tracks uses with events.
 fn cuda_with_stream() -> Result<Option<Device>> {
     present(Device::new_cuda_with_stream(0))
 }
@@ -41,7 +41,7 @@ fn present(device: candle_core::Result<Device>) -> Result<Option<Device>> {
                 std::env::var_os("CANDLE_SWIGLU_REQUIRE_CUDA").is_some_and(|value| value == "1");
             ensure!(!required, "CANDLE_SWIGLU_REQUIRE_CUDA=1, but no CUDA device: {error}");
             let test = std::thread::current().name().unwrap_or("test").to_string();
-            // Not through eprintln, which the harness keeps to itself.
+            // Not eprintln, which the test harness captures.
             writeln!(
                 std::io::stderr(),
                 "{test} skipped: no CUDA device ({})",
@@ -52,8 +52,8 @@ fn present(device: candle_core::Result<Device>) -> Result<Option<Device>> {
     }
 }
 
-/// Whether the driver is the model of tests/cuda_model, which is slow and whose kernels are their
-/// own definition.
+/// Whether the driver is the model of tests/cuda_model. The model is slow, and computes kernels by
+/// their definition.
 fn on_model() -> bool {
     std::env::var_os("CUDA_MODEL").is_some()
 }
@@ -68,7 +68,7 @@ fn build(cfg: &FfnConfig, weights: &HashMap<String, Tensor>, device: &Device) ->
     Ok(SwiGluFfn::new(cfg, VarBuilder::from_tensors(moved, dtype, device))?)
 }
 
-/// What `work` gives with one way of prefill forced.
+/// The result of `work` with one prefill method forced.
 fn with_prefill<R>(way: CudaPrefill, work: impl FnOnce() -> R) -> R {
     force_cuda_prefill(Some(way));
     let result = work();
@@ -76,13 +76,13 @@ fn with_prefill<R>(way: CudaPrefill, work: impl FnOnce() -> R) -> R {
     result
 }
 
-/// y of an x on the CPU, back on the CPU.
+/// Computes y of an x on the CPU, and copies it back to the CPU.
 fn run(layer: &impl Module, x: &Tensor, device: &Device) -> Result<Tensor> {
     Ok(layer.forward(&x.to_device(device)?)?.to_device(&Device::Cpu)?)
 }
 
-/// Unit roundoff of the sums: f32's, and four times as much on tensor cores, which add the products
-/// of one instruction with truncation.
+/// Unit roundoff of the sums: that of f32, or four times as much on tensor cores, which truncate
+/// when they add the products of one instruction.
 fn sum_roundoff(dtype: DType) -> f64 {
     match dtype {
         DType::F32 => common::unit_roundoff(DType::F32),

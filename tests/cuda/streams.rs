@@ -1,4 +1,4 @@
-//! When things run: no waiting for the device, capture in a CUDA graph, several streams, several
+//! Order of execution: no waiting for the device, capture in a CUDA graph, several streams, several
 //! threads.
 #![allow(unsafe_code, reason = "candle's switch of event tracking")]
 
@@ -26,7 +26,7 @@ fn random(dims: &[usize], seed: u64, dtype: DType, device: &Device) -> Result<Te
 fn forward_does_not_wait_for_the_device() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
     let stream = device.as_cuda_device()?.cuda_stream();
-    // The model of the driver runs nothing before it is waited for: there any work is slow.
+    // The driver model runs work only when the host waits for it, so any work is slow there.
     let side = if super::on_model() { 64 } else { 8192 };
     let slow = Tensor::ones((side, side), DType::F32, &device)?;
     for (dtype, m) in
@@ -52,7 +52,7 @@ fn forward_does_not_wait_for_the_device() -> Result<()> {
 
 // ---------------------------------------------------------------- 2. CUDA graphs
 
-/// What `work` enqueues on the device's stream, as a graph.
+/// The work that `work` queues on the device's stream, as a graph.
 fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
     let stream = device.cuda_stream();
     stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
@@ -62,8 +62,8 @@ fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Cud
     graph?.context("nothing was captured")
 }
 
-/// Replays of a captured call see what x holds by then, and give the bits of calls that are not
-/// captured.
+/// Replays of a captured call read the values that x has at the time of the replay. They give the
+/// bits of calls that are not captured.
 fn replays(
     device: &Device,
     layer: &dyn Module,
@@ -121,15 +121,15 @@ fn a_graph_on_the_stream_of_the_thread() -> Result<()> {
 #[test]
 fn a_graph_on_a_stream_of_its_own() -> Result<()> {
     let Some(device) = cuda_with_stream()? else { return Ok(()) };
-    // SAFETY: this device's tensors are used on its one stream alone.
+    // SAFETY: this device's tensors are used only on its one stream.
     unsafe { device.as_cuda_device()?.disable_event_tracking() };
     capture_and_replay(&device)
 }
 
 // ---------------------------------------------------------------- 3. streams, threads, again
 
-/// Two candle devices on one GPU, each with a stream, in turn: each computes what it computes
-/// alone, with the other's weights too.
+/// Two candle devices on one GPU, each with a stream, are used alternately. Each gives the bits
+/// that it gives alone, with the other's weights too.
 #[test]
 fn two_streams() -> Result<()> {
     let (Some(a), Some(b)) = (cuda_with_stream()?, cuda_with_stream()?) else { return Ok(()) };
@@ -153,7 +153,7 @@ fn two_streams() -> Result<()> {
     Ok(())
 }
 
-/// The same bits every time: no sum depends on the order in which blocks finish.
+/// Repeated calls give the same bits: no sum depends on the order in which blocks finish.
 #[test]
 fn results_do_not_vary() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };
@@ -165,7 +165,7 @@ fn results_do_not_vary() -> Result<()> {
         for _ in 0..if super::on_model() { 2 } else { 20 } {
             ensure!(bits(&ffn.forward(&x)?)? == first, "{dtype:?} M = {m}");
         }
-        // More rows of 16 bits may be another kernel's.
+        // With more rows of 16 bits, another kernel may be chosen.
         if m <= if dtype == DType::F32 { 32 } else { 8 } {
             let alone = bits(&ffn.forward(&x.narrow(0, m - 1, 1)?)?)?;
             ensure!(first.ends_with(&alone), "{dtype:?}: a row depends on its {m} neighbours");
@@ -174,8 +174,8 @@ fn results_do_not_vary() -> Result<()> {
     Ok(())
 }
 
-/// Threads that share a layer (each on its own stream, as candle's default device has it), and
-/// threads with a device each.
+/// Threads that share a layer (each has its own stream, as in candle's default device), and threads
+/// with a device each.
 #[test]
 fn concurrent_threads() -> Result<()> {
     let Some(device) = cuda()? else { return Ok(()) };

@@ -1,5 +1,5 @@
-// For the tests of the kernels: buffers with guarded ends, the definition of the block in long
-// double, and the bookkeeping.
+// Shared by the tests of the kernels: buffers with guarded ends, the definition of the block in
+// long double, and the counts of results.
 #pragma once
 #include <signal.h>
 #include <sys/mman.h>
@@ -58,8 +58,8 @@ inline double gauss(double scale) { return std::normal_distribution<>(0, scale)(
 
 // ---------------------------------------------------------------------------------- buffers
 
-// n elements that end at an inaccessible page, or as near before it as `align` allows; the bytes
-// around are checked or NaN.
+// n elements that end at an inaccessible page, or as close to it as `align` allows. The bytes
+// around them are checked or NaN.
 template <typename T> class Buffer {
   uint8_t* map = nullptr;
   size_t bytes = 0;
@@ -68,7 +68,7 @@ template <typename T> class Buffer {
  public:
   T* data = nullptr;
   size_t n = 0;
-  // Begins `shift` elements off the alignment.
+  // The first element is `shift` elements after an aligned address.
   explicit Buffer(size_t n, size_t align = 16, size_t shift = 0) : n(n) {
     const size_t used = n * sizeof(T) + align;
     bytes = (used + PAGE - 1) / PAGE * PAGE + 2 * PAGE;
@@ -104,7 +104,7 @@ struct Slope {
   Wide value, slope, mass;  // act(g); act'(g); the sum of the magnitudes of the terms of act'
 };
 
-// A tail below this is 0: half the smallest number of the type that the kernel computes in.
+// A tail below this is 0. It is half the smallest number of the type in which the kernel computes.
 inline Wide vanished = 0x1p-150L;
 
 inline Slope activation(const GluParams& op, Wide g) {
@@ -156,8 +156,9 @@ inline Wide glu(const GluParams& op, Wide gate, Wide up) {
 
 // ----------------------------------------------------------------------------------- bounds
 
-// Units of error of act(g) relative to itself: as activation.cuh derives them, with the product's
-// one. f64: the rounding of the exponent's argument counts |z|, that of erfc's argument g² units.
+// Relative error of act(g) in units, as activation.cuh derives it, including the unit of the
+// product. In f64 the rounding of the exponent's argument adds |z| units, that of erfc's argument
+// g² units.
 template <typename R> Wide units(const GluParams& op, Wide g) {
   const Wide a = fabsl(g), v = std::min<Wide>(2000, fabsl(1.5957691L * (a + 0.044715L * a * a * a)));
   switch (op.activation) {
@@ -175,7 +176,7 @@ inline Wide steepest(const GluParams& op, Wide g, Wide moved) { return op.activa
 // |act''|: 0.5·β for Swish, 2·φ(0) = 0.80 for GELU, less than 1 for its tanh form
 inline Wide bend(const GluParams& op) { return op.activation == SWISH ? std::max(1.0f, fabsf(op.beta)) : op.activation == RELU2 ? 2.0f : 1.0f; }
 
-// Half a unit in the last place of y in T, at most.
+// At most half a unit in the last place of y in T.
 template <typename T> Wide rounding(Wide y) {
   const Wide a = fabsl(y);
   if (sizeof(T) == 8) return a * Wide(U64);
@@ -184,7 +185,7 @@ template <typename T> Wide rounding(Wide y) {
   return a * 0x1p-11L + 0x1p-25L;
 }
 
-// How far glu(gate, up) in R may be from its exact value, with errors `dg` and `du` of gate and up.
+// The largest error of glu(gate, up) computed in R, for errors `dg` and `du` of gate and up.
 template <typename R> Wide glu_error(const GluParams& op, Wide gate, Wide up, Wide dg, Wide du) {
   const Wide u = sizeof(R) == 8 ? Wide(U64) : Wide(U);
   const Pair p = pair_of(op, gate, up);
@@ -194,7 +195,7 @@ template <typename R> Wide glu_error(const GluParams& op, Wide gate, Wide up, Wi
   return steepest(op, p.gate, moved_gate) * moved_gate * (fabsl(p.up) + moved_up) + fabsl(a) * moved_up + units<R>(op, p.gate) * u * fabsl(a * p.up) + 0x1p-120L;
 }
 
-// y is what the exact value `want`, known to `error`, may round to in T.
+// Whether y can be the rounding to T of a value within `error` of `want`.
 template <typename T> bool close(T y, Wide want, Wide error) {
   const Wide have = value(y);
   if (want != want) return have != have;

@@ -1,18 +1,18 @@
 // Runs the kernels of src/cuda on the CPU: blocks, warps, shared memory and barriers, one fiber per
 // CUDA thread.
 //
-// All runs in one OS thread. A fiber runs until it has to wait; then the scheduler takes the next
-// one that can go on, in rising, falling or random order, by the seed of the launch; in random
-// order some warps sleep for a while. So a missing barrier shows in some order, and every run can
-// be repeated. Shared memory is filled with NaN before a block. Clusters (one block where there are
-// none) run one after another in random order; the blocks of a cluster run together. What is
-// asynchronous on the GPU is an `Effect` that happens at once, at the last moment or at a random
-// one, again by the seed. When nothing can go on, a dependency on the previous kernel (pdl_wait) is
-// fulfilled; when there is none either, that is a deadlock.
+// Everything runs in one OS thread. A fiber runs until it must wait; the scheduler then selects the
+// next fiber that can continue. The seed of the launch determines whether the order is rising,
+// falling or random. In random order some warps also sleep for a while. A missing barrier therefore
+// shows in some order, and every run is reproducible. Shared memory is filled with NaN before a
+// block. Clusters (or single blocks) run one after another in random order; the blocks of a cluster
+// run together. An operation that is asynchronous on the GPU is an `Effect`. By the seed it happens
+// at once, at the last possible moment, or at a random one. When no fiber can continue, a
+// dependency on the previous kernel (pdl_wait) is fulfilled; if there is none, that is a deadlock.
 //
-// It checks indices, alignment, layouts of fragments, counts of barriers, the order of accesses to
-// shared memory, and what is touched before the previous kernel is done. It knows nothing of
-// registers, caches, timing or the memory model between blocks.
+// The emulator checks indices, alignment, layouts of fragments, counts of barriers, the order of
+// accesses to shared memory, and accesses before the previous kernel is done. It does not model
+// registers, caches, timing, or the memory model between blocks.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -52,7 +52,7 @@ struct Barrier {
   unsigned generation = 0;
 };
 
-// Counts arrivals and bytes; completes its phase when both are there.
+// Counts arrivals and bytes. A phase completes when all of both have arrived.
 struct MBarrier {
   int count = 0, pending = 0;
   long bytes = 0;
@@ -111,7 +111,7 @@ struct Thread {
   Block* block = nullptr;
   int warp = 0, lane = 0;
   bool done = false, waited = false;
-  // While blocked: what it waits for.
+  // While the thread is blocked: the condition under which it continues.
   bool (*ready)(const void*) = nullptr;
   const void* condition = nullptr;
   bool for_dependency = false;
@@ -175,7 +175,7 @@ inline void arrive_and_wait(Barrier& b) {
 
 // --------------------------------------------------------------------- asynchronous effects
 
-// Starts an effect; its id is in flight until it has happened.
+// Starts an effect. Its id is in flight until the effect has happened.
 inline size_t begin(Effect effect) {
   const size_t id = machine.next_id++;
   if (machine.timing == Timing::AT_ONCE) effect();
@@ -189,7 +189,7 @@ inline void finish(size_t id) {
   machine.in_flight.erase(found);
   effect();
 }
-// Lets some effects happen: each with probability `p`, in any order; one at least if `force`.
+// Lets some effects happen, each with probability `p`, in any order. With `force`, at least one.
 inline bool some_effects(double p, bool force) {
   std::vector<size_t> ids;
   for (const auto& entry : machine.in_flight) ids.push_back(entry.first);
@@ -219,7 +219,7 @@ inline void resume(Thread& thread, size_t slot) {
   setcontext(&thread.start);
 }
 
-// Which warps sleep, anew after a barrier of more than one and every 16 or 64 rounds, by the seed.
+// Selects the warps that sleep, anew every 16 or 64 rounds, by the seed.
 inline void put_to_sleep() {
   machine.asleep.resize(machine.threads.size() / 32 + 1);
   if (machine.rounds++ % machine.nap) return;
@@ -292,7 +292,7 @@ inline std::unique_ptr<Block> make_block(Cluster& cluster, int index, int rank, 
   return block;
 }
 
-// What a launch may do in any order, by its seed.
+// Sets the choices of a launch by its seed.
 inline void choose(unsigned seed) {
   machine.random.seed(seed);
   machine.order = std::array{Order::RISING, Order::FALLING, Order::RANDOM}[seed % 3];
@@ -300,8 +300,8 @@ inline void choose(unsigned seed) {
   machine.timing = std::array{Timing::AT_ONCE, Timing::LAST_MOMENT, Timing::RANDOM}[seed / 3 % 3];
 }
 
-// previous(false) is called before each cluster, when nothing of the previous kernel is done, and
-// previous(true) when all is.
+// Calls previous(false) before each cluster, when nothing of the previous kernel is done, and
+// previous(true) when all of it is.
 inline void launch(int grid, int threads, int cluster_size, size_t dynamic, unsigned seed, std::function<void()> kernel,
                    std::function<void(bool)> previous = {}) {
   choose(seed);
@@ -340,7 +340,7 @@ template <typename T> T& static_shared() {
   return *reinterpret_cast<T*>(bytes.data());
 }
 
-// Every lane puts n words, then f(the words of the warp's lanes).
+// Every lane supplies n words. Then f is called with the words of all lanes of the warp.
 template <typename F> void warp_exchange(const uint32_t* words, int n, F f) {
   Block& block = *self->block;
   const int warp = self->warp;

@@ -1,8 +1,8 @@
 // decode.cu on the emulator against the definition.
 //
-// Bound of a sum of K products and a bias, in any order: (K + 2)·u·(Σ|x·w| + |b|), u = 2^-24, for
-// products exact in f32 (two 16-bit floats) or rounded (f32). It goes through the gate by its
-// steepest slope (check.h), and y is rounded once.
+// Bound of a sum of K products and a bias, in any order: (K + 2)·u·(Σ|x·w| + |b|), u = 2^-24. It
+// holds for products that are exact in f32 (of two 16-bit floats) and for rounded ones (f32). The
+// gate amplifies it by at most its steepest slope (check.h), and y is rounded once.
 #include "check.h"
 #include "decode.cu"
 
@@ -13,8 +13,8 @@ namespace {
 template <typename T> using GateUp = void (*)(const T*, const T*, const T*, const T*, const T*, T*, int, int, int, GluParams);
 template <typename T> using Linear = void (*)(const T*, const T*, const T*, T*, int, int, int, float);
 
-// A kernel for M ≤ 8, 16, 32 rows, and its launch: (size + per_block - 1) / per_block blocks; those
-// of mma are persistent, so fewer will do: one, two or three here.
+// The kernels for M ≤ 8, 16, 32 rows, and their launch with (size + per_block - 1) / per_block
+// blocks. The blocks of mma are persistent, so fewer suffice: one, two or three here.
 template <typename T> struct Family {
   const char* name;
   GateUp<T> gate_up[3];
@@ -57,7 +57,7 @@ template <typename T> Sum dot(const T* x, const T* w, const T* bias, int K) {
   return s;
 }
 
-// x is NaN, and the output must not change, until the previous kernel is done.
+// Until the previous kernel is done, x is NaN and the output must not change.
 template <typename T> struct Previous {
   Buffer<T>&x, &out;
   std::vector<T> real, before;
@@ -144,9 +144,9 @@ template <typename T> void linear_case(const Family<T>& family, int M, int N, in
   report(y.surroundings_untouched(), "written beyond y");
 }
 
-// Sizes from the edges: of mma's 8 k of a load, 32, chunk 64, run 128, and 8 and 16 times those; of
-// fma's warps of 32 and 128, and 4 times those; of 8 and 16 features and 2 and 4, and of several
-// tiles of a block.
+// Sizes at the edges. mma: 8 k of a load, 32, chunk 64, run 128, and 8 and 16 times those. fma: 32
+// and 128 k of a warp, and 4 times those. Features: 8 and 16, 2 and 4, and several tiles of a
+// block.
 const std::vector<int> MMA_K = {8, 24, 32, 40, 56, 64, 72, 120, 128, 136, 192, 200, 256, 264, 504, 512, 520, 1024, 1032, 1096, 2048, 2056, 2184};
 const std::vector<int> FMA_K = {1, 2, 3, 4, 31, 32, 33, 100, 127, 128, 129, 131, 132, 255, 256, 257, 511, 512, 513, 516, 1027, 1028};
 const std::vector<int> FEATURES = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65};
@@ -186,7 +186,7 @@ template <typename T> void every_activation(const Family<T>& family) {
     for (const BiasKind bias : {NONE, BOTH, GATE_ONLY, UP_ONLY}) gate_up_case(family, 9, 11, 72, op, bias);
 }
 
-// Sums of one tile are read while other warps, in random order, are at the next.
+// Some warps read the sums of one tile while others, in random order, compute the next.
 template <typename T> void tiles_of_one_block(const Family<T>& family) {
   begin_group((std::string(family.name) + ": many tiles for a block").c_str());
   for (const int rows : {8, 16, 32}) {
@@ -199,7 +199,7 @@ template <typename T> void tiles_of_one_block(const Family<T>& family) {
   }
 }
 
-// The same bits in every order of execution, and for a row among more rows or fewer.
+// The bits are the same in every order of execution, and for a row among more rows or fewer.
 template <typename T> void determinism(const Family<T>& family) {
   begin_group((std::string(family.name) + ": the same bits").c_str());
   current = "determinism";
@@ -217,7 +217,7 @@ template <typename T> void determinism(const Family<T>& family) {
   }
 }
 
-// NaN and infinity reach what depends on them and nothing else.
+// NaN and infinity affect all results that depend on them, and no others.
 template <typename T> void propagation(const Family<T>& family) {
   begin_group((std::string(family.name) + ": NaN and infinity").c_str());
   const int M = 11, I = 13, H = 72;

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Plants faults in copies of the kernels, one at a time, and asks that tests/cuda_emu/run.sh catch
-# each. About 15 s per fault.
+# Plants faults in copies of the kernels, one at a time, and checks that tests/cuda_emu/run.sh
+# detects each. About 15 s per fault.
 #   tests/cuda_emu/faults.sh [PATTERN]     only faults whose name matches
-# The last line is `N caught, N missed`; exit 1 if any was missed.
+# The last line is `N caught, N missed`. The exit status is 1 if any was missed.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 sources=$here/../../src
@@ -27,7 +27,7 @@ fault() {
     echo "NO BUILD    $1"
     missed=$((missed + 1))
   else
-    # What it said first: a fault, a failed check, or how it ended.
+    # The first message: a fault, a failed check, or the exit status.
     echo "caught      $1: $(grep -m1 -oE 'FAULT.*|FAILED.*|exit [0-9]+' "$work/out.txt" | cut -c1-80)"
     caught=$((caught + 1))
   fi

@@ -1,8 +1,8 @@
 // gate.cu on the emulator against the definition: every dtype, activation and modifier, layouts,
 // tails, special values.
 //
-// Bounds: as activation.cuh derives them, in f32 (f64 for f64) from exactly widened inputs, rounded
-// once (check.h).
+// Bounds: as activation.cuh derives them, with arithmetic in f32 (f64 for f64), exactly widened
+// inputs and one rounding (check.h).
 #include "check.h"
 #include "gate.cu"
 
@@ -30,7 +30,8 @@ const GluParams OPS[] = {{SILU, 0, 1, INF, 0},        {SWISH, 1.702f, 1, INF, 0}
                      {GELU_TANH, 0, 2, INF, 0.5f}, {RELU, 0, 1, 7, 0},        {SIGMOID, 0, -1, 2, -1},   {IDENTITY, 0, 1, 7, 1},
                      {RELU2, 0, 1, INF, 0},       {RELU2, 0, 0.5f, 3, 1}};
 
-// A matrix of rows `stride` apart (0: one row for all), `shift` elements off 16 bytes.
+// A matrix whose rows are `stride` apart (0: one row for all), `shift` elements after an address
+// that is a multiple of 16.
 template <typename T> struct Matrix {
   long long stride;
   Buffer<T> buffer;
@@ -39,7 +40,7 @@ template <typename T> struct Matrix {
   T& at(long long r, long long c) { return buffer.data[r * stride + c]; }
 };
 
-// The error of the gradients in R, in this order: dgate, dup.
+// Checks the errors of the gradients in R, in this order: dgate, dup.
 template <typename T> std::array<bool, 2> gradients_close(const GluParams& op, Wide gate, Wide up, Wide dy, T dgate, T dup) {
   using R = Real<T>;
   const Wide u = sizeof(R) == 8 ? Wide(U64) : Wide(U), m = op.gate_multiplier;
@@ -67,7 +68,7 @@ template <typename T> struct Case {
     b_gate.fill(1);
     b_up.fill(1);
   }
-  // Everything not among the (rows, cols) of an output stays as it was.
+  // Checks that everything outside of the (rows, cols) of an output is unchanged.
   static bool gaps_untouched(Matrix<T>& m, long long cols) {
     bool ok = m.buffer.surroundings_untouched();
     for (size_t i = 0; i < m.buffer.n; ++i)
@@ -120,7 +121,7 @@ template <typename T> void layouts() {
   for (const long long cols : {1LL, V - 1, V, V + 1, 3 * V + 5, 8 * V})
     for (const long long rows : {1LL, 2LL, 5LL})
       for (const int layout : {0, 1, 2, 3}) {
-        // dense; halves of (rows, 2·cols); one row for all; off 16 bytes
+        // Contiguous; halves of (rows, 2·cols); one row for all; not 16-byte aligned.
         const long long in = layout == 1 ? 2 * cols : layout == 2 ? 0 : cols, out = layout == 1 ? cols + V : cols;
         if (cols < 1) continue;
         current = std::string("layout ") + std::to_string(layout) + " rows " + std::to_string(rows) + " cols " + std::to_string(cols);
@@ -152,8 +153,8 @@ template <typename T> void every_operation() {
   }
 }
 
-// All pairs of the values where something changes, and the infinities, NaN, zeros, the smallest and
-// the largest numbers.
+// All pairs of the values at which the formula changes, infinities, NaN, zeros, and the smallest
+// and largest numbers.
 template <typename T> void special_values() {
   begin_group((std::string("gate ") + Kernels<T>::name + ": special values").c_str());
   const double largest = std::is_same<T, f16>::value ? 65504 : sizeof(T) == 8 ? 1.7e308 : 3e38;
@@ -184,10 +185,10 @@ template <typename T> void special_values() {
         const Wide g = value(c.gate.at(i, j)), u = value(c.up.at(i, j)), want = glu(op, g, u);
         const double have = value(c.out.at(i, j));
         const Wide error = glu_error<Real<T>>(op, g, u, 0, 0);
-        // m·gate beyond the largest number is infinite in R, and need not be in the definition.
+        // m·gate beyond the largest number is infinite in R, but possibly finite in the definition.
         const bool overflow = std::isfinite(double(g)) && fabsl(op.gate_multiplier * g) > largest;
-        // So does a square that is beyond the numbers of R: ∞·0 and 0·∞ are NaN then, and 0·up is
-        // 0.
+        // The same holds for a square beyond the numbers of R: then ∞·0 and 0·∞ are NaN, and 0·up
+        // is 0.
         const Wide act = activation(op, pair_of(op, g, u).gate).value;
         const bool f64 = sizeof(Real<T>) == 8;
         const bool beyond = op.activation == RELU2 && std::isfinite(double(g)) && act > 0 &&
@@ -196,8 +197,8 @@ template <typename T> void special_values() {
         const bool fine = overflow || vanished || close(c.out.at(i, j), want, std::isfinite(double(want)) && error == error ? error : 0);
         if (!fine && ok) printf("  gate %g up %g: %g, not %Lg\n", double(g), double(u), have, want);
         ok &= fine;
-        // Where everything is finite and small enough the gradients hold their bounds; NaN must
-        // come out where the exact one is NaN.
+        // Where everything is finite and small enough, the gradients are within their bounds. Where
+        // the exact gradient is NaN, the result must be NaN.
         const Pair p = pair_of(op, g, u);
         const Slope a = activation(op, p.gate);
         const Wide want_gate = p.gate_within ? Wide(op.gate_multiplier) * p.up * a.slope : 0, want_up = p.up_within ? a.value : 0;

@@ -1,13 +1,13 @@
-// src/cuda/hopper.cuh for the CPU: the same names with the same meaning. Copies by TMA and wgmma
-// happen when the emulator's seed says so (cuda_emu.h); ordinary writes to shared memory reach TMA
-// only through async_proxy_fence.
+// src/cuda/hopper.cuh for the CPU: the same names with the same meaning. TMA copies and wgmma
+// happen at a time that the emulator's seed determines (cuda_emu.h). Ordinary writes to shared
+// memory become visible to TMA only through async_proxy_fence.
 #pragma once
 #include "device.cuh"
 
 #define GRID_CONSTANT
 #define CLUSTER(n)
 
-// Row-major, 16-bit elements; boxes of 64 columns have the 128-byte swizzle, others none.
+// Row-major, 16-bit elements. Boxes of 64 columns have the 128-byte swizzle, others have none.
 struct TensorMap {
   void* data;
   uint64_t columns, rows;
@@ -35,10 +35,10 @@ inline void barrier_arrive(uint32_t bar, uint32_t rank) { emu::self->block->clus
 
 // -------------------------------------------------------------------------------------- TMA
 
-// Bits 4..6 of an address, exclusive-or bits 7..9.
+// Exclusive-or of bits 4..6 of an address with bits 7..9.
 inline uint32_t swizzle(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
-// each(element of the matrix or null, address in shared memory) for a box
+// Calls each(element of the matrix or null, address in shared memory) for every element of a box.
 template <typename Each> void for_box(const TensorMap& map, uint32_t shared, int column, int row, Each each) {
   const bool swizzled = map.box_columns == 64;
   if (shared % (swizzled ? 1024 : 128)) emu::fault("a TMA box not on 1024 bytes, or 128 without swizzle");
@@ -112,7 +112,7 @@ inline void wgmma_commit() {
   emu::self->groups.push_back(std::move(emu::self->open_group));
   emu::self->open_group.clear();
 }
-// The four warps wait together: wgmma is an operation of the warpgroup.
+// The four warps wait together, because wgmma is an operation of the warpgroup.
 template <int N> void wgmma_wait() {
   sync_warpgroup();
   auto& groups = emu::self->groups;
@@ -128,7 +128,7 @@ inline uint64_t wgmma_operand(uint32_t address) {
   return uint64_t((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
-// Element k of row r, by the fields of the descriptor.
+// Element k of row r, located by the fields of the descriptor.
 template <typename T> float operand_at(emu::Block* block, uint64_t operand, int r, int k) {
   const uint32_t start = uint32_t(operand & 0x3FFF) << 4, group = uint32_t(operand >> 32 & 0x3FFF) << 4;
   T v;
@@ -136,7 +136,7 @@ template <typename T> float operand_at(emu::Block* block, uint64_t operand, int 
   return widen(v);
 }
 
-// This thread's SUMS sums of the (64, 2·SUMS) product.
+// Computes this thread's SUMS sums of the (64, 2·SUMS) product.
 template <typename T, int SUMS> void multiply(emu::Block* block, int thread, float (&d)[SUMS], uint64_t a, uint64_t b, bool accumulate) {
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   float rows[2][16];

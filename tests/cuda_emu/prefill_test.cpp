@@ -7,7 +7,7 @@ using namespace check;
 namespace {
 
 template <typename T> using Kernel = void (*)(TensorMap, TensorMap, TensorMap, TensorMap, const T*, const T*, int, int, int, GluParams);
-// One kernel: blocks of a cluster, features of a tile, and the shared memory it takes.
+// One kernel: blocks of a cluster, features of a tile, and the shared memory it needs.
 template <typename T> struct Variant {
   int cluster, width;
   Kernel<T> kernel;
@@ -68,7 +68,7 @@ template <typename T> struct Layer {
     std::vector<double> xs(x.n), ws(gate_up.n);
     for (size_t i = 0; i < x.n; ++i) xs[i] = value(x.data[i]);
     for (size_t i = 0; i < gate_up.n; ++i) ws[i] = value(gate_up.data[i]);
-    // f64 sums: their error is 2^-29 of what is allowed.
+    // Sums in f64, whose error is 2^-29 of the bound.
     const auto dot = [&](int m, int row, double bias, double& size) {
       double sum = bias;
       size = fabs(bias);
@@ -109,8 +109,8 @@ template <typename T> void run_case(Shape s, const GluParams& op, int bias) {
   layer.verify(op, bias & 1, bias & 2);
 }
 
-// Rows from the edges of 64 and 128 (256 in a cluster of 2), features of 64 and 128, k of 16, 64
-// and the ring of 4 x 64.
+// Rows at the edges of 64 and 128 (256 in a cluster of 2), features at those of 64 and 128, k at
+// those of 16, 64 and the ring of 4 x 64.
 template <typename T> void shapes(const char* name) {
   for (const int width : WIDTHS)
     for (int cluster = 1; cluster <= (width >= 96 ? 2 : 1); ++cluster) {
@@ -135,9 +135,9 @@ template <typename T> void shapes(const char* name) {
   run_case<T>({256 * 9 + 1, 136, 8, 2, 2}, PLAIN, 0);
 }
 
-// A store is late and other warps run ahead: the next tile must not be written over the one that is
-// stored. Random order with the last moment, several times, because it takes a warp that sleeps
-// just then.
+// A store is late while other warps run ahead: the next tile must not overwrite the one that is
+// being stored. The test repeats random order with effects at the last moment, because the error
+// shows only if a warp sleeps at that moment.
 template <typename T> void late_stores(const char* name) {
   begin_group((std::string("sm90 ") + name + ": late stores").c_str());
   for (unsigned seed = 5; seed < 5 + 9 * 16; seed += 9) {

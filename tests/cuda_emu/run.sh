@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds and runs the kernels of src/cuda on the CPU emulator, against the definition. Needs g++ 12
-# or later, nothing of CUDA.
+# Builds the kernels of src/cuda for the CPU emulator and tests them against the definition. Needs
+# g++ 12 or later, and no part of CUDA.
 #   tests/cuda_emu/run.sh [decode|gate|prefill ...]
-# SOURCES=dir: another folder in the place of src. CXX, CXXFLAGS: the compiler, more flags for it.
-# The last line is `N passed, N failed`; exit 1 if any failed, stopped or hung.
+# SOURCES=dir: a directory that replaces src. CXX, CXXFLAGS: the compiler, and more flags for it.
+# The last line is `N passed, N failed`. The exit status is 1 if any failed, crashed or hung.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 sources=$(cd "${SOURCES:-$here/../../src}" && pwd)
@@ -12,8 +12,7 @@ trap 'rm -rf "$work"' EXIT
 build=$work/cuda
 mkdir "$build"
 ln -s "$sources/gate" "$work/gate"
-# The kernels as they are, beside the emulator's headers of the same names as their own device.cuh
-# and hopper.cuh.
+# The kernels unchanged, beside the emulator's headers, which replace device.cuh and hopper.cuh.
 ln -s "$sources"/cuda/*.cu "$sources/cuda/activation.cuh" "$here"/*.cpp "$here"/*.h "$here"/*.cuh "$build"
 [ $# -gt 0 ] || set -- decode gate prefill
 cd "$build"

@@ -1,4 +1,4 @@
-// The driver API, cuBLAS and cuRAND. Functions that are not here are the toolkit's stubs, which
+// The driver API, cuBLAS and cuRAND. Functions that are missing here are the toolkit's stubs, which
 // return an error.
 #include <cmath>
 
@@ -23,7 +23,7 @@ struct Stream {
   }
 };
 
-// 0: the legacy stream; 2: the calling thread's.
+// Handle 0 is the legacy stream, handle 2 that of the calling thread.
 Stream* stream_of(void* handle) {
   static Stream legacy;
   static thread_local Stream* own = new Stream;
@@ -49,7 +49,7 @@ void run_until(const std::shared_ptr<bool>& done, Stream* stream) {
   while (!*done && !stream->queue.empty()) stream->run_one();
 }
 
-// What an event was last recorded as.
+// The latest record of each event.
 std::map<Event*, std::shared_ptr<bool>> records;
 
 }  // namespace
@@ -113,7 +113,8 @@ Result cuMemAllocAsync(uint64_t* address, size_t bytes, void*) {
 Result cuMemFreeAsync(uint64_t address, void* stream) {
   LOCKED;
   const bool capturing = stream_of(stream)->capture != nullptr;
-  // What a graph frees it allocates again at the next launch, at the same address: it stays.
+  // A graph allocates memory that it frees again at the next launch, at the same address, so it
+  // stays.
   enqueue(stream, [=] {
     if (capturing) return;
     REQUIRE(live.erase(address) == 1, "freed twice: %#lx", address);
@@ -239,7 +240,8 @@ Result cuLaunchKernelEx(const LaunchConfig* c, void* f, void** args, void**) {
   enqueue(c->stream, kernel({*static_cast<std::string*>(f), c->gx, c->bx, c->shared, c->count == 1, args}));
   return OK;
 }
-// The map holds its own description: address, rows, columns, rows of a box, type, columns of a box.
+// The map contains its own description: address, rows, columns, rows of a box, type, columns of a
+// box.
 Result cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, const uint64_t* dims, const uint64_t* strides,
                               const unsigned* box, const unsigned* steps, int interleave, int swizzle, int promotion, int fill) {
   REQUIRE(rank == 2 && (type == 9 || type == 6), "a matrix of bf16 or f16, found rank %u, type %d", rank, type);

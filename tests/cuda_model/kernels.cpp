@@ -1,5 +1,5 @@
-// What each kernel computes, by its contract, and what the contract asks of the launch. First ours,
-// then those of candle that the tests come across.
+// The computation of each kernel by its contract, and the conditions of the contract on the launch.
+// Our kernels come first, then those of candle that the tests need.
 #include <cmath>
 #include <map>
 #include <tuple>
@@ -48,7 +48,7 @@ struct GluParams {
   float beta, gate_multiplier, limit, up_offset;
 };
 
-// As src/reference.rs has it.
+// As in src/reference.rs.
 
 struct Value {
   double value, slope;
@@ -91,7 +91,7 @@ Value act(const GluParams& op, double g) {
   fail("no activation %d", op.activation);
 }
 
-// What the formula makes of a pair: its two factors, and whether each side lies within the limit.
+// The two factors of a pair, and whether each side is within the limit.
 struct Factors {
   Value act;
   double up;
@@ -265,8 +265,8 @@ Work bias_rows_kernel(const Launch& l) {
 
 // ---- candle's
 
-// Where element i of a strided tensor lies; `info` has dims, then strides (on the device), or is
-// null.
+// The position of element i of a strided tensor. `info` has dims, then strides (on the device), or
+// is null.
 struct Strided {
   std::vector<uint64_t> dims, strides;
   Strided(uint64_t info, size_t rank, size_t skip = 0) {
@@ -289,7 +289,7 @@ struct Strided {
   }
 };
 
-// out[i] = f(in[i]), of any layout: (n, rank, info, in, out, ...)
+// out[i] = f(in[i]), for any layout: (n, rank, info, in, out, ...)
 Work unary(const Launch& l, Type from, Type to, std::function<double(double)> f, int first = 3) {
   const size_t n = argument<uint64_t>(l, 0), rank = argument<uint64_t>(l, 1);
   return [=, info = argument<uint64_t>(l, 2), in = argument<uint64_t>(l, first), out = argument<uint64_t>(l, first + 1)] {

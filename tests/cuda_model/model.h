@@ -1,15 +1,16 @@
-// A model of the CUDA driver, cuBLAS and cuRAND on the CPU, enough to run the Rust tests of
+// A model of the CUDA driver, cuBLAS and cuRAND on the CPU, sufficient to run the Rust tests of
 // tests/cuda without a GPU.
 //
-// It runs no kernel code: each kernel is its contract in src/cuda/README.md, in plain loops
-// (tests/cuda_emu runs the code itself against the same contract). What is tested here is the
-// host's side: which kernel is launched with which grid, arguments, strides and alignment, what is
-// allocated and for how long, cuBLAS's conventions, and that nothing waits.
+// It runs no kernel code: each kernel is computed by its contract in src/cuda/README.md, in plain
+// loops (tests/cuda_emu runs the code itself against the same contract). The model tests the host
+// code: the kernel of each launch with its grid, arguments, strides and alignment, allocations and
+// their lifetimes, the conventions of cuBLAS, and that nothing waits.
 //
-// 1. Streams keep what is enqueued and run it only when the host waits for them: a tensor freed too
-//    early or a wait in `forward` shows.
-// 2. Memory begins as NaN. Every operand of every operation must lie within one live allocation.
-// 3. A broken condition prints a line and ends the process.
+// 1. Streams keep the queued work and run it only when the host waits for them. This reveals a
+//    tensor that is freed too early, and a wait in `forward`.
+// 2. Memory is initialised with NaN. Every operand of every operation must be inside one live
+//    allocation.
+// 3. A violated condition prints a line and ends the process.
 #pragma once
 #include <cstdarg>
 #include <cstdint>
@@ -77,7 +78,7 @@ inline void write_element(Type t, void* base, size_t i, double wide) {
 
 // ---- memory and streams (driver.cpp)
 
-// `bytes` from `address` on, which must be live when the operation runs.
+// The `bytes` bytes from `address` on, which must be live when the operation runs.
 void* span(uint64_t address, size_t bytes, const char* what);
 
 struct Operand {
@@ -91,7 +92,7 @@ inline Operand operand(Type type, uint64_t address, size_t elements, const char*
 }
 
 using Work = std::function<void()>;
-// Runs `work` when the stream's turn comes, or keeps it in the graph that is being captured.
+// Queues `work` on the stream, or adds it to the graph that is being captured.
 void enqueue(void* stream, Work work);
 
 // ---- kernels (kernels.cpp)
@@ -102,5 +103,5 @@ struct Launch {
   bool early;
   void** arguments;
 };
-// The work of a launch, its arguments read now. Unknown names end the process.
+// The work of a launch, whose arguments are read now. Unknown names end the process.
 Work kernel(const Launch& launch);

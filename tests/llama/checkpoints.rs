@@ -1,5 +1,5 @@
-//! Checkpoints whose names are others than the config lets expect: each a reference with some of
-//! its tensors renamed, changed or added.
+//! Checkpoints whose names differ from those that the config implies. Each is a reference with some
+//! tensors renamed, changed or added.
 
 use std::collections::HashMap;
 
@@ -18,7 +18,7 @@ type Tensors = HashMap<String, Tensor>;
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// A reference, of one file, as it is.
+/// The tensors and the config of a reference that has one file.
 fn parts(name: &str) -> Result<(Tensors, Value)> {
     let tensors =
         candle_core::safetensors::load(dir(name).join("model.safetensors"), &Device::Cpu)?;
@@ -39,13 +39,13 @@ fn open(checkpoint: &Checkpoint) -> Result<Llama> {
     Ok(Llama::open(checkpoint, &cfg, DType::F32, &Device::Cpu)?)
 }
 
-/// The error of loading.
+/// The error message of loading.
 fn message(tensors: &Tensors, config: &Value) -> Result<String> {
     let (_dir, checkpoint) = written(tensors, config)?;
     Ok(format!("{:#}", open(&checkpoint).err().context("expected an error")?))
 }
 
-/// The logits are those of the reference `name`.
+/// Checks that the logits are those of the reference `name`.
 fn check_as(name: &str, model: &Llama) -> Result<()> {
     let golden = Golden::load(&dir(name).join("reference.safetensors"))?;
     let logits = model.forward_all(&row(&ids(golden.tensor("prompt")?)?)?)?;
@@ -58,7 +58,7 @@ fn renamed(tensors: &Tensors, rename: impl Fn(&str) -> String) -> Tensors {
     tensors.iter().map(|(name, tensor)| (rename(name), tensor.clone())).collect()
 }
 
-/// Every tensor is read or named.
+/// Every tensor is read or named in an error.
 #[test]
 fn what_nobody_reads_is_named() -> Result<()> {
     let (tensors, config) = parts("new_rope_keys")?;
@@ -78,7 +78,7 @@ fn what_nobody_reads_is_named() -> Result<()> {
         ("lm_head.bias".to_string(), ones(&[120])?),
         ("model.embed_positions.weight".to_string(), ones(&[256, hidden])?),
         ("score.weight".to_string(), ones(&[2, hidden])?),
-        // a layer more than num_hidden_layers, as of the multi-token prediction of some models
+        // One layer more than num_hidden_layers, like the multi-token prediction of some models.
         ("model.layers.2.eh_proj.weight".to_string(), ones(&[hidden, 2 * hidden])?),
         (format!("{layer}.mlp.ffn_layernorm.weight"), ones(&[48])?),
     ] {
@@ -87,7 +87,7 @@ fn what_nobody_reads_is_named() -> Result<()> {
         let message = message(&more, &config)?;
         ensure!(message.contains(&name), "{name}: {message}");
 
-        // on request it is left out
+        // With the flag, it is ignored.
         let (_dir, checkpoint) = written(&more, &config)?;
         let ignored =
             ignore_unread(&checkpoint, &LlamaConfig::of(&checkpoint)?)?.context("a tensor")?;
@@ -95,7 +95,7 @@ fn what_nobody_reads_is_named() -> Result<()> {
         check_as("new_rope_keys", &open(&checkpoint)?)?;
         check_all_read(&checkpoint)?;
     }
-    // one line for all layers
+    // The message lists the tensors of all layers in one line.
     let mut more = tensors.clone();
     for layer in 0..2 {
         more.insert(format!("model.layers.{layer}.self_attn.q_norm.weight"), ones(&[16])?);
@@ -131,8 +131,8 @@ fn what_the_config_tells_need_not_be_read() -> Result<()> {
     Ok(check_all_read(&checkpoint)?)
 }
 
-/// What transformers 5.23 does: two different matrices stay two, equal ones are one, and of one
-/// alone both are made.
+/// As in transformers 5.23: two different matrices are both used, two equal ones are stored once,
+/// and a single one is used for both.
 #[test]
 fn heads_and_embeddings_that_the_config_ties() -> Result<()> {
     let (tensors, config) = parts("smollm3_f32")?;
@@ -169,7 +169,7 @@ fn heads_and_embeddings_that_the_config_ties() -> Result<()> {
     ensure!(difference < 2e-4, "{difference}");
     ensure!(greedy(&model, &tokens, 4, true, &[])? != ids(golden.tensor("greedy_f32")?)?[..4]);
 
-    // a config that does not tie them has them both, or is an error
+    // If the config does not tie them, both must exist.
     let mut neither = different.clone();
     neither.remove(HEAD);
     let mut untied = config;

@@ -1,4 +1,4 @@
-//! What the example reads in a config.json, model type by model type.
+//! The fields of config.json that the example reads, for each model type.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::model::LlamaConfig;
 use super::model::config::{ModelType, RopeScaling};
 
-/// Sizes that every config has, and `fields` on top of them.
+/// A config with the sizes that every config has, and `fields`.
 fn with(model_type: &str, fields: Value) -> Result<Value> {
     let mut all = json!({"model_type": model_type, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100,
         "num_hidden_layers": 4, "num_attention_heads": 32});
@@ -65,7 +65,7 @@ fn missing_fields_have_the_defaults_of_the_model_type() -> Result<()> {
         );
         assert_eq!((cfg.sliding_window, cfg.dtype), (window, None), "{model_type}");
     }
-    // null is the number of heads, a number is that number
+    // null means the number of heads; a number means that number.
     assert_eq!(read("mistral", json!({"num_key_value_heads": null}))?.num_key_value_heads, 32);
     assert_eq!(read("mistral", json!({"num_key_value_heads": 2}))?.num_key_value_heads, 2);
     let message = error("smollm3", json!({"num_attention_heads": 6, "hidden_size": 66}))?;
@@ -153,7 +153,7 @@ fn what_would_be_another_computation_is_refused_by_name() -> Result<()> {
     Ok(())
 }
 
-/// The same fields with a value that changes nothing, and fields that concern training.
+/// The same fields with a value that has no effect, and fields that concern training.
 #[test]
 fn what_changes_nothing_is_accepted() -> Result<()> {
     let harmless = json!({"attn_logit_softcapping": null, "final_logit_softcapping": null, "use_qk_norm": false, "clip_qkv": null,
@@ -234,7 +234,7 @@ fn windows() -> Result<()> {
             "{model_type} {fields}"
         );
     }
-    // transformers' llama attends to everything: up to the window there is no difference
+    // transformers' llama attends to all positions. Up to the window there is no difference.
     let cfg = read("llama", json!({"max_position_embeddings": 32_768, "sliding_window": 4096}))?;
     assert_eq!(
         (cfg.sliding_window, cfg.max_position_embeddings, cfg.context_field),
@@ -278,7 +278,7 @@ fn granite_has_its_multipliers() -> Result<()> {
         cfg.logits_scaling,
     );
     assert_eq!(found, (12.0, 0.0078125, 0.22, 16.0));
-    // transformers' default, not 1/√head_dim
+    // The default of transformers, not 1/√head_dim.
     assert_eq!(read("granite", json!({}))?.attention_scale, 1.0);
     assert_eq!(read("llama", json!({"head_dim": 16}))?.attention_scale, 0.25);
     Ok(())
@@ -325,7 +325,7 @@ fn phi3_rotates_parts_and_stretches() -> Result<()> {
     Ok(())
 }
 
-/// An error, and no attempt to allocate.
+/// The result is an error, and nothing is allocated.
 #[test]
 fn sizes_without_measure() -> Result<()> {
     for field in ["num_hidden_layers", "head_dim", "num_attention_heads"] {
@@ -353,8 +353,7 @@ fn negative_token_ids_are_none() -> Result<()> {
         let message = error("llama", json!({"eos_token_id": wrong}))?;
         ensure!(message.contains("eos_token_id"), "{message}");
     }
-    // what generation_config.json says stands in place of a default, and beside what config.json
-    // says
+    // The id of generation_config.json replaces a default, and is added to the ids of config.json.
     for (fields, expected) in [
         (json!({}), vec![7]),
         (json!({"eos_token_id": 2}), vec![2, 7]),

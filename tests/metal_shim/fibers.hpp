@@ -1,10 +1,10 @@
-// The threads of one threadgroup, as fibers on one thread of the machine.
+// The threads of one threadgroup, as fibers on one OS thread.
 //
 // A fiber runs until it needs the others: at a threadgroup barrier, or at an operation of its
-// simdgroup. Simdgroups run one after another, each as far as it can get alone, in ascending or
-// descending order: what one reads before it was written, or overwrites before it was read, is
-// wrong every time and not once in a while. A barrier that not all threads reach is an error, as
-// are lanes at different operations.
+// simdgroup. Simdgroups run one after another in ascending or descending order, each as far as it
+// can get alone. Data that is read before it was written, or overwritten before it was read, is
+// therefore wrong every time and not only occasionally. A barrier that not all threads reach is an
+// error, as are lanes at different operations.
 #pragma once
 #include <csetjmp>
 #include <cstdint>
@@ -33,7 +33,7 @@ public:
         for (auto& fiber : fibers) fiber.stack = std::make_unique<char[]>(STACK);
     }
 
-    // Runs `body(thread)` for all threads; throws if they wait for each other for ever.
+    // Runs `body(thread)` for all threads. Throws on a deadlock.
     void run(const std::function<void(unsigned)>& body, bool descending) {
         this->body = &body;
         running = this;
@@ -52,12 +52,12 @@ public:
 
     void barrier() { wait(State::AtBarrier); }
 
-    // Gives every lane the values of all 32 lanes. `kind` tells operations apart.
+    // Gives every lane the values of all 32 lanes. `kind` distinguishes the operations.
     template <typename V>
     void exchange(int kind, const V& mine, V* all_lanes) {
         static_assert(sizeof(V) <= SLOT);
         Fiber& fiber = fibers[current];
-        // A lane is at most one operation ahead of another, so two buffers in turn are enough.
+        // A lane is at most one operation ahead of another, so two alternating buffers are enough.
         Slot& slot = slots[current / LANES].buffers[fiber.operations++ % 2];
         memcpy(slot.bytes[lane()], &mine, sizeof mine);
         fiber.kind = kind;
@@ -92,7 +92,7 @@ private:
         return true;
     }
 
-    // Until every lane waits at a barrier or is done.
+    // Runs until every lane waits at a barrier or is done.
     void run_simdgroup(unsigned first) {
         for (;;) {
             for (unsigned i = first; i < first + LANES; i++)

@@ -2,7 +2,7 @@
 #pragma once
 #include "harness.hpp"
 
-// Where element (r, c) of an operand lies.
+// The position of element (r, c) of an operand.
 struct Strides { size_t offset, row, column; };
 
 struct Operand {
@@ -15,7 +15,7 @@ struct Operand {
     void* data() const { return (char*)buffer.memory.data() + strides.offset * buffer.type.size; }
 };
 
-// Numbers from every binade that matters with ragged mantissas, and special ones.
+// Numbers from every relevant binade, whose mantissas use all bits, and special numbers.
 double number(std::mt19937& random, bool special) {
     static const double values[] = {0.0, -0.0, INF, -INF, NAN, 3.4e38, -3.4e38, 1e-40, -1e-40, -88.8, -104, 89, 7, -7, 0.5, -0.5, 16, -16, 6e4, -6e4};
     if (special && random() % 3 == 0) return values[random() % std::size(values)];
@@ -23,7 +23,8 @@ double number(std::mt19937& random, bool special) {
     return random() % 2 ? size : -size;
 }
 
-// `exact` within `error` and the dtype's rounding; ∞ for what exceeds the dtype.
+// Checks `found` against `exact`, within `error` and the dtype's rounding; ∞ is accepted where the
+// dtype overflows.
 void compare(Comparison& all, const DType& t, size_t i, double found, double exact, double error) {
     error = or_few_roundings(error, exact);
     const double bound = error + t.half_ulp * (std::fabs(exact) + error) + t.smallest;
@@ -32,8 +33,8 @@ void compare(Comparison& all, const DType& t, size_t i, double found, double exa
     all.element(i, found, exact, std::isnan(bound) ? 0 : bound);
 }
 
-// a·b where a is, or in f32 becomes, infinite: ∞·b, and NaN if b has vanished in f32, as it has not
-// in f64. `found` is that.
+// Whether `found` is a·b where a is infinite in f32: the result is ∞·b, or NaN if b has underflowed
+// to 0 in f32 and not in f64.
 bool overflows(double a, double b, double found) {
     const bool vanished = std::fabs(b) < 1e-37;
     return std::fabs(a) > 3.4e38 && (std::isinf(found) || (vanished && std::isnan(found)));
@@ -77,7 +78,7 @@ void run_gate(const DType& t, const Op& op, size_t rows, size_t columns, const s
             if (overflows(inner.u, act.value, out.get(i)) || overflows(act.value, inner.u, out.get(i))) continue;
             const double exact = glu(op, g, u);
             compare(comparison, t, i, out.get(i), exact, glu_error(op, g, u, 0, 0));
-            // silu(-∞)·up = -0·up, signs included
+            // silu(-∞)·up = -0·up, including the sign
             if (std::isinf(g) && exact == 0 && u != 0 && std::signbit(exact) != std::signbit(out.get(i))) comparison.element(i, NAN, exact, 0);
             continue;
         }
@@ -96,8 +97,8 @@ std::vector<std::function<void()>> gate_cases() {
     for (const DType& t : DTYPES) {
         for (const Op& op : every)
             for (unsigned operands : {2, 3}) {
-                // One long row, as the launcher makes of contiguous operands: whole vectors, and a
-                // tail.
+                // One long row, which is the launcher's view of contiguous operands: whole vectors,
+                // and a tail.
                 for (size_t n : {1, 2, 3, 4, 5, 511, 512, 513, 4096, 4099}) {
                     const std::vector<Strides> contiguous(operands, Strides{0, n, 1});
                     seed++;

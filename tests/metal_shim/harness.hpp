@@ -41,7 +41,7 @@ const DType DTYPES[] = {
     {"bf16", 2, std::ldexp(1, -8), std::ldexp(1, -134), 3.3895e38, load_as<bfloat>, store_as<bfloat>},
 };
 
-// A buffer of a dtype, with the numbers it holds.
+// A buffer of a dtype, and the numbers it contains.
 struct Buffer {
     const DType& type;
     Guarded memory;
@@ -73,7 +73,8 @@ void finish() {
     _exit(failed ? 1 : 0);
 }
 
-// A case is one launch; `worst` is its largest error over its bound, > 1 or NaN a failure.
+// Counts a case, which is one launch. `worst` is its largest error over its bound; above 1 or NaN
+// is a failure.
 void count(const std::string& group, double worst, const std::string& message = "") {
     const std::lock_guard lock(counting);
     auto at = std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return g.name == group; });
@@ -98,7 +99,7 @@ void out_of_bounds(int) {
     _exit(1);
 }
 
-// The largest of |found - exact| / bound over elements, and where.
+// The largest |found - exact| / bound of all elements, and its position.
 class Comparison {
 public:
     void element(size_t i, double found, double exact, double bound) {

@@ -1,5 +1,5 @@
-// Memory that notices: buffers between pages that cannot be touched, threadgroup memory that starts
-// as NaN; and the list of kernels.
+// Memory that detects errors: buffers between inaccessible pages, and threadgroup memory that
+// starts as NaN. Also the list of kernels.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace shim {
 
-// Bytes that end where a page that cannot be touched begins (or begin where one ends).
+// Bytes that end where an inaccessible page begins (or begin where one ends).
 class Guarded {
 public:
     explicit Guarded(size_t bytes, bool at_the_front = false) {
@@ -37,8 +37,8 @@ private:
     size_t mapped;
 };
 
-// What threadgroup memory there is on this thread of the machine, to be made NaN again before the
-// next threadgroup.
+// The threadgroup memory on this OS thread, which is filled with NaN again before the next
+// threadgroup.
 inline thread_local std::vector<std::pair<void*, size_t>> threadgroup_memory;
 
 template <typename T, size_t N>
@@ -53,7 +53,7 @@ private:
 
 struct Position { unsigned x, y, z; };
 
-// A kernel behind untyped buffers in the order of its [[buffer(n)]], as Metal binds them.
+// A kernel with untyped buffers in the order of its [[buffer(n)]], as Metal binds them.
 using Kernel = std::function<void(void* const* buffers, const Position& group, unsigned simd, unsigned lane)>;
 
 inline std::map<std::string, Kernel>& kernels() {

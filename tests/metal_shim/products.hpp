@@ -14,7 +14,7 @@ struct Case {
     std::string special;   // nan, inf: one element of x and one of w
 };
 
-// Sums and their error bounds, then values and theirs.
+// Checks the sums and their error bounds, then the values and theirs.
 void check_product(const Case& c, const Buffer& x, const Buffer& w, const Buffer& b, const Buffer& out) {
     Comparison comparison;
     const size_t k = c.k;
@@ -47,8 +47,8 @@ void check_product(const Case& c, const Buffer& x, const Buffer& w, const Buffer
                       " " + c.type.name);
 }
 
-// A row of the batch by itself gives the same bits: what a row is multiplied with, and in which
-// order, is its own affair.
+// A row of the batch has the same bits when it is computed alone: the operations on a row and their
+// order do not depend on the other rows.
 void check_rows_alone(const Case& c, const std::string& name, bool aligned, const Buffer& x, std::vector<void*> buffers, const Buffer& out,
                       Product p, Position grid) {
     Buffer alone(c.type, c.n, false);
@@ -76,8 +76,8 @@ void run_product(const Case& c) {
     Buffer x(c.type, size_t(c.m) * c.k, front), w(c.type, w_rows * c.k, front), b(c.type, w_rows, front), out(c.type, size_t(c.m) * c.n, front);
     std::mt19937 random(c.seed);
     std::uniform_real_distribution<double> uniform(-1, 1);
-    // A uniform weight in ±√(3/K) has variance 1/K: sums keep the size of x. Times 3, so that gates
-    // reach the activations' tails.
+    // A uniform weight in ±√(3/K) has variance 1/K, so sums have the magnitude of x. x is
+    // multiplied by 3 so that the gates reach the tails of the activations.
     for (size_t i = 0; i < x.n; i++) x.set(i, 3 * uniform(random));
     for (size_t i = 0; i < w.n; i++) w.set(i, uniform(random) * std::sqrt(3.0 / c.k));
     for (size_t i = 0; i < b.n; i++) b.set(i, 0.5 * uniform(random));
@@ -108,8 +108,8 @@ std::vector<Case> product_cases() {
     const auto every = ops();
     unsigned seed = 0;
     const auto add = [&](const DType& t, const char* kind, unsigned rows, unsigned m, unsigned n, unsigned k, bool gated, const char* special = "") {
-        // Seeds step through activations, biases, factors, orders and ends of buffers, all in other
-        // strides.
+        // The seed selects activation, bias, factor, order and the guarded end of the buffers, each
+        // with another period.
         seed++;
         all.push_back({t, kind, rows, m, n, k, gated, seed % 3 != 0, every[seed % every.size()], seed % 5 ? 1.0 : (double)-0.4f, seed, special});
     };
@@ -117,8 +117,8 @@ std::vector<Case> product_cases() {
         const unsigned chunk = 16 / t.size, step = 4 * chunk; // elements of 16 B; a tile's step over k
         for (bool gated : {true, false}) {
             for (unsigned rows : {1, 2, 4, 8}) {
-                // k around a lane's chunk and a simdgroup's sweep; n around a simdgroup's and a
-                // threadgroup's features
+                // k at the edges of a lane's chunk and a simdgroup's sweep; n at the edges of a
+                // simdgroup's and a threadgroup's features.
                 for (unsigned k : {1u, chunk - 1, chunk, chunk + 1, 31u, 32u, 33u, 32 * chunk - chunk, 32 * chunk, 32 * chunk + 1, 33 * chunk, 100u})
                     for (unsigned n : {1, 2, 3, 5, 8, 9, 16, 17, 23}) add(t, "decode", rows, 1 + seed % 11, n, k, gated);
                 for (unsigned m = 1; m <= 40; m++) add(t, "decode", rows, m, 11, m % 3 ? 72 : 75, gated);

@@ -1,4 +1,4 @@
-// The definition in f64, as src/reference.rs has it, and how far from it f32 arithmetic may end.
+// The definition in f64, as in src/reference.rs, and bounds of the error of f32 arithmetic.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -47,7 +47,7 @@ inline Slope sigmoid(double z) {
 
 inline double bounded(double x, double bound) { return x > bound ? bound : x < -bound ? -bound : x; }
 
-// g·s for a factor s in [0, 1] that has vanished where g is very negative
+// g·s for a factor s in [0, 1] that has underflowed to 0 where g is very negative
 inline double times_tail(double g, double s) { return s == 0 ? -0.0 : g * s; }
 
 inline Slope activation(const Op& op, double g) {
@@ -75,7 +75,7 @@ inline Slope activation(const Op& op, double g) {
     return {NAN, NAN};
 }
 
-// The activation's argument, up's factor, and whether each side lies within the limit.
+// The argument of the activation, the factor from up, and whether each side is within the limit.
 struct Inputs { double g, u; bool gate_within, up_within; };
 
 inline Inputs inputs(const Op& op, double gate, double up) {
@@ -99,9 +99,9 @@ inline Gradients glu_gradient(const Op& op, double gate, double up, double dy) {
 
 // ---------------------------------------------------------------- bounds
 
-// act(g) alone, in units of U relative: what the CPU kernels document and their tests bound. The
-// argument of the exponential is rounded, and its slope amplifies that: |z| for Swish, 4|v| for the
-// tanh form.
+// Relative error of act(g) alone, in units of U, as the CPU kernels document and their tests check.
+// The argument of the exponential is rounded, and the slope of the exponential amplifies that: |z|
+// for Swish, 4|v| for the tanh form.
 inline double units(const Op& op, double g) {
     switch (op.activation) {
         case SILU:
@@ -119,8 +119,8 @@ inline double units(const Op& op, double g) {
 // |act'| of the family: gelu'(√2) = 1.129, silu' and any swish' stay below 1.1.
 inline double steepest(const Op& op, double g, double dg) { return op.activation == RELU2 ? 2 * (std::fabs(g) + dg) : 1.13; }
 
-// Where σ or Φ is denormal its error is absolute, about one 2^-149, which the products with g and
-// up scale.
+// Where σ or Φ is denormal its error is absolute, about one 2^-149. The products with g and up
+// scale it.
 inline double denormal(double gate, double up) {
     const auto size = [](double x) { return std::min(std::fabs(x), 3.4e38); };
     return std::ldexp(1, -149) * (2 + size(gate)) * (1 + size(up));
@@ -129,8 +129,8 @@ inline double denormal(double gate, double up) {
 // The error of x after a rounding; an infinite x is exact.
 inline double rounded(double x, double error) { return std::isinf(x) ? 0 : error + U * std::fabs(x); }
 
-// glu(gate, up) in f32, if gate and up are off by no more than `dg` and `du`: each step's rounding,
-// and what it passes on.
+// The error of glu(gate, up) in f32, if gate and up are off by at most `dg` and `du`: the rounding
+// of each step, and the propagated errors.
 inline double glu_error(const Op& op, double gate, double up, double dg, double du) {
     const Inputs in = inputs(op, gate, up);
     const double a = std::fabs(activation(op, in.g).value), u = std::fabs(in.u);
@@ -145,10 +145,10 @@ inline double glu_error(const Op& op, double gate, double up, double dg, double 
     return product + U * (a * u + product) + denormal(in.g, in.u);
 }
 
-// Gradients likewise, for exact gate, up and dy. act' is a sum s + g·s' of terms of size at most 1
-// and |g·s'| ≤ 0.6 (swish: max of z·σ' is 0.24; gelu: of x·φ is 0.25; tanh form: 0.6 bounds it),
-// each with the activation's own relative error and at most four more roundings; the tanh form's
-// slope repeats v's error.
+// The errors of the gradients, for exact gate, up and dy. act' is a sum s + g·s' of terms of size
+// at most 1 and |g·s'| ≤ 0.6 (swish: max of z·σ' is 0.24; gelu: of x·φ is 0.25; tanh form: 0.6
+// bounds it). Each term has the activation's own relative error and at most four more roundings.
+// The slope of the tanh form includes v's error once more.
 inline Gradients gradient_error(const Op& op, double gate, double up, double dy) {
     const Inputs in = inputs(op, gate, up);
     const Slope a = activation(op, in.g);
@@ -163,7 +163,7 @@ inline Gradients gradient_error(const Op& op, double gate, double up, double dy)
     return {dgate + denormal(in.g, in.u) * (1 + std::min(d, 3.4e38)), d * da + U * d * std::fabs(a.value) + denormal(in.g, dy)};
 }
 
-// For an infinite or NaN term: what is finite all the same has a few roundings.
+// For an infinite or NaN error bound: a result that is finite nevertheless has a few roundings.
 inline double or_few_roundings(double error, double exact) {
     return std::isfinite(error) ? error : std::isfinite(exact) ? 16 * U * std::fabs(exact) + std::ldexp(1, -140) : 0;
 }

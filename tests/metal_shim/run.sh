@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Runs the kernels of src/metal/swiglu.metal on the CPU against f64: the same files, compiled as C++
-# with the headers beside this script in the place of Metal's. A line per group, then
-# `N passed, N failed`. Needs a C++20 compiler (g++ 12, clang++ 15), no Mac.
+# Runs the kernels of src/metal/swiglu.metal on the CPU against f64. The same files are compiled as
+# C++ with the headers beside this script instead of Metal's. Prints a line per group, then `N
+# passed, N failed`. Needs a C++20 compiler (g++ 12, clang++ 15), and no Mac.
 #
 #   tests/metal_shim/run.sh [--fail-fast | --names]     SOURCES=DIR in the place of src, CXX names the compiler
 #
-# --fail-fast: as written only, to the first failure. --names: the list that kernels.txt keeps, for
-# the tests of src/metal/plan.rs.
+# --fail-fast: only the code as written, up to the first failure. --names: the list for kernels.txt,
+# which the tests of src/metal/plan.rs read.
 #
-# What it cannot see: Metal's own rules of the language (address spaces, attributes), the GPU's
-# arithmetic, and speed.
+# It does not check Metal's own language rules (address spaces, attributes), the arithmetic of the
+# GPU, or speed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 sources=$(cd "${SOURCES:-$here/../../src}" && pwd)
@@ -18,8 +18,8 @@ trap 'rm -rf "$work"' EXIT
 mkdir "$work/metal"
 ln -s "$sources/gate" "$work/gate"
 
-# Function constants become variables, arrays in threadgroup memory objects that notice, and
-# attributes go.
+# Function constants become variables, arrays in threadgroup memory become objects that detect
+# errors, and attributes are removed.
 sed -E -e 's/^constant bool (\w+) \[\[function_constant\(.*/static thread_local bool \1;/' \
     -e 's/^( +)threadgroup (.*) (\w+)\[(.*)\];/\1static thread_local shim::Threadgroup<\2, \4> \3;/' \
     -e 's/\[\[[^]]*\]\]//g' "$sources/metal/swiglu.metal" > "$work/metal/swiglu.inc"
@@ -28,7 +28,7 @@ flags=(-std=c++20 -O2 -Wall -Wno-unknown-pragmas -Werror=switch -Wno-missing-fie
 build() { "${CXX:-g++}" "${flags[@]}" "${@:2}" "$here/test.cpp" -o "$work/$1"; }
 build test -ffp-contract=off &
 built=$!
-# Metal may contract a·b + c to fma outside of our own fma, so the bounds must hold with that too.
+# Metal may contract a·b + c to fma in other places too, so the bounds must also hold with that.
 if [ $# -eq 0 ] && grep -qw fma /proc/cpuinfo 2>/dev/null; then build contracted -ffp-contract=fast -mfma; fi
 wait "$built"
 if [ $# -eq 0 ] && ! "$work/test" --names | diff - "$here/kernels.txt"; then

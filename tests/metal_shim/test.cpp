@@ -1,11 +1,11 @@
-// The kernels of src/metal/swiglu.metal on the CPU against f64, by their names and through untyped
-// buffers, as Metal would run them.
+// Runs the kernels of src/metal/swiglu.metal on the CPU against f64, by their names and with
+// untyped buffers, as Metal does.
 //
 //   test [--names | --fail-fast]
 //
-// Every buffer ends (or begins) at a page that cannot be touched; what is between them and what was
-// never written is NaN. Each result must lie within a bound derived from the sizes of its terms
-// (reference.hpp).
+// Every buffer ends (or begins) at an inaccessible page. The memory between elements and memory
+// that was never written are NaN. Each result must be within a bound derived from the magnitudes of
+// its terms (reference.hpp).
 #include <atomic>
 #include <csignal>
 #include <thread>
@@ -13,8 +13,8 @@
 #include "gate.hpp"
 #include "products.hpp"
 
-// Conversions to f16 and bf16, on which everything else rests: every value there and back, and the
-// ties between neighbours.
+// Conversions to f16 and bf16, on which all other tests rely: every value converted there and back,
+// and the ties between neighbours.
 template <typename T>
 void check_conversions(const char* name, unsigned infinity) {
     what = name;
