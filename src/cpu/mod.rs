@@ -29,7 +29,7 @@ mod tests;
 mod threads;
 mod tuning;
 
-use std::sync::{Once, OnceLock};
+use std::sync::OnceLock;
 
 pub(crate) use gate::{gate_backward, gate_forward};
 pub(crate) use kernels::CpuKernels;
@@ -58,23 +58,23 @@ pub fn cpu_kernels() -> Vec<&'static str> {
     available().iter().map(|kernels| kernels.name).collect()
 }
 
-/// The kernels that production runs: the best ones, or those that [`forced::VARIABLE`] names. With
-/// `plain` no layer uses them.
+/// The kernels that production runs: the best ones, or those that [`forced::VARIABLE`] names.
+/// Decided once. With `plain` no layer uses them.
 pub(crate) fn selected() -> Result<&'static CpuKernels> {
-    let name = forced::kernel().filter(|&name| name != forced::PLAIN);
-    let kernels = match name {
-        Some(name) => available().iter().find(|kernels| kernels.name == name),
-        None => available().first(),
-    };
-    let kernels = kernels.ok_or_else(|| Error::UnknownKernel {
-        variable: forced::VARIABLE,
-        found: name.unwrap_or_default().to_string(),
-        available: cpu_kernels().into_iter().chain([forced::PLAIN]).collect(),
-    })?;
-    static LOGGED: Once = Once::new();
-    LOGGED.call_once(|| {
+    static SELECTED: OnceLock<Option<&'static CpuKernels>> = OnceLock::new();
+    let name = || forced::kernel().filter(|&name| name != forced::PLAIN);
+    let selected = SELECTED.get_or_init(|| {
+        let kernels = match name() {
+            Some(name) => available().iter().find(|kernels| kernels.name == name),
+            None => available().first(),
+        }?;
         let tuning = kernels.f32.sweep.tuning.measured_on;
         tracing::debug!(kernel = kernels.name, cpu = ?CpuFamily::detect(), tuning, "CPU kernel selected");
+        Some(kernels)
     });
-    Ok(kernels)
+    selected.ok_or_else(|| Error::UnknownKernel {
+        variable: forced::VARIABLE,
+        found: name().unwrap_or_default().to_string(),
+        available: cpu_kernels().into_iter().chain([forced::PLAIN]).collect(),
+    })
 }

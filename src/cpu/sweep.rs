@@ -5,6 +5,7 @@
 //! (decode). More rows read the panel in k-blocks that stay in cache while all rows are multiplied
 //! with them (prefill). Sums run over k in the same parts and the same order either way.
 
+use super::format::Format;
 use super::micro::{Micro, MicroArgs};
 use super::panels::Panels;
 use super::product::SUM_F32;
@@ -22,10 +23,8 @@ pub(super) struct Sweep {
     pub(super) streams: usize,
     /// Bytes of an element of A: f32, or bf16 where the instruction set multiplies bf16.
     pub(super) a_bytes: usize,
-    /// Values of k in one step.
-    pub(super) k_step: usize,
-    /// Bytes of one column in one step.
-    pub(super) column_bytes: usize,
+    /// How the weights are stored.
+    pub(super) format: Format,
     /// Microkernels for 1, 2, .., MR rows that prefetch nothing.
     pub(super) micro: Vec<Micro>,
     /// The same, which together prefetch the next k-block.
@@ -150,7 +149,7 @@ impl Sweep {
                 let (block, micro, micro_steps) = match rewritten {
                     Some(Rewritten { rewrite, micro, .. }) => {
                         rewrite(packed, weight.stream_stride(), count, scratch);
-                        (scratch.cast_const(), micro, count * self.k_step)
+                        (scratch.cast_const(), micro, count * self.format.k_step())
                     }
                     None => (packed, &self.micro, count),
                 };
@@ -164,7 +163,7 @@ impl Sweep {
                     let ahead = group * rounds * share;
                     let prefetches = rewritten.is_none() && ahead < rounds * step_bytes;
                     let micro = if prefetches { &self.micro_block } else { micro };
-                    let first = (row * a.a_stride + start * self.k_step) * self.a_bytes;
+                    let first = (row * a.a_stride + start * self.format.k_step()) * self.a_bytes;
                     let a = Rows { a: a.a.add(first), ..a };
                     micro[end - row - 1](&MicroArgs {
                         accumulate: start > 0,
@@ -185,7 +184,7 @@ impl Sweep {
     fn block_steps(&self, rows: usize, rewritten: Option<&Rewritten>) -> usize {
         let k_bytes = match rewritten {
             Some(rewritten) => self.nr * rewritten.value_bytes,
-            None => self.nr * self.column_bytes / self.k_step,
+            None => self.nr * self.format.column_bytes() / self.format.k_step(),
         };
         let block_k = if rows <= self.tuning.few_rows {
             (self.tuning.few_rows_block / k_bytes).max(SUM_F32)
@@ -193,7 +192,7 @@ impl Sweep {
             self.tuning.many_rows_block / k_bytes
         };
         debug_assert!(block_k % SUM_F32 == 0, "blocks end where sums do");
-        let steps = block_k / self.k_step;
+        let steps = block_k / self.format.k_step();
         debug_assert!(
             steps.is_multiple_of(self.streams),
             "blocks end where rounds over the streams do"

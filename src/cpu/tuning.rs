@@ -155,6 +155,19 @@ impl Tuned for Avx512OnZen4 {
     };
 }
 
+/// Block sizes and thresholds for vectors of at most 256 bits, measured with AVX2 on Zen 3.
+const SHORT_VECTORS: Tuning = Tuning {
+    measured_on: "AMD Zen 3",
+    // Leaves room in L1 for the sums and for the same k of the rows (4 KiB: 2 to 8 % slower in 16
+    // bit; 16 KiB: up to 10 %).
+    few_rows_block: 8 << 10,
+    few_rows: 24,
+    many_rows_block: 256 << 10,
+    widen_from: 160,
+    sweep_ahead: 8 << 10,
+    adjacent_bytes: usize::MAX,
+};
+
 /// AVX2 on Zen 3. Also the default for AVX2.
 #[cfg(target_arch = "x86_64")]
 pub(super) struct Avx2OnZen3;
@@ -162,17 +175,7 @@ pub(super) struct Avx2OnZen3;
 #[cfg(target_arch = "x86_64")]
 impl Tuned for Avx2OnZen3 {
     type Access = FourStreams;
-    const TUNING: Tuning = Tuning {
-        measured_on: "AMD Zen 3",
-        // Leaves room in L1 for the sums and for the same k of the rows (4 KiB: 2 to 8 % slower in
-        // 16 bit; 16 KiB: up to 10 %).
-        few_rows_block: 8 << 10,
-        few_rows: 24,
-        many_rows_block: 256 << 10,
-        widen_from: 160,
-        sweep_ahead: 8 << 10,
-        adjacent_bytes: usize::MAX,
-    };
+    const TUNING: Tuning = SHORT_VECTORS;
 }
 
 /// Vectors of 128 bits, on CPUs that were never measured.
@@ -180,15 +183,7 @@ pub(super) struct Unmeasured;
 
 impl Tuned for Unmeasured {
     type Access = OneStream;
-    const TUNING: Tuning = Tuning {
-        measured_on: "none",
-        few_rows_block: 8 << 10,
-        few_rows: 24,
-        many_rows_block: 256 << 10,
-        widen_from: 160,
-        sweep_ahead: 8 << 10,
-        adjacent_bytes: usize::MAX,
-    };
+    const TUNING: Tuning = Tuning { measured_on: "none", ..SHORT_VECTORS };
 }
 
 /// No vectors: widening a k-block once always pays.
