@@ -1,11 +1,14 @@
-//! What surrounds a product: x becomes A before it, and the sums of a panel become y after it. The
-//! epilogue of gate and up is in `glu.rs`.
+//! What surrounds a product: x becomes A before it, and the sums of a panel become h or y after it.
+//! The formulas of the gate are in `glu.rs`.
 
 use std::mem::MaybeUninit;
 
 use half::bf16;
 
+use super::activation::Activation;
+use super::glu::{Formula, Modified, Plain, with_activation};
 use super::simd::{Body, Element, MAX_LANES, Simd};
+use crate::gate::activation::Glu;
 
 /// The sums of one panel, as an epilogue reads them.
 #[derive(Clone, Copy)]
@@ -108,6 +111,69 @@ impl<S: Simd, T: Element> Body<S> for Widening<T> {
 pub(super) unsafe fn copy_bf16(from: *const bf16, n: usize, to: *mut u8) {
     // SAFETY: the caller's contract.
     unsafe { std::ptr::copy_nonoverlapping(from, to.cast(), n) }
+}
+
+/// Sums of one panel (rows, NR), gate in the first NR/2 columns -> h (rows, NR/2), rounded once to
+/// T.
+///
+/// # Safety
+/// The CPU has the instructions. `panel.sums` points to rows·NV·LANES f32, `panel.bias` to
+/// NV·LANES, if any; `h` to `rows` rows, `h_stride` apart, of NV/2·LANES writable elements.
+#[inline(always)]
+pub(super) unsafe fn hidden<S: Simd, T: Element, H: Hidden<T>, const NV: usize>(
+    s: S,
+    op: &Glu,
+    panel: PanelSums,
+    h: *mut H,
+    h_stride: usize,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        with_activation!(op, act => hidden_with::<S, T, H, _, NV>(s, act, op, panel, h, h_stride))
+    }
+}
+
+/// # Safety
+/// As [`hidden`].
+#[inline(always)]
+unsafe fn hidden_with<S: Simd, T: Element, H: Hidden<T>, A: Activation, const NV: usize>(
+    s: S,
+    act: A,
+    op: &Glu,
+    panel: PanelSums,
+    h: *mut H,
+    h_stride: usize,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if op.is_plain() {
+            hidden_rows::<S, T, H, _, NV>(s, Plain(act), panel, h, h_stride);
+        } else {
+            hidden_rows::<S, T, H, _, NV>(s, Modified(act, op), panel, h, h_stride);
+        }
+    }
+}
+
+/// # Safety
+/// As [`hidden`].
+#[inline(always)]
+unsafe fn hidden_rows<S: Simd, T: Element, H: Hidden<T>, F: Formula, const NV: usize>(
+    s: S,
+    formula: F,
+    panel: PanelSums,
+    h: *mut H,
+    h_stride: usize,
+) {
+    for row in 0..panel.rows {
+        for v in 0..NV / 2 {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let (gate, up) =
+                    (panel.vector::<S, NV>(s, row, v), panel.vector::<S, NV>(s, row, NV / 2 + v));
+                H::keep(s, formula.value(s, gate, up), h.add(row * h_stride + v * S::LANES));
+            }
+        }
+    }
 }
 
 /// The sums of a panel, plus their bias, times `factor`, rounded once -> y (rows, columns). Made by

@@ -2,19 +2,20 @@
 //! memory.
 //!
 //! Written once over [`Simd`] and [`Element`]: elements are widened to f32 on load, everything
-//! happens in f32, and each result is rounded once, on store. The instruction-set files instantiate
-//! [`forward`] and [`backward`].
+//! happens in f32, and each result is rounded once, on store. `epilogue.rs` applies the same formulas
+//! to the sums of gate and up.
 
 use std::mem::MaybeUninit;
 
-use super::activation::{self, Activation, Gelu, GeluTanh, Identity, Relu, Relu2, Sigmoid, Swish};
-use super::epilogue::{Hidden, PanelSums};
+use super::activation::{self, Activation};
 use super::simd::{Element, MAX_LANES, Simd};
-use crate::gate::activation::{Glu, GluActivation};
+use crate::gate::activation::Glu;
 
 /// `$body` with `$act` bound to the activation of `$op` as a type of its own.
 macro_rules! with_activation {
-    ($op:expr, $act:ident => $body:expr) => {
+    ($op:expr, $act:ident => $body:expr) => {{
+        use $crate::cpu::activation::*;
+        use $crate::gate::activation::GluActivation;
         match $op.activation {
             GluActivation::Silu => with_activation!(Swish(1.0), $act, $body),
             GluActivation::Swish { beta } => with_activation!(Swish(beta), $act, $body),
@@ -25,12 +26,13 @@ macro_rules! with_activation {
             GluActivation::Identity => with_activation!(Identity, $act, $body),
             GluActivation::Relu2 => with_activation!(Relu2, $act, $body),
         }
-    };
+    }};
     ($value:expr, $act:ident, $body:expr) => {{
         let $act = $value;
         $body
     }};
 }
+pub(super) use with_activation;
 
 /// gate, up (n) -> out (n)
 #[inline(always)]
@@ -53,69 +55,6 @@ pub(super) fn backward<S: Simd, T: Element>(
     outputs: [&mut [MaybeUninit<T>]; 2],
 ) {
     with_activation!(op, act => backward_with(s, act, op, inputs, outputs))
-}
-
-/// Sums of one panel (rows, NR), gate in the first NR/2 columns -> h (rows, NR/2), rounded once to
-/// T.
-///
-/// # Safety
-/// The CPU has the instructions. `panel.sums` points to rows·NV·LANES f32, `panel.bias` to
-/// NV·LANES, if any; `h` to `rows` rows, `h_stride` apart, of NV/2·LANES writable elements.
-#[inline(always)]
-pub(super) unsafe fn tile<S: Simd, T: Element, H: Hidden<T>, const NV: usize>(
-    s: S,
-    op: &Glu,
-    panel: PanelSums,
-    h: *mut H,
-    h_stride: usize,
-) {
-    // SAFETY: the caller's contract.
-    unsafe {
-        with_activation!(op, act => tile_with::<S, T, H, _, NV>(s, act, op, panel, h, h_stride))
-    }
-}
-
-/// # Safety
-/// As [`tile`].
-#[inline(always)]
-unsafe fn tile_with<S: Simd, T: Element, H: Hidden<T>, A: Activation, const NV: usize>(
-    s: S,
-    act: A,
-    op: &Glu,
-    panel: PanelSums,
-    h: *mut H,
-    h_stride: usize,
-) {
-    // SAFETY: the caller's contract.
-    unsafe {
-        if op.is_plain() {
-            tile_rows::<S, T, H, _, NV>(s, Plain(act), panel, h, h_stride);
-        } else {
-            tile_rows::<S, T, H, _, NV>(s, Modified(act, op), panel, h, h_stride);
-        }
-    }
-}
-
-/// # Safety
-/// As [`tile`].
-#[inline(always)]
-unsafe fn tile_rows<S: Simd, T: Element, H: Hidden<T>, F: Formula, const NV: usize>(
-    s: S,
-    formula: F,
-    panel: PanelSums,
-    h: *mut H,
-    h_stride: usize,
-) {
-    for row in 0..panel.rows {
-        for v in 0..NV / 2 {
-            // SAFETY: the caller's contract.
-            unsafe {
-                let (gate, up) =
-                    (panel.vector::<S, NV>(s, row, v), panel.vector::<S, NV>(s, row, NV / 2 + v));
-                H::keep(s, formula.value(s, gate, up), h.add(row * h_stride + v * S::LANES));
-            }
-        }
-    }
 }
 
 #[inline(always)]
@@ -151,7 +90,7 @@ fn backward_with<S: Simd, T: Element, A: Activation>(
 
 /// The formula of one vector. (A closure would not take on the caller's target features; an
 /// `inline(always)` method does.)
-trait Formula: Copy {
+pub(super) trait Formula: Copy {
     /// gate, up -> out
     fn value<S: Simd>(self, s: S, gate: S::F, up: S::F) -> S::F;
     /// gate, up, dy -> (dgate, dup)
@@ -160,7 +99,7 @@ trait Formula: Copy {
 
 /// act(gate) ⊙ up
 #[derive(Clone, Copy)]
-struct Plain<A>(A);
+pub(super) struct Plain<A>(pub(super) A);
 
 impl<A: Activation> Formula for Plain<A> {
     #[inline(always)]
@@ -176,7 +115,7 @@ impl<A: Activation> Formula for Plain<A> {
 
 /// act(min(m·gate, limit)) ⊙ (clamp(up) + c)
 #[derive(Clone, Copy)]
-struct Modified<'a, A>(A, &'a Glu);
+pub(super) struct Modified<'a, A>(pub(super) A, pub(super) &'a Glu);
 
 impl<A: Activation> Formula for Modified<'_, A> {
     #[inline(always)]

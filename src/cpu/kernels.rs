@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 use candle_core::{DType, WithDType};
 use half::{bf16, f16};
 
-use super::epilogue::{Hidden, Output, PanelSums, Widening};
+use super::epilogue::{self, Hidden, Output, PanelSums, Widening};
 use super::format::{Format, Stored, widen};
 use super::glu;
 use super::micro::{Micro, Role, micro, micro_adjacent};
@@ -239,7 +239,7 @@ unsafe fn widen_x<I: Isa, T: Element>(from: *const T, n: usize, to: *mut u8) {
 }
 
 /// # Safety
-/// The CPU has the instructions of I; otherwise as [`glu::tile`].
+/// The CPU has the instructions of I; otherwise as [`epilogue::hidden`].
 unsafe fn gate<I: Isa, T: Element, H: Hidden<T>, const NV: usize>(
     op: &Glu,
     panel: PanelSums,
@@ -258,7 +258,7 @@ unsafe fn gate<I: Isa, T: Element, H: Hidden<T>, const NV: usize>(
         #[inline(always)]
         fn run(self, s: S) {
             // SAFETY: `gate`'s contract.
-            unsafe { glu::tile::<S, T, H, NV>(s, self.0, self.1, self.2, self.3) }
+            unsafe { epilogue::hidden::<S, T, H, NV>(s, self.0, self.1, self.2, self.3) }
         }
     }
     let body = Gate::<T, H, NV>(op, panel, h.cast(), h_stride, std::marker::PhantomData);
@@ -345,7 +345,7 @@ pub(super) fn with_bf16<I: Isa, P: Product<I::Simd, A = bf16>, M: Shape, U: Tune
     rewritten: Option<Rewritten>,
 ) -> CpuKernels {
     let sweep = sweep::<I, P, M, U>(rewritten);
-    let edges = M::edges::<I, bf16, bf16>(super::epilogue::copy_bf16);
+    let edges = M::edges::<I, bf16, bf16>(epilogue::copy_bf16);
     CpuKernels {
         name,
         bf16: FormatKernels { sweep, f32: None, bf16: Some(edges), f16: None },

@@ -25,7 +25,6 @@
 //! 5. `plan::decode_rows` gives the most rows that count as few: 32, or 16 on Hopper in bf16 and
 //!    f16.
 
-mod cublas;
 mod functions;
 mod gate;
 mod launch;

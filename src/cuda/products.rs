@@ -2,9 +2,8 @@
 
 use candle_core::{DType, Result};
 
-use super::cublas::gemm;
 use super::launch::{
-    Element, Launch, LaunchContext, NULL, Pointer, arguments, is_capturing, tensor_map,
+    Element, Launch, LaunchContext, NULL, Pointer, arguments, gemm, is_capturing, tensor_map,
 };
 use super::plan::{self, Grid, Kernel, Prefill, TILES, Tile, chunk_rows};
 use crate::gate::params::GluParams;
