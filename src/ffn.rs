@@ -33,9 +33,9 @@ use crate::load::{GateUp, Weights, load_each};
 ///
 /// # Accuracy
 /// Packed weights: products are summed in f32 in the order of k, with partial sums of 128 products,
-/// for every number of rows and threads; h and y are rounded once each. `avx512bf16` and `neonbf16`
-/// add pairs of bf16 products without partial sums and flush denormals to 0; ARM's instruction
-/// rounds such a sum to within one unit in the last place of f32, not half of one. The error bounds
+/// for every number of rows and threads; h and y are rounded once each. `amx`, `avx512bf16` and
+/// `neonbf16` add pairs of bf16 products without these partial sums (`amx` has partial sums of 16
+/// even and of 16 odd k) and flush denormals to 0; ARM's instruction rounds such a sum to within one unit in the last place of f32, not half of one. The error bounds
 /// are the same. Other weights: candle's matmuls, in f64 for f64, also round gate and up.
 ///
 /// # Memory
@@ -153,7 +153,7 @@ impl SwiGluFfn {
     ///
     /// - Packed on the CPU: the instruction set for the dtype of the weights, one of
     ///   [`crate::cpu_kernels`]. The environment variable `CANDLE_SWIGLU_KERNEL` forces one.
-    ///   `avx512bf16` and `neonbf16` use `avx512` and `neon` for all dtypes but bf16.
+    ///   `amx` and `avx512bf16` use `avx512` for all dtypes but bf16, `neonbf16` uses `neon`.
     /// - On a GPU for which this crate has kernels: their name (`metal`, `cuda-sm90`).
     /// - Otherwise `plain` for candle's matmuls; on the CPU with the instruction set of the gate
     ///   (`plain-avx2`).

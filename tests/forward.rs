@@ -432,9 +432,12 @@ fn the_kernel_has_a_name() -> Result<()> {
         assert!(candle_swiglu::cpu_kernels().contains(&kernel), "{}", ffn.kernel());
         assert_eq!(plain, dtype == DType::F64);
         if let Ok(forced) = std::env::var("CANDLE_SWIGLU_KERNEL") {
-            // `avx512bf16` and `neonbf16` are `avx512` and `neon` with products in bf16.
-            let expected =
-                if dtype == DType::BF16 { &forced } else { forced.trim_end_matches("bf16") };
+            // `amx` and `avx512bf16` are `avx512` with products in bf16, `neonbf16` is `neon`.
+            let expected = match forced.as_str() {
+                _ if dtype == DType::BF16 => &forced,
+                "amx" => "avx512",
+                _ => forced.trim_end_matches("bf16"),
+            };
             assert_eq!(kernel, expected);
         }
         assert_eq!(ffn.clone().kernel(), ffn.kernel());

@@ -28,7 +28,7 @@ fn sum_words_of(kernel: &str) -> SumWords {
     match kernel {
         // SAFETY: the kernel's name says that the CPU has the instructions.
         #[cfg(target_arch = "x86_64")]
-        "avx512bf16" | "avx512" => |bytes, streams| unsafe { x86::sum_512(bytes, streams) },
+        "amx" | "avx512bf16" | "avx512" => |bytes, streams| unsafe { x86::sum_512(bytes, streams) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         "avx2" => |bytes, streams| unsafe { x86::sum_256(bytes, streams) },

@@ -13,9 +13,12 @@ use candle_core::DType;
 pub fn peak_of(kernel: &str, dtype: DType) -> Option<fn() -> f64> {
     #[cfg(target_arch = "x86_64")]
     match (kernel.trim_start_matches("plain-"), dtype) {
+        // A sixteenth of the rounds: each instruction takes 16 cycles.
+        // SAFETY: as below; the process has the permission to use tiles.
+        ("amx", DType::BF16) => return Some(|| burst(1024.0, |n| unsafe { x86::tiles(n / 16) })),
         // SAFETY: a kernel that runs implies that the CPU has its instructions.
         ("avx512bf16", DType::BF16) => return Some(|| burst(64.0, |n| unsafe { x86::bf16(n) })),
-        ("avx512bf16" | "avx512", _) => {
+        ("amx" | "avx512bf16" | "avx512", _) => {
             // SAFETY: as above.
             return Some(|| burst(32.0, |n| unsafe { x86::f32_512(n) }));
         }
@@ -46,6 +49,42 @@ mod x86 {
 
     /// Independent sums: slightly more than two pipes times a latency of up to five cycles.
     pub const SUMS: usize = 12;
+
+    /// [`SUMS`] products of tiles in each round, in four independent sums.
+    ///
+    /// # Safety
+    /// The CPU has AMX with bf16, the process may use it, and the thread has nothing in tiles.
+    pub unsafe fn tiles(rounds: usize) {
+        #[repr(align(64))]
+        struct Configuration([u8; 64]);
+        let mut wanted = Configuration([0; 64]);
+        wanted.0[0] = 1;
+        for tile in 0..8 {
+            wanted.0[16 + 2 * tile] = 64;
+            wanted.0[48 + tile] = 16;
+        }
+        // SAFETY: the caller's contract; the configuration is valid.
+        unsafe {
+            std::arch::asm!(
+                "ldtilecfg [{wanted}]",
+                "2:",
+                "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
+                "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
+                "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
+                "dec {rounds}",
+                "jnz 2b",
+                "tilerelease",
+                wanted = in(reg) &raw const wanted,
+                rounds = inout(reg) rounds.max(1) => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub fn bf16(rounds: usize) {

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, DType, Layout, Shape, WithDType};
 use half::{bf16, f16};
 
 use super::tests::{activation_bound, ops};
-use super::{BlockLayer, CpuKernels, LinearLayer, available, block, linear};
+use super::{BlockLayer, CpuKernels, LinearLayer, available, block, linear, twin};
 use crate::gate::activation::{Glu, GluActivation};
 use crate::reference;
 use crate::which::Which;
@@ -161,8 +161,17 @@ impl Case {
 
     /// Every kernel's y within the bound.
     fn check<T: WithDType>(&self, x: &Matrix) {
+        self.check_kernels::<T>(x, available());
+    }
+
+    /// These kernels' y within the bound.
+    fn check_kernels<T: WithDType>(
+        &self,
+        x: &Matrix,
+        kernels: impl IntoIterator<Item = &'static CpuKernels>,
+    ) {
         let expected = self.expected(x, T::DTYPE);
-        for kernel in available() {
+        for kernel in kernels {
             let y = run::<T>(&*self.layer::<T>(kernel), x);
             assert_eq!(y.len(), expected.len());
             for (at, (&y, &(exact, error))) in y.iter().zip(&expected).enumerate() {
@@ -443,7 +452,7 @@ macro_rules! per_dtype {
                     assert_eq!(y(128.0, 0.0), 2f64.powi(top), "{}", kernel.name);
                     assert_eq!(y(-128.0, 0.0), -(2f64.powi(top)), "{}", kernel.name);
                     assert_eq!(y(256.0, 0.0), f64::INFINITY, "{}", kernel.name);
-                    let flushes = ["avx512bf16", "neonbf16"].contains(&kernel.name)
+                    let flushes = ["amx", "avx512bf16", "neonbf16"].contains(&kernel.name)
                         && T::DTYPE == DType::BF16;
                     let smallest = 2f64.powi(tiny);
                     assert_eq!(
@@ -497,7 +506,7 @@ fn vector_kernels_of_one_arithmetic_give_the_same_bits() {
         if !fuses {
             continue;
         }
-        let native = ["avx512bf16", "neonbf16"].contains(&kernel.name);
+        let native = ["amx", "avx512bf16", "neonbf16"].contains(&kernel.name);
         let found = [
             digest::<f32>(kernel),
             digest::<f16>(kernel),
@@ -594,6 +603,119 @@ fn units_are_all_panels_and_rows_once() {
                 seen.iter().all(|&n| n == 1),
                 "{rows} rows, {panels} panels, {threads} threads, {adjacent} adjacent"
             );
+        }
+    }
+}
+
+/// Tiles of 1 to 16 rows, pairs of them and one left over; k within a tile, of several tiles, of
+/// several k-blocks and odd; panels in groups, alone and left over; gate's bias and any activation.
+#[test]
+fn products_on_tiles_meet_the_definition_and_the_instructions() {
+    let small = [(1, 1), (33, 65), (64, 32), (67, 129)];
+    let mut sizes: Vec<_> = [1, 2, 15, 16, 17, 31, 33, 49]
+        .into_iter()
+        .flat_map(|m| small.map(|(h, i)| (m, h, i)))
+        .collect();
+    sizes.extend([(3, 700, 33), (40, 33, 700), (97, 130, 150), (513, 5, 6)]);
+    let amx = available().iter().find(|kernel| kernel.name == "amx");
+    for (m, h, i) in sizes {
+        let case = Case::new::<bf16>(ops()[m % ops().len()], h, i, m % 2 == 0);
+        let x = Matrix::random::<bf16>(m, h, 1.0, 4);
+        case.check_kernels::<bf16>(&x, [twin::kernels()]);
+        if let Some(amx) = amx {
+            let [soft, hard] =
+                [twin::kernels(), amx].map(|kernel| run::<bf16>(&*case.layer::<bf16>(kernel), &x));
+            assert_eq!(soft, hard, "(M, H, I) = ({m}, {h}, {i})");
+        }
+    }
+}
+
+/// Whatever a unit's padding rows hold, they reach no result; nor does a row's company.
+#[test]
+fn a_row_on_tiles_does_not_depend_on_its_company() {
+    let (h, i) = (131, 67);
+    let case = Case::new::<bf16>(silu(), h, i, true);
+    let mut x = Matrix::random::<bf16>(70, h, 1.0, 4);
+    let layer = case.layer::<bf16>(twin::kernels());
+    let all = run::<bf16>(&*layer, &x);
+    for range in [0..1, 1..18, 18..34, 34..70, 69..70] {
+        let part = run::<bf16>(&*layer, &x.rows(range.clone()));
+        assert_eq!(part, all[range.start * h..range.end * h], "rows {range:?}");
+    }
+    x.data[40 * h..41 * h].fill(f64::NAN);
+    let with_nan = run::<bf16>(&*layer, &x);
+    assert!(with_nan[40 * h..41 * h].iter().all(|y| y.is_nan()));
+    assert_eq!(with_nan[..40 * h], all[..40 * h]);
+    assert_eq!(with_nan[41 * h..], all[41 * h..]);
+}
+
+/// Bit for bit, also where the sum of products is not a normal number.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn the_twin_computes_as_the_instructions() {
+    use super::tiles::{NR, TileArgs};
+    let Some(hard) = super::isa::tiles() else { return };
+    let soft = twin::tiles();
+    let mut state = 7u64;
+    let mut random = move || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as u32
+    };
+    // Any pattern; normal numbers of like size; products around the smallest normal number.
+    let kinds: [fn(u32) -> u16; 4] = [
+        |r| r as u16,
+        |r| (r as u16 & 0x83ff) | 0x3c00,
+        |r| (r as u16 & 0x81ff) | 0x1f80,
+        |r| {
+            if r % 97 == 0 {
+                [0x7f80, 0xff80, 0x7fc1, 1, 0x8001][r as usize % 5]
+            } else {
+                (r as u16 & 0x83ff) | 0x3c00
+            }
+        },
+    ];
+    let (steps, panels, k) = (3, 3, 96);
+    for case in 0..400 {
+        let kind = kinds[case % kinds.len()];
+        let height = 1 + case / 4 % 16;
+        let a: Vec<u16> = (0..32 * k).map(|_| kind(random())).collect();
+        let b: Vec<u16> = (0..panels * k * NR).map(|_| kind(random())).collect();
+        let start: Vec<f32> = (0..panels * 32 * NR)
+            .map(|_| if case % 3 == 0 { f32::from_bits(random() << 1) } else { 1.0 })
+            .collect();
+        let micros = [(soft.pair, hard.pair, 2, 1)]
+            .into_iter()
+            .chain((0..3).map(|i| (soft.single[i], hard.single[i], 1, i + 1)));
+        for (soft, hard_micro, tiles, panels) in micros {
+            let results = [(soft, false), (hard_micro, true)].map(|(micro, is_hard)| {
+                let mut sums = start.clone();
+                let args = TileArgs {
+                    a: a.as_ptr().cast(),
+                    a_stride: 2 * k,
+                    b: b.as_ptr().cast(),
+                    panel_stride: 2 * k * NR,
+                    steps,
+                    sums: sums.as_mut_ptr(),
+                    sums_stride: 4 * height * NR,
+                    height,
+                    accumulate: case % 2 == 0,
+                    prefetch: b.as_ptr().cast(),
+                    lines: 2,
+                    next_a: a.as_ptr().cast(),
+                    next_sums: start.as_ptr(),
+                };
+                // SAFETY: the CPU has the instructions; A has 32 rows of k, B the panels, and the
+                // sums have room for 2 tiles or 3 panels of 16 rows.
+                unsafe {
+                    let saved = is_hard.then(|| (hard.configure)(height, tiles == 1));
+                    micro(&args);
+                    if let Some(saved) = saved {
+                        (hard.restore)(&saved);
+                    }
+                }
+                sums.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            });
+            assert_eq!(results[0], results[1], "case {case}, {tiles} tiles, {panels} panels");
         }
     }
 }

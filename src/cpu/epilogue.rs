@@ -107,7 +107,7 @@ impl<S: Simd, T: Element> Body<S> for Widening<T> {
 ///
 /// # Safety
 /// `from` has n elements, `to` room for them.
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", test))]
 pub(super) unsafe fn copy_bf16(from: *const bf16, n: usize, to: *mut u8) {
     // SAFETY: the caller's contract.
     unsafe { std::ptr::copy_nonoverlapping(from, to.cast(), n) }

@@ -15,6 +15,7 @@ use super::micro::{Micro, Role, micro, micro_adjacent};
 use super::product::{Product, Widen};
 use super::simd::{Body, Element, Isa, Simd};
 use super::sweep::{Rewritten, Sweep};
+use super::tiles::{self, Tiles};
 use super::tuning::{Access, Tuned};
 use crate::gate::activation::Glu;
 
@@ -201,6 +202,8 @@ shape!(TwoByFour, 2, [1, 2, 3, 4], []);
 shape!(FourBySix, 4, [1, 2, 3, 4, 5, 6], []);
 shape!(FourByFive, 4, [1, 2, 3, 4, 5], []);
 shape!(EightByTwo, 8, [1, 2], []);
+#[cfg(test)]
+shape!(ThirtyTwo, 32, [], []);
 
 /// # Safety
 /// The CPU has the instructions of I; otherwise as [`widen`].
@@ -293,6 +296,7 @@ pub(super) fn sweep<I: Isa, P: Product<I::Simd>, M: Shape, U: Tuned>(
         micro_sweep: M::micro::<I, P, U::Access, { Role::SWEEP }>(),
         micro_adjacent: M::adjacent::<I, P, U::Access>(),
         rewritten,
+        tiles: None,
         tuning: U::TUNING,
     }
 }
@@ -345,6 +349,36 @@ pub(super) fn with_bf16<I: Isa, P: Product<I::Simd, A = bf16>, M: Shape, U: Tune
     rewritten: Option<Rewritten>,
 ) -> CpuKernels {
     let sweep = sweep::<I, P, M, U>(rewritten);
+    let edges = M::edges::<I, bf16, bf16>(epilogue::copy_bf16);
+    CpuKernels {
+        name,
+        bf16: FormatKernels { sweep, f32: None, bf16: Some(edges), f16: None },
+        ..base
+    }
+}
+
+/// [`kernels`] of a base instruction set whose products in bf16 are computed by a matrix unit.
+#[cfg(any(target_arch = "x86_64", test))]
+pub(super) fn with_tiles<I: Isa, M: Shape>(
+    name: &'static str,
+    _proof: I,
+    base: CpuKernels,
+    tiles: Tiles,
+) -> CpuKernels {
+    let sweep = Sweep {
+        nr: tiles::NR,
+        streams: 1,
+        a_bytes: size_of::<bf16>(),
+        format: Format::Bf16,
+        micro: vec![],
+        micro_block: vec![],
+        micro_sweep: vec![],
+        micro_adjacent: vec![],
+        rewritten: None,
+        tiles: Some(tiles),
+        tuning: base.bf16.sweep.tuning,
+    };
+    assert!(M::NV * I::Simd::LANES == tiles::NR, "the epilogues are for these columns");
     let edges = M::edges::<I, bf16, bf16>(epilogue::copy_bf16);
     CpuKernels {
         name,

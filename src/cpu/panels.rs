@@ -35,6 +35,8 @@ pub(super) struct Panels {
     format: Format,
     /// K
     k: usize,
+    /// K, padded with zeros.
+    padded_k: usize,
     /// Columns of a panel.
     nr: usize,
     streams: usize,
@@ -44,19 +46,22 @@ pub(super) struct Panels {
 }
 
 impl Panels {
-    /// Zeros for `columns` columns; a gate and an up column count as two.
+    /// Zeros for `columns` columns; a gate and an up column count as two. `k_multiple` is a multiple
+    /// of the format's step.
     pub(super) fn zeroed(
         format: Format,
         columns: usize,
         k: usize,
         nr: usize,
         streams: usize,
+        k_multiple: usize,
     ) -> Self {
         let count = columns.div_ceil(nr);
+        let padded_k = k.next_multiple_of(k_multiple);
         let stream_stride =
-            k.div_ceil(format.k_step()).div_ceil(streams) * nr * format.column_bytes();
+            (padded_k / format.k_step()).div_ceil(streams) * nr * format.column_bytes();
         let buffer = Buffer::zeroed(count * streams * stream_stride);
-        Self { buffer, format, k, nr, streams, stream_stride, count }
+        Self { buffer, format, k, padded_k, nr, streams, stream_stride, count }
     }
 
     /// Panels.
@@ -69,9 +74,9 @@ impl Panels {
         self.k
     }
 
-    /// K, padded to whole steps.
+    /// K, padded to whole steps, or to what the kernels read at once.
     pub(super) fn padded_k(&self) -> usize {
-        self.k.next_multiple_of(self.format.k_step())
+        self.padded_k
     }
 
     /// Columns of a panel.
@@ -81,7 +86,7 @@ impl Panels {
 
     /// Steps of a panel.
     pub(super) fn steps(&self) -> usize {
-        self.k.div_ceil(self.format.k_step())
+        self.padded_k / self.format.k_step()
     }
 
     /// Bytes of one step.

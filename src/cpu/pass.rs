@@ -162,8 +162,11 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         // h is written in whole panels of the first stage.
         let a_strides =
             [0, 1].map(|i| stage(i).map_or(0, |p| p.weight.k().next_multiple_of(nr) + PAD));
-        let a_sizes =
-            [0, 1].map(|i| stage(i).map_or(0, |p| x.rows * a_strides[i] * p.sweep().a_bytes));
+        let a_sizes = [0, 1].map(|i| {
+            stage(i).map_or(0, |p| {
+                (x.rows + p.sweep().row_padding()) * a_strides[i] * p.sweep().a_bytes
+            })
+        });
         let offsets =
             [0, a_sizes[0], a_sizes[0] + a_sizes[1]].map(|offset| offset.next_multiple_of(64));
         let partitions = [0, 1].map(|i| match stage(i) {
@@ -175,7 +178,8 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         });
         let own = |i: usize| {
             let bytes = |p: &Projection| {
-                let sums = x.rows * p.sweep().nr * partitions[i].adjacent() * size_of::<f32>();
+                let rows = x.rows + p.sweep().row_padding();
+                let sums = rows * p.sweep().nr * partitions[i].adjacent() * size_of::<f32>();
                 sums + p.sweep().rewritten_bytes(x.rows)
             };
             stage(i).map_or(0, bytes)
@@ -273,17 +277,13 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
                 rows,
             };
             let most = self.partitions[stage].adjacent();
-            if most > 1 && panels.len() == most {
-                sweep.adjacent(weight, panels.start, a, sums);
-            } else {
-                let rewritten = own.add(self.x.rows * sweep.nr * most * size_of::<f32>());
-                for (i, panel) in panels.clone().enumerate() {
-                    let sums = sums.add(i * rows * sweep.nr);
-                    sweep.panel(weight, panel, a, sums, rewritten, self.first_byte(stage, next));
-                }
-            }
+            let most_rows = self.x.rows + sweep.row_padding();
+            let rewritten = own.add(most_rows * sweep.nr * most * size_of::<f32>());
+            let after = self.first_byte(stage, next);
+            sweep.panels(weight, panels.clone(), a, sums, rewritten, after);
+            let panel_sums = sweep.padded_rows(rows) * sweep.nr;
             for (i, panel) in panels.enumerate() {
-                let sums = projection.sums(panel, rows, sums.add(i * rows * sweep.nr));
+                let sums = projection.sums(panel, rows, sums.add(i * panel_sums));
                 self.write(stage, scratch, panel, start, sums);
             }
         }

@@ -26,7 +26,9 @@ impl Projection {
         k: usize,
     ) -> Self {
         let kernels = kernels.format(format);
-        let weight = Panels::zeroed(format, columns, k, kernels.sweep.nr, kernels.sweep.streams);
+        let Sweep { nr, streams, .. } = kernels.sweep;
+        let k_multiple = kernels.sweep.k_multiple();
+        let weight = Panels::zeroed(format, columns, k, nr, streams, k_multiple);
         Self { kernels, weight, bias: None, columns }
     }
 

@@ -5,10 +5,13 @@
 //! (decode). More rows read the panel in k-blocks that stay in cache while all rows are multiplied
 //! with them (prefill). Sums run over k in the same parts and the same order either way.
 
+use std::ops::Range;
+
 use super::format::Format;
 use super::micro::{Micro, MicroArgs};
 use super::panels::Panels;
 use super::product::SUM_F32;
+use super::tiles::{self, Tiles};
 use super::tuning::Tuning;
 
 /// The least share of a k-block, in bytes of each stream and round, for which a prefetch is worth
@@ -37,6 +40,8 @@ pub(super) struct Sweep {
     pub(super) micro_adjacent: Vec<(usize, Micro)>,
     /// How more than MR rows are multiplied after each k-block was rewritten.
     pub(super) rewritten: Option<Rewritten>,
+    /// A matrix unit, which then multiplies any number of rows instead of the microkernels.
+    pub(super) tiles: Option<Tiles>,
     pub(super) tuning: Tuning,
 }
 
@@ -62,8 +67,26 @@ pub(super) struct Rows {
 }
 
 impl Sweep {
+    /// The multiple to which the k of a panel is padded.
+    pub(super) fn k_multiple(&self) -> usize {
+        if self.tiles.is_some() { tiles::STEP_K } else { self.format.k_step() }
+    }
+
+    /// Rows of A that are read, and of sums that are written, for this many rows.
+    pub(super) fn padded_rows(&self, rows: usize) -> usize {
+        if self.tiles.is_some() { tiles::padded_rows(rows) } else { rows }
+    }
+
+    /// The most rows by which [`Sweep::padded_rows`] exceeds the rows.
+    pub(super) fn row_padding(&self) -> usize {
+        if self.tiles.is_some() { tiles::ROWS - 1 } else { 0 }
+    }
+
     /// How many panels of a matrix of this many bytes are multiplied at once with this many rows.
     pub(super) fn panels_at_once(&self, rows: usize, bytes: usize) -> usize {
+        if let Some(tiles) = &self.tiles {
+            return tiles.panels_at_once(rows);
+        }
         let adjacent = self.micro_adjacent.get(rows.wrapping_sub(1));
         adjacent.filter(|_| bytes <= self.tuning.adjacent_bytes).map_or(1, |&(panels, _)| panels)
     }
@@ -76,24 +99,42 @@ impl Sweep {
             .map_or(0, |_| self.tuning.many_rows_block)
     }
 
-    /// A (rows, k) · panels (k, NR) -> sums (panels, rows, NR), for as many panels from this one on
-    /// as [`Sweep::panels_at_once`] says.
+    /// A (rows, k) · panels (k, NR) -> sums (panels, padded rows, NR)
     ///
     /// # Safety
-    /// A and `sums` have the rows, A all steps of a panel; the panels exist and are of this format.
-    pub(super) unsafe fn adjacent(&self, weight: &Panels, panel: usize, a: Rows, sums: *mut f32) {
-        let (_, micro) = self.micro_adjacent[a.rows - 1];
+    /// A and `sums` have room for the padded rows, A all steps of a panel; the panels exist and are
+    /// of this format; `scratch` has [`Sweep::rewritten_bytes`]. `after`, what this thread is likely
+    /// to read next, is only prefetched.
+    pub(super) unsafe fn panels(
+        &self,
+        weight: &Panels,
+        panels: Range<usize>,
+        a: Rows,
+        sums: *mut f32,
+        scratch: *mut u8,
+        after: *const u8,
+    ) {
+        let adjacent = self.micro_adjacent.get(a.rows - 1);
         // SAFETY: the caller's contract; panels follow each other.
-        unsafe { micro(&args(weight, weight.panel(panel), weight.steps(), a, sums)) }
+        unsafe {
+            if let Some(tiles) = &self.tiles {
+                tiles.panels(weight, panels, a, sums, after);
+            } else if let Some((_, micro)) = adjacent.filter(|&&(n, _)| n == panels.len()) {
+                micro(&args(weight, weight.panel(panels.start), weight.steps(), a, sums));
+            } else {
+                for (i, panel) in panels.enumerate() {
+                    let sums = sums.add(i * a.rows * self.nr);
+                    self.panel(weight, panel, a, sums, scratch, after);
+                }
+            }
+        }
     }
 
     /// A (rows, k) · panel (k, NR) -> sums (rows, NR)
     ///
     /// # Safety
-    /// A and `sums` have the rows, A all steps of the panel, which is of this format; `scratch` has
-    /// [`Sweep::rewritten_bytes`]. `after`, what this thread is likely to read next, is only
-    /// prefetched.
-    pub(super) unsafe fn panel(
+    /// As [`Sweep::panels`].
+    unsafe fn panel(
         &self,
         weight: &Panels,
         panel: usize,

@@ -79,6 +79,7 @@ fn every_promised_kernel_is_there() {
     #[cfg(target_arch = "x86_64")]
     {
         let has = |name| names.contains(&name);
+        assert_eq!(has("amx"), super::isa::tiles().is_some() && has("avx512"));
         assert_eq!(
             has("avx512bf16"),
             is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw")

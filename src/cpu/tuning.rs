@@ -6,6 +6,8 @@
 //! names last.
 
 use super::prefetch::Prefetch;
+#[cfg(target_arch = "x86_64")]
+use super::tiles::TileTuning;
 
 /// A family of CPUs with one microarchitecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,6 +195,11 @@ impl Tuned for Scalars {
     type Access = OneStream;
     const TUNING: Tuning = Tuning { widen_from: 0, ..Unmeasured::TUNING };
 }
+
+/// AMX on Emerald Rapids.
+#[cfg(target_arch = "x86_64")]
+pub(super) const AMX_ON_EMERALD_RAPIDS: TileTuning =
+    TileTuning { block_steps: 16, many_rows_panels: 8, few_rows_panels: 2, sweep_ahead: 16 << 10 };
 
 #[cfg(test)]
 mod tests {

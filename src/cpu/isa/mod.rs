@@ -5,6 +5,8 @@
 //! To add one, see `docs/adding-an-instruction-set.md`.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -21,14 +23,32 @@ mod simd128;
 use super::kernels::CpuKernels;
 use super::tuning::CpuFamily;
 
+/// The scalar instruction set and its kernels.
+#[cfg(test)]
+pub(super) fn scalar_isa() -> (impl super::simd::Isa<Simd: super::simd::Simd>, CpuKernels) {
+    (scalar::Scalar, scalar::kernels_of_scalars())
+}
+
+/// The matrix unit, if the CPU has one and the process may use it.
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(super) use amx::tiles;
+
 /// The kernels of every instruction set that this CPU has, best first. The scalar ones are always
 /// there.
 pub(super) fn detect(family: CpuFamily) -> Vec<CpuKernels> {
+    // On Sapphire and Emerald Rapids, `vdpbf16ps` multiplies at half the rate of f32.
+    #[cfg(target_arch = "x86_64")]
+    let [first, second] = match family {
+        CpuFamily::SapphireRapids => [avx512::detect, avx512bf16::detect],
+        _ => [avx512bf16::detect, avx512::detect],
+    };
     let detectors: &[fn(CpuFamily) -> Option<CpuKernels>] = &[
         #[cfg(target_arch = "x86_64")]
-        avx512bf16::detect,
+        amx::detect,
         #[cfg(target_arch = "x86_64")]
-        avx512::detect,
+        first,
+        #[cfg(target_arch = "x86_64")]
+        second,
         #[cfg(target_arch = "x86_64")]
         avx2::detect,
         #[cfg(target_arch = "aarch64")]

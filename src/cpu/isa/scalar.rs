@@ -25,7 +25,11 @@ impl Isa for Scalar {
 
 /// The kernels, which every CPU can run.
 pub(super) fn detect(_: CpuFamily) -> Option<CpuKernels> {
-    Some(kernels::<_, EightByTwo, EightByTwo, EightByTwo, Scalars>("scalar", Scalar))
+    Some(kernels_of_scalars())
+}
+
+pub(super) fn kernels_of_scalars() -> CpuKernels {
+    kernels::<_, EightByTwo, EightByTwo, EightByTwo, Scalars>("scalar", Scalar)
 }
 
 impl Simd for Scalar {
