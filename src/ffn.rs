@@ -42,7 +42,8 @@ use crate::load::{GateUp, Weights, load_each};
 /// A call allocates y and borrows scratch memory of at most
 /// `rows·(H + I + 256)·a + threads·(rows·NR·4 B + 256 KiB)` with rows ≤ 512 and NR ≤ 64: longer
 /// inputs are processed in chunks. `a` is 2 B where the kernel multiplies bf16 without widening it,
-/// else 4 B. The scratch memory is kept for the next call.
+/// else 4 B. With `amx`, NR is 256 (8 panels), and rows counts up to 15 more. The scratch memory is
+/// kept for the next call.
 ///
 /// # Training
 /// Every step is differentiable. Weights from a `VarMap` are used without a copy, so that the block

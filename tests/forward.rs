@@ -397,7 +397,7 @@ fn clones_share_the_weights() -> Result<()> {
     Ok(())
 }
 
-/// h has 8 · 16384 elements, enough for every caller to use all threads of candle's pool.
+/// h has 8 · 16384 elements, enough for every caller to use all threads.
 #[test]
 fn concurrent_forwards_agree() -> Result<()> {
     let cfg = FfnConfig::new(16, 16384);

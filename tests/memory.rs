@@ -96,7 +96,11 @@ fn forward() {
             drop(ffn.forward(&x).unwrap());
             let peak = PEAK.load(SeqCst) - before;
             let chunk = rows.min(512);
-            let scratch = chunk * (H + I + 256) * 4 + threads * (chunk * 256 + (256 << 10));
+            // `amx` pads rows to whole tiles and has the sums of 8 panels of 32 columns.
+            let (padding, sums) = if dtype == DType::BF16 { (15, 1024) } else { (0, 256) };
+            let scratch_rows = chunk + padding;
+            let scratch =
+                scratch_rows * (H + I + 256) * 4 + threads * (scratch_rows * sums + (256 << 10));
             let output = rows * row_bytes;
             assert!(
                 peak <= output + scratch + TENSOR,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 /// Bytes that a thread claims at a time.
 const PIECE: usize = 512 << 10;
 
-/// Reads the buffers once with every thread of candle's pool, which the block runs on too, and
+/// Reads the buffers once with every thread of candle's pool, as many as the block uses, and
 /// returns the sum of their 32-bit words mod 2³². A thread reads its piece in order, or as four
 /// parallel streams; processors differ in which of the two is faster. `kernel` names the
 /// instruction set of the loads, as [`candle_swiglu::SwiGluFfn::kernel`] does.

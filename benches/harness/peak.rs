@@ -30,7 +30,7 @@ pub fn peak_of(kernel: &str, dtype: DType) -> Option<fn() -> f64> {
     None
 }
 
-/// Runs `f(n)` on every thread of candle's pool, which the block uses too. Each of the n rounds
+/// Runs `f(n)` on every thread of candle's pool, as many as the block uses. Each of the n rounds
 /// executes [`x86::SUMS`] instructions of `flop` operations.
 #[cfg(target_arch = "x86_64")]
 fn burst(flop: f64, f: impl Fn(usize) + Sync) -> f64 {

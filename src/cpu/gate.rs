@@ -1,4 +1,4 @@
-//! Runs a kernel over candle's CPU storages of any layout, on candle's own threads, without copying
+//! Runs a kernel over candle's CPU storages of any layout, on all threads, without copying
 //! an operand.
 //!
 //! 1. The output is allocated, not initialised, and cut into blocks of 4096 elements that threads
@@ -150,7 +150,7 @@ fn run_backward<T: Copy + Send + Sync>(
     out
 }
 
-/// Calls `f` on ranges that partition 0..n: on this thread if n is small, else on candle's threads.
+/// Calls `f` on ranges that partition 0..n: on this thread if n is small, else on all threads.
 fn parallel(n: usize, f: impl Fn(Range<usize>) + Sync) {
     if n <= PARALLEL_FROM {
         return f(0..n);

@@ -27,6 +27,10 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 mod threads;
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "AMX is the only matrix unit with kernels here")
+)]
 mod tiles;
 mod tuning;
 #[cfg(test)]

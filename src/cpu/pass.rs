@@ -24,7 +24,8 @@ use crate::gate::activation::Glu;
 
 /// Rows of x that are processed at a time. The scratch of a block is at most
 /// `rows·(H + I + 256)·a + threads·(rows·256 B + 256 KiB)` bytes for `rows` ≤ 512, where a is 2 if
-/// the kernel multiplies bf16 and 4 otherwise.
+/// the kernel multiplies bf16 and 4 otherwise. A matrix unit counts up to 15 rows more, and 1 KiB
+/// instead of 256 B for its 8 panels.
 pub(super) const CHUNK_ROWS: usize = 512;
 /// Elements of padding between the rows of A. Rows a power of two apart would share cache sets.
 const PAD: usize = 64;

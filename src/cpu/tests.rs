@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{CpuStorage, Layout, Shape};
 use half::{bf16, f16};
@@ -463,5 +464,52 @@ fn threads_claim_every_unit_once_and_in_order() {
             assert_eq!(claimed.lock().unwrap().iter().sum::<usize>(), units);
         });
         assert!(claimed.into_inner().unwrap().iter().all(|&n| n == 1));
+    }
+}
+
+#[test]
+fn a_panic_within_a_unit_reaches_the_caller_and_the_next_call_works() {
+    for _ in 0..20 {
+        let phase = Phase::new(100);
+        let panics = || {
+            threads::run(|_| phase.work(|unit, _| assert!(unit != 50, "unit 50")));
+        };
+        let payload = std::panic::catch_unwind(std::panic::AssertUnwindSafe(panics)).unwrap_err();
+        assert!(payload.downcast_ref::<&str>() == Some(&"unit 50"));
+        let (phase, done) = (Phase::new(100), AtomicUsize::new(0));
+        threads::run(|_| phase.work(|_, _| _ = done.fetch_add(1, Ordering::Relaxed)));
+        assert_eq!(done.into_inner(), 100);
+    }
+}
+
+/// A call within a call, and calls at the same time, complete without the workers.
+#[test]
+fn calls_need_no_worker() {
+    let done = AtomicUsize::new(0);
+    let call = || {
+        let phase = Phase::new(10);
+        threads::run(|_| phase.work(|_, _| _ = done.fetch_add(1, Ordering::Relaxed)));
+    };
+    let outer = Phase::new(7);
+    threads::run(|_| outer.work(|_, _| call()));
+    assert_eq!(done.load(Ordering::Relaxed), 70);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| (0..100).for_each(|_| call()));
+        }
+    });
+    assert_eq!(done.into_inner(), 8070);
+}
+
+#[test]
+fn chunks_partition_the_range() {
+    for n in [0, 1, 2, 15, 16, 17, 1000] {
+        let hits: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+        threads::run_chunked(n, |range| {
+            for hit in &hits[range] {
+                hit.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        assert!(hits.into_iter().all(|hit| hit.into_inner() == 1), "{n}");
     }
 }

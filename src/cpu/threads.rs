@@ -1,48 +1,198 @@
-//! Work on candle's threads. Threads claim it in units, so that a slow thread does not delay the
-//! others.
+//! Threads, and work that they claim in units.
+//!
+//! A phase of work ends when its units are done, not when every thread has arrived. Whoever runs
+//! claims the next unit, so that a thread which the system does not run delays nobody, unless it was
+//! interrupted within a unit. Nobody waits for a thread that has not started. candle's pool differs:
+//! each of its calls ends when every thread has woken, run and left. With other programs on the
+//! machine most calls then wait for a thread that is not running.
 
+use std::cell::{Cell, UnsafeCell};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, TryLockError};
+use std::thread::Thread;
 
 use candle_core::utils::barrier_pool;
 
-/// The number of candle's threads including the calling one (`CANDLE_NUM_THREADS`,
+/// How many times a thread checks for what it waits for before it lets others run. A check takes 20
+/// to 70 ns.
+const SPINS: usize = 1 << 10;
+/// The same for a worker without work, which then sleeps. Waking it takes longer than the gap
+/// between two layers of a model.
+const IDLE_SPINS: usize = 1 << 12;
+
+/// The number of threads including the calling one: as many as candle uses (`CANDLE_NUM_THREADS`,
 /// `RAYON_NUM_THREADS`).
 pub(super) fn count() -> usize {
     barrier_pool().n_workers() + 1
 }
 
-/// Calls `f(i)` once for each i in 0..[`count`], on the threads that are free. One thread may make
-/// several of the calls, so no call may wait for another one to start.
+/// Calls `f(0)`, and on each worker that is free in the meantime `f(i)` with its number i in
+/// 1..[`count`]. The work is to be claimed from a [`Phase`], so that `f(0)` alone does all of it if
+/// no worker comes.
 ///
-/// All calls run on the calling thread if it is one of candle's own, or if a panic elsewhere has
-/// poisoned candle's pool.
+/// `f(0)` is the only call if the calling thread is a worker, or if another call is under way.
 pub(super) fn run(f: impl Fn(usize) + Sync) {
-    run_chunked(count(), |calls| calls.for_each(&f));
+    if count() == 1 || IS_WORKER.get() {
+        return f(0);
+    }
+    let pool = Pool::get();
+    // A panic of an earlier caller has left the pool in order.
+    let calling = match pool.calling.try_lock() {
+        Err(TryLockError::WouldBlock) => return f(0),
+        Err(TryLockError::Poisoned(lock)) => lock.into_inner(),
+        Ok(lock) => lock,
+    };
+    pool.run(&f);
+    drop(calling);
 }
 
-/// Calls `f` with ranges that partition 0..n, about one per thread. Nothing else uses candle's
-/// pool.
+/// Calls `f` with ranges that partition 0..n, about [`PARTS`] per thread.
 pub(super) fn run_chunked(n: usize, f: impl Fn(Range<usize>) + Sync) {
-    static UNUSABLE: AtomicBool = AtomicBool::new(false);
-    if count() == 1 || UNUSABLE.load(Ordering::Relaxed) {
-        return f(0..n);
+    let chunk = n.div_ceil(PARTS * count()).max(1);
+    let chunks = Phase::new(n.div_ceil(chunk));
+    run(|_| chunks.work(|unit, _| f(unit * chunk..n.min((unit + 1) * chunk))));
+}
+
+thread_local! {
+    static IS_WORKER: Cell<bool> = const { Cell::new(false) };
+}
+
+/// [`Pool::state`]: workers may enter the job.
+const OPEN: usize = 1;
+/// One worker within the job.
+const INSIDE: usize = 2;
+/// One job.
+const JOB: usize = 1 << 16;
+
+/// This crate's workers. They live as long as the process.
+struct Pool {
+    /// Held by the caller.
+    calling: Mutex<()>,
+    /// [`OPEN`], the number of workers within the job, and the number of the job.
+    state: AtomicUsize,
+    job: UnsafeCell<Job>,
+    panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
+    workers: OnceLock<Vec<Thread>>,
+}
+
+/// A function and the caller's closure.
+#[derive(Clone, Copy)]
+struct Job {
+    call: unsafe fn(*const (), usize),
+    closure: *const (),
+}
+
+// SAFETY: `job` is written while no worker is inside and none may enter. It is read by workers that
+// have entered, and its closure is Sync.
+unsafe impl Sync for Pool {}
+// SAFETY: as above.
+unsafe impl Send for Pool {}
+
+impl Pool {
+    fn get() -> &'static Self {
+        static POOL: OnceLock<&Pool> = OnceLock::new();
+        POOL.get_or_init(|| {
+            let pool: &Self = Box::leak(Box::new(Self {
+                calling: Mutex::new(()),
+                state: AtomicUsize::new(0),
+                job: UnsafeCell::new(Job { call: |_, _| (), closure: std::ptr::null() }),
+                panic: Mutex::new(None),
+                workers: OnceLock::new(),
+            }));
+            // Without threads (WebAssembly, a limit of the system) the caller works alone.
+            let workers = (1..count()).map_while(|index| {
+                let name = format!("candle-swiglu-{index}");
+                std::thread::Builder::new().name(name).spawn(move || pool.work(index)).ok()
+            });
+            let workers = workers.map(|handle| handle.thread().clone()).collect();
+            pool.workers.get_or_init(|| workers);
+            pool
+        })
     }
-    let started = AtomicBool::new(false);
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
-        barrier_pool().execute_chunked(n, |range| {
-            started.store(true, Ordering::Relaxed);
-            f(range);
-        });
-    }));
-    match outcome {
-        Ok(()) => (),
-        Err(payload) if started.load(Ordering::Relaxed) => resume_unwind(payload),
-        Err(_) => {
-            UNUSABLE.store(true, Ordering::Relaxed);
-            f(0..n)
+
+    /// The caller's part of a job; `calling` is locked.
+    fn run<F: Fn(usize) + Sync>(&self, f: &F) {
+        /// # Safety
+        /// `closure` points to an F.
+        unsafe fn call<F: Fn(usize) + Sync>(closure: *const (), index: usize) {
+            // SAFETY: the caller's contract.
+            unsafe { (*closure.cast::<F>())(index) }
+        }
+        /// Ends the job also if the caller panics: its closure is about to be dropped.
+        struct End<'a>(&'a Pool);
+        impl Drop for End<'_> {
+            fn drop(&mut self) {
+                self.0.state.fetch_and(!OPEN, Ordering::Relaxed);
+                wait_until(|| self.0.state.load(Ordering::Acquire) % JOB == 0);
+            }
+        }
+        // A worker's panic is lost if the caller has panicked too.
+        drop(self.take_panic());
+        // SAFETY: the last job has ended, so that no worker is inside, and none may enter.
+        unsafe { *self.job.get() = Job { call: call::<F>, closure: std::ptr::from_ref(f).cast() } };
+        let end = End(self);
+        self.state.fetch_add(JOB | OPEN, Ordering::Release);
+        self.workers.get().into_iter().flatten().for_each(Thread::unpark);
+        f(0);
+        drop(end);
+        if let Some(payload) = self.take_panic() {
+            resume_unwind(payload);
+        }
+    }
+
+    fn take_panic(&self) -> Option<Box<dyn std::any::Any + Send>> {
+        self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take()
+    }
+
+    /// The life of a worker.
+    fn work(&self, index: usize) {
+        IS_WORKER.set(true);
+        let (mut last, mut spins) = (0, 0);
+        loop {
+            let state = self.state.load(Ordering::Relaxed);
+            if state & OPEN != 0 && state / JOB != last {
+                let entered = self.state.compare_exchange(
+                    state,
+                    state + INSIDE,
+                    Ordering::Acquire,
+                    Ordering::Relaxed,
+                );
+                if entered.is_ok() {
+                    last = state / JOB;
+                    spins = 0;
+                    // SAFETY: the job is open and stays in place until this worker has left.
+                    let Job { call, closure } = unsafe { *self.job.get() };
+                    // SAFETY: the closure is alive until this worker has left.
+                    let call = AssertUnwindSafe(|| unsafe { call(closure, index) });
+                    if let Err(payload) = catch_unwind(call) {
+                        let panic = self.panic.lock();
+                        *panic.unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(payload);
+                    }
+                    self.state.fetch_sub(INSIDE, Ordering::Release);
+                }
+            } else if spins < IDLE_SPINS {
+                spins += 1;
+                std::hint::spin_loop();
+            } else {
+                spins = 0;
+                std::thread::park();
+            }
+        }
+    }
+}
+
+/// Spins for a while, then lets other threads run.
+fn wait_until(done: impl Fn() -> bool) {
+    let mut spins = 0;
+    while !done() {
+        spins += 1;
+        if spins < SPINS {
+            std::hint::spin_loop();
+        } else {
+            std::thread::yield_now();
         }
     }
 }
@@ -81,16 +231,7 @@ impl Phase {
 
     /// Waits until all units are done. Units that still run are on other threads.
     pub(super) fn wait(&self) {
-        const SPINS: usize = 1 << 14;
-        let mut spins = 0;
-        while self.done.load(Ordering::Acquire) < self.units {
-            spins += 1;
-            if spins < SPINS {
-                std::hint::spin_loop();
-            } else {
-                std::thread::yield_now();
-            }
-        }
+        wait_until(|| self.done.load(Ordering::Acquire) >= self.units);
     }
 }
 
