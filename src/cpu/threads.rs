@@ -126,7 +126,7 @@ impl Pool {
         impl Drop for End<'_> {
             fn drop(&mut self) {
                 self.0.state.fetch_and(!OPEN, Ordering::Relaxed);
-                wait_until(|| self.0.state.load(Ordering::Acquire) % JOB == 0);
+                wait_until(|| self.0.state.load(Ordering::Acquire).is_multiple_of(JOB));
             }
         }
         // A worker's panic is lost if the caller has panicked too.
