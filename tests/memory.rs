@@ -97,7 +97,7 @@ fn forward() {
             let peak = PEAK.load(SeqCst) - before;
             let chunk = rows.min(512);
             // `amx` pads rows to whole tiles and has the sums of 8 panels of 32 columns.
-            let (padding, sums) = if dtype == DType::BF16 { (15, 1024) } else { (0, 256) };
+            let (padding, sums) = if ffn.kernel() == "amx" { (15, 1024) } else { (0, 256) };
             let scratch_rows = chunk + padding;
             let scratch =
                 scratch_rows * (H + I + 256) * 4 + threads * (scratch_rows * sums + (256 << 10));

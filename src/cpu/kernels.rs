@@ -15,6 +15,7 @@ use super::micro::{Micro, Role, micro, micro_adjacent};
 use super::product::{Product, Widen};
 use super::simd::{Body, Element, Isa, Simd};
 use super::sweep::{Rewritten, Sweep};
+#[cfg(any(target_arch = "x86_64", test))]
 use super::tiles::{self, Tiles};
 use super::tuning::{Access, Tuned};
 use crate::gate::activation::Glu;

@@ -76,7 +76,8 @@ pub(crate) fn selected() -> Result<&'static CpuKernels> {
             None => available().first(),
         }?;
         let tuning = kernels.f32.sweep.tuning.measured_on;
-        tracing::debug!(kernel = kernels.name, cpu = ?CpuFamily::detect(), tuning, "CPU kernel selected");
+        let tiles = kernels.bf16.sweep.tiles.as_ref().map(|tiles| tiles.tuning.measured_on);
+        tracing::debug!(kernel = kernels.name, cpu = ?CpuFamily::detect(), tuning, tiles, "CPU kernel selected");
         Some(kernels)
     });
     selected.ok_or_else(|| Error::UnknownKernel {

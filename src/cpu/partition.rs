@@ -28,11 +28,19 @@ pub(super) struct Partition {
 }
 
 impl Partition {
-    /// `adjacent`: how many panels the kernel multiplies at once with this many rows.
+    /// `adjacent`: how many panels the kernel multiplies at once with this many rows, or, if that
+    /// is more than 2, at most.
     pub(super) fn new(rows: usize, panels: usize, threads: usize, adjacent: usize) -> Self {
         let whole = Self { rows, panels, adjacent: 1, blocks: 1, last: panels, parts: 1 };
-        if adjacent > 1 && panels >= UNITS_ADJACENT * threads * adjacent {
-            return Self { adjacent, ..whole };
+        // Fewer panels at once if that leaves threads without work, or busy for unequal times.
+        let mut adjacent = adjacent;
+        while adjacent > 1 {
+            let rounds = panels.div_ceil(adjacent).div_ceil(threads);
+            let even = rounds * adjacent * threads <= panels + panels / 20;
+            if panels >= UNITS_ADJACENT * threads * adjacent && (adjacent == 2 || even) {
+                return Self { adjacent, ..whole };
+            }
+            adjacent /= 2;
         }
         // The time of all panels in units of one panel, if they divide evenly, and what may be
         // lost.

@@ -1,8 +1,8 @@
 //! Threads, and work that they claim in units.
 //!
 //! A phase of work ends when its units are done, not when every thread has arrived. Whoever runs
-//! claims the next unit, so that a thread which the system does not run delays nobody, unless it was
-//! interrupted within a unit. Nobody waits for a thread that has not started. candle's pool differs:
+//! claims the next unit, so that a call waits for a thread that the system does not run only if it
+//! was interrupted within the call. Nobody waits for a thread that has not started. candle's pool differs:
 //! each of its calls ends when every thread has woken, run and left. With other programs on the
 //! machine most calls then wait for a thread that is not running.
 
@@ -11,17 +11,17 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock, TryLockError};
+use std::sync::{Mutex, OnceLock};
 use std::thread::Thread;
 
-use candle_core::utils::barrier_pool;
+use candle_core::utils::{barrier_pool, set_thread_affinity};
 
 /// How many times a thread checks for what it waits for before it lets others run. A check takes 20
 /// to 70 ns.
 const SPINS: usize = 1 << 10;
-/// The same for a worker without work, which then sleeps. Waking it takes longer than the gap
-/// between two layers of a model.
-const IDLE_SPINS: usize = 1 << 12;
+/// The same for a worker without work, which does so twice and then sleeps. Waking it takes longer
+/// than the gap between two layers of a model.
+const IDLE_SPINS: usize = 1 << 11;
 
 /// The number of threads including the calling one: as many as candle uses (`CANDLE_NUM_THREADS`,
 /// `RAYON_NUM_THREADS`).
@@ -33,20 +33,15 @@ pub(super) fn count() -> usize {
 /// 1..[`count`]. The work is to be claimed from a [`Phase`], so that `f(0)` alone does all of it if
 /// no worker comes.
 ///
-/// `f(0)` is the only call if the calling thread is a worker, or if another call is under way.
+/// Calls of several threads run one after the other. A call within a call is `f(0)` alone.
 pub(super) fn run(f: impl Fn(usize) + Sync) {
-    if count() == 1 || IS_WORKER.get() {
+    if count() == 1 || WITHIN_CALL.get() {
         return f(0);
     }
     let pool = Pool::get();
     // A panic of an earlier caller has left the pool in order.
-    let calling = match pool.calling.try_lock() {
-        Err(TryLockError::WouldBlock) => return f(0),
-        Err(TryLockError::Poisoned(lock)) => lock.into_inner(),
-        Ok(lock) => lock,
-    };
+    let _calling = pool.calling.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     pool.run(&f);
-    drop(calling);
 }
 
 /// Calls `f` with ranges that partition 0..n, about [`PARTS`] per thread.
@@ -57,7 +52,8 @@ pub(super) fn run_chunked(n: usize, f: impl Fn(Range<usize>) + Sync) {
 }
 
 thread_local! {
-    static IS_WORKER: Cell<bool> = const { Cell::new(false) };
+    /// This thread is a worker, or the caller of a job.
+    static WITHIN_CALL: Cell<bool> = const { Cell::new(false) };
 }
 
 /// [`Pool::state`]: workers may enter the job.
@@ -125,6 +121,7 @@ impl Pool {
         struct End<'a>(&'a Pool);
         impl Drop for End<'_> {
             fn drop(&mut self) {
+                WITHIN_CALL.set(false);
                 self.0.state.fetch_and(!OPEN, Ordering::Relaxed);
                 wait_until(|| self.0.state.load(Ordering::Acquire).is_multiple_of(JOB));
             }
@@ -134,6 +131,7 @@ impl Pool {
         // SAFETY: the last job has ended, so that no worker is inside, and none may enter.
         unsafe { *self.job.get() = Job { call: call::<F>, closure: std::ptr::from_ref(f).cast() } };
         let end = End(self);
+        WITHIN_CALL.set(true);
         self.state.fetch_add(JOB | OPEN, Ordering::Release);
         self.workers.get().into_iter().flatten().for_each(Thread::unpark);
         f(0);
@@ -149,7 +147,8 @@ impl Pool {
 
     /// The life of a worker.
     fn work(&self, index: usize) {
-        IS_WORKER.set(true);
+        WITHIN_CALL.set(true);
+        set_thread_affinity();
         let (mut last, mut spins) = (0, 0);
         loop {
             let state = self.state.load(Ordering::Relaxed);

@@ -61,14 +61,14 @@ pub(super) type TileMicro = unsafe fn(&TileArgs);
 
 /// The microkernels of one matrix unit.
 pub(super) struct Tiles {
-    /// Gives this thread tiles of this height, for [`Tiles::single`] or for [`Tiles::pair`].
-    pub(super) configure: unsafe fn(usize, bool) -> Saved,
+    /// Gives this thread tiles of this height.
+    pub(super) configure: unsafe fn(usize) -> Saved,
     /// Restores what the thread had.
     pub(super) restore: unsafe fn(&Saved),
     /// Two tiles of rows and one panel.
     pub(super) pair: TileMicro,
-    /// One tile of rows and 1, 2, .. panels.
-    pub(super) single: [TileMicro; 3],
+    /// One tile of rows and 1 or 2 panels.
+    pub(super) single: [TileMicro; 2],
     pub(super) tuning: TileTuning,
 }
 
@@ -79,6 +79,8 @@ pub(super) struct Saved(pub(super) [u8; 64]);
 /// Block sizes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TileTuning {
+    /// The CPU that the values were measured on.
+    pub(super) measured_on: &'static str,
     /// Steps of a k-block.
     pub(super) block_steps: usize,
     /// Panels of a unit with many rows.
@@ -123,7 +125,7 @@ impl Tiles {
             if weight.k() == 0 {
                 return sums.write_bytes(0, panels.len() * tiles * height * NR);
             }
-            let saved = (self.configure)(height, tiles == 1);
+            let saved = (self.configure)(height);
             if tiles == 1 {
                 self.sweep(weight, panels, a, sums, after);
             } else {

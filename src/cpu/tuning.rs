@@ -199,6 +199,7 @@ impl Tuned for Scalars {
 /// AMX, measured on Emerald Rapids. Also the default for AMX.
 #[cfg(target_arch = "x86_64")]
 pub(super) const AMX_ON_EMERALD_RAPIDS: TileTuning = TileTuning {
+    measured_on: "Intel Emerald Rapids",
     // B takes 32 KiB of 48 KiB of L1 (8 and 32 steps: up to a fifth slower).
     block_steps: 16,
     // A's k of a block, 512 KiB for 512 rows, is then read from L3 once for 8 panels (2 panels: a

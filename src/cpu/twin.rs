@@ -27,14 +27,15 @@ pub(super) fn kernels() -> &'static CpuKernels {
 /// Blocks so small that short cases have several of them.
 pub(super) fn tiles() -> Tiles {
     Tiles {
-        configure: |_, _| Saved([0; 64]),
+        configure: |_| Saved([0; 64]),
         restore: |_| (),
         pair: micro::<2, 1>,
-        single: [micro::<1, 1>, micro::<1, 2>, micro::<1, 3>],
+        single: [micro::<1, 1>, micro::<1, 2>],
         tuning: TileTuning {
+            measured_on: "none",
             block_steps: 2,
             many_rows_panels: 3,
-            few_rows_panels: 2,
+            few_rows_panels: 3,
             sweep_ahead: 4 << 10,
         },
     }

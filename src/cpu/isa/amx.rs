@@ -26,7 +26,7 @@ pub(in crate::cpu) fn tiles() -> Option<Tiles> {
         configure,
         restore,
         pair,
-        single: [one_panel, two_panels, three_panels],
+        single: [one_panel, two_panels],
         tuning: AMX_ON_EMERALD_RAPIDS,
     })
 }
@@ -69,13 +69,12 @@ fn is_permitted() -> bool {
 }
 
 /// Palette 1: tiles of `rows` rows for A and the sums, of 16 rows for B, all 64 bytes wide.
-/// Microkernels for one tile of rows have B in one tile, the others in two.
-fn configuration(rows: u8, single: bool) -> Saved {
+fn configuration(rows: u8) -> Saved {
     let mut bytes = [0; 64];
     bytes[0] = 1;
     for tile in 0..8 {
         bytes[16 + 2 * tile] = 64;
-        bytes[48 + tile] = if tile == 7 || tile == 6 && !single { 16 } else { rows };
+        bytes[48 + tile] = if tile >= 6 { 16 } else { rows };
     }
     Saved(bytes)
 }
@@ -85,9 +84,9 @@ fn configuration(rows: u8, single: bool) -> Saved {
 ///
 /// # Safety
 /// The CPU has the instructions and the process may use them; `rows` is 1 to 16.
-unsafe fn configure(rows: usize, single: bool) -> Saved {
+unsafe fn configure(rows: usize) -> Saved {
     let mut saved = Saved([0; 64]);
-    let wanted = configuration(rows as u8, single);
+    let wanted = configuration(rows as u8);
     // SAFETY: the caller's contract; both are 64 bytes, and the configuration is a valid one. The
     // compiler keeps nothing in tiles.
     unsafe {
@@ -261,48 +260,6 @@ tile_micro! {
     with |args| [panel = in(reg) args.panel_stride,]
 }
 
-tile_micro! {
-    /// One tile of rows and three panels.
-    three_panels:
-    zero [
-        "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", "tilezero tmm4",
-        "tilezero tmm5"
-    ],
-    load [
-        "tileloadd tmm0, [{c} + {b_stride}]", "tileloadd tmm1, [{c} + {b_stride} + 64]",
-        "tileloadd tmm2, [{c2} + {b_stride}]", "tileloadd tmm3, [{c2} + {b_stride} + 64]",
-        "lea {line}, [{c2} + {c2}]", "sub {line}, {c}",
-        "tileloadd tmm4, [{line} + {b_stride}]", "tileloadd tmm5, [{line} + {b_stride} + 64]"
-    ],
-    step [
-        "tileloadd tmm6, [{a} + {a_stride}]",
-        "tileloadd tmm7, [{b} + {b_stride}]",
-        "tdpbf16ps tmm0, tmm6, tmm7",
-        "tileloadd tmm7, [{b} + {b_stride} + 64]",
-        "tdpbf16ps tmm1, tmm6, tmm7",
-        "add {b}, {panel}",
-        "tileloadd tmm7, [{b} + {b_stride}]",
-        "tdpbf16ps tmm2, tmm6, tmm7",
-        "tileloadd tmm7, [{b} + {b_stride} + 64]",
-        "tdpbf16ps tmm3, tmm6, tmm7",
-        "add {b}, {panel}",
-        "tileloadd tmm7, [{b} + {b_stride}]",
-        "tdpbf16ps tmm4, tmm6, tmm7",
-        "tileloadd tmm7, [{b} + {b_stride} + 64]",
-        "tdpbf16ps tmm5, tmm6, tmm7",
-        "sub {b}, {panel}",
-        "sub {b}, {panel}",
-    ],
-    store [
-        "tilestored [{c} + {b_stride}], tmm0", "tilestored [{c} + {b_stride} + 64], tmm1",
-        "tilestored [{c2} + {b_stride}], tmm2", "tilestored [{c2} + {b_stride} + 64], tmm3",
-        "lea {line}, [{c2} + {c2}]", "sub {line}, {c}",
-        "tilestored [{line} + {b_stride}], tmm4", "tilestored [{line} + {b_stride} + 64], tmm5"
-    ],
-    prefetch ["prefetcht1 [{next}]", "prefetcht1 [{next} + {panel}]", "prefetcht1 [{next} + 2*{panel}]"],
-    with |args| [panel = in(reg) args.panel_stride,]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -321,9 +278,9 @@ mod tests {
         };
         // SAFETY: the CPU has the instructions, and the heights are valid.
         unsafe {
-            let before = configure(3, false);
+            let before = configure(3);
             let theirs = read();
-            let saved = configure(16, true);
+            let saved = configure(16);
             assert_ne!(read(), theirs);
             restore(&saved);
             assert_eq!(read(), theirs);
