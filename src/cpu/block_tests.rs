@@ -685,7 +685,8 @@ fn the_twin_computes_as_the_instructions() {
             .collect();
         let micros = [(soft.pair, hard.pair, 2, 1)]
             .into_iter()
-            .chain((0..2).map(|i| (soft.single[i], hard.single[i], 1, i + 1)));
+            .chain([(soft.single, hard.single, 1, 1)])
+            .chain((0..2).map(|i| (soft.sweep[i], hard.sweep[i], 1, i + 1)));
         for (soft, hard_micro, tiles, panels) in micros {
             let results = [(soft, false), (hard_micro, true)].map(|(micro, is_hard)| {
                 let mut sums = start.clone();

@@ -171,10 +171,8 @@ unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize>(
     let step_bytes = NV * S::LANES * const { P::FORMAT.column_bytes() };
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
-        let mut a = [args.a.cast::<P::A>(); MR];
-        for (r, row) in a.iter_mut().enumerate() {
-            *row = row.add(r * args.a_stride);
-        }
+        let unroll = const { if NV >= S::UNROLL_FROM { S::UNROLL } else { 1 } };
+        let a = rows::<S, P, MR, NV>(s, &args);
         let mut b = args.b.cast::<P::B>();
         let mut next = args.prefetch[0];
         let (mut at, end, switch) = (0, args.steps * P::K_STEP, args.prefetch_switch * P::K_STEP);
@@ -198,13 +196,20 @@ unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize>(
                     b = b.byte_add(P::GROUP * step_bytes);
                     at += P::K_STEP * P::GROUP;
                 }
-                while S::UNROLL > 1 && at + S::UNROLL * P::K_STEP <= stop {
-                    next = fetch(what, next, S::UNROLL, step_bytes, args.prefetch_bytes);
-                    for i in 0..S::UNROLL {
-                        P::step(s, &mut acc, &a, at + i * P::K_STEP, b.byte_add(i * step_bytes));
+                while unroll > 1 && at + unroll * P::K_STEP <= stop {
+                    next = fetch(what, next, unroll, step_bytes, args.prefetch_bytes);
+                    if unroll == 2 {
+                        // The compiler does not unroll a loop over so many instructions.
+                        P::step(s, &mut acc, &a, at, b);
+                        P::step(s, &mut acc, &a, at + P::K_STEP, b.byte_add(step_bytes));
+                    } else {
+                        for i in 0..unroll {
+                            let b = b.byte_add(i * step_bytes);
+                            P::step(s, &mut acc, &a, at + i * P::K_STEP, b);
+                        }
                     }
-                    b = b.byte_add(S::UNROLL * step_bytes);
-                    at += S::UNROLL * P::K_STEP;
+                    b = b.byte_add(unroll * step_bytes);
+                    at += unroll * P::K_STEP;
                 }
                 while at < stop {
                     next = fetch(what, next, 1, step_bytes, args.prefetch_bytes);
@@ -262,10 +267,7 @@ unsafe fn run_streams<
     };
     // SAFETY: all pointers stay within what the caller promises.
     unsafe {
-        let mut a = [args.a.cast::<P::A>(); MR];
-        for (r, row) in a.iter_mut().enumerate() {
-            *row = row.add(r * args.a_stride);
-        }
+        let a = rows::<S, P, MR, NV>(s, &args);
         let mut b = [args.b.cast::<P::B>(); PANELS];
         for (p, panel) in b.iter_mut().enumerate() {
             *panel = panel.byte_add(p * args.panel_stride);
@@ -310,6 +312,22 @@ unsafe fn run_streams<
             }
         }
     }
+}
+
+/// The first element of each row.
+///
+/// # Safety
+/// As [`run`].
+#[inline(always)]
+unsafe fn rows<S: Simd, P: Product<S>, const MR: usize, const NV: usize>(
+    s: S,
+    args: &MicroArgs,
+) -> [*const P::A; MR] {
+    std::array::from_fn(|r| {
+        // SAFETY: the caller's contract.
+        let row = unsafe { args.a.cast::<P::A>().add(r * args.a_stride) };
+        if NV >= S::UNROLL_FROM { s.hide(row) } else { row }
+    })
 }
 
 /// # Safety

@@ -20,6 +20,8 @@ pub(super) trait Simd: Copy {
     /// Steps per iteration of a microkernel's loop. More than 1 if a step is so short that the loop
     /// itself takes a noticeable share of the time.
     const UNROLL: usize = 1;
+    /// The narrowest panel, in vectors, for which the loop is unrolled and addresses are hidden.
+    const UNROLL_FROM: usize = 0;
     /// A vector of f32.
     type F: Copy;
     /// One boolean per lane.
@@ -48,6 +50,13 @@ pub(super) trait Simd: Copy {
     #[inline(always)]
     fn pin(self, a: Self::F) -> Self::F {
         a
+    }
+    /// Returns the address of a row unchanged, but hides from the compiler how the rows' addresses
+    /// follow from each other. It then keeps each in a register. Otherwise it computes them in every
+    /// step, and on Intel CPUs those instructions use the ports of the multiply-adds.
+    #[inline(always)]
+    fn hide<T>(self, row: *const T) -> *const T {
+        row
     }
     fn abs(self, a: Self::F) -> Self::F;
     /// The nearest integer, ties to even.

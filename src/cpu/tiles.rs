@@ -67,8 +67,10 @@ pub(super) struct Tiles {
     pub(super) restore: unsafe fn(&Saved),
     /// Two tiles of rows and one panel.
     pub(super) pair: TileMicro,
-    /// One tile of rows and 1 or 2 panels.
-    pub(super) single: [TileMicro; 2],
+    /// One tile of rows and one panel.
+    pub(super) single: TileMicro,
+    /// The same with 1 or 2 panels, for a sweep.
+    pub(super) sweep: [TileMicro; 2],
     pub(super) tuning: TileTuning,
 }
 
@@ -146,7 +148,7 @@ impl Tiles {
     ) {
         let mut first = panels.start;
         while first < panels.end {
-            let count = (panels.end - first).min(self.single.len());
+            let count = (panels.end - first).min(self.sweep.len());
             let (b, steps) = (weight.panel(first), weight.padded_k() / STEP_K);
             let ahead = (self.tuning.sweep_ahead / STEP_BYTES).min(steps);
             let index = first - panels.start;
@@ -170,7 +172,7 @@ impl Tiles {
             let next = if first < panels.end { weight.panel(first) } else { after };
             // SAFETY: the caller's contract. The second part continues where the first ends.
             unsafe {
-                let micro = self.single[count - 1];
+                let micro = self.sweep[count - 1];
                 if steps > ahead {
                     micro(&args);
                 }
@@ -240,7 +242,7 @@ impl Tiles {
                             // The sums of the next group, or of the next panel.
                             next_sums: sums.wrapping_add((first + row + 2 * height) * NR),
                         };
-                        let micro = if 2 * group + 1 < tiles { self.pair } else { self.single[0] };
+                        let micro = if 2 * group + 1 < tiles { self.pair } else { self.single };
                         micro(&args);
                     }
                 }

@@ -30,7 +30,8 @@ pub(super) fn tiles() -> Tiles {
         configure: |_| Saved([0; 64]),
         restore: |_| (),
         pair: micro::<2, 1>,
-        single: [micro::<1, 1>, micro::<1, 2>],
+        single: micro::<1, 1>,
+        sweep: [micro::<1, 1>, micro::<1, 2>],
         tuning: TileTuning {
             measured_on: "none",
             block_steps: 2,

@@ -26,7 +26,8 @@ pub(in crate::cpu) fn tiles() -> Option<Tiles> {
         configure,
         restore,
         pair,
-        single: [one_panel, two_panels],
+        single,
+        sweep: [one_panel, two_panels],
         tuning: AMX_ON_EMERALD_RAPIDS,
     })
 }
@@ -115,14 +116,47 @@ unsafe fn restore(saved: &Saved) {
     }
 }
 
+/// Prefetches `lines` cache lines at `next` into L2: a share of the next k-block.
+macro_rules! some_lines {
+    () => {
+        "mov {line}, {lines}
+        test {line}, {line}
+        jz 6f
+        5:
+        prefetcht1 [{next}]
+        add {next}, 64
+        dec {line}
+        jnz 5b
+        6:"
+    };
+}
+
+/// Prefetches 8 cache lines at `next` into L1, a quarter of a step. A core waits for at most 16
+/// lines at a time, so that these are spread over the step.
+macro_rules! eight_lines {
+    () => {
+        ".irp at, 0, 64, 128, 192, 256, 320, 384, 448
+        prefetcht0 [{next} + \\at]
+        .endr
+        add {next}, 512"
+    };
+    (both) => {
+        ".irp at, 0, 64, 128, 192, 256, 320, 384, 448
+        prefetcht0 [{next} + \\at]
+        prefetcht0 [{next} + {panel} + \\at]
+        .endr
+        add {next}, 512"
+    };
+}
+
 /// A microkernel: the sums' tiles are set, each step loads tiles and multiplies them, the sums'
 /// tiles are stored. It is one block of assembly, since the compiler promises nothing about tiles
 /// between two of them.
 macro_rules! tile_micro {
     (
         $(#[$doc:meta])* $name:ident: zero [$($zero:literal),*], load [$($load:literal),*],
-        step [$($step:literal),* $(,)?], store [$($store:literal),*],
-        prefetch [$($prefetch:literal),*], with |$args:ident| [$($operand:tt)*]
+        step [$($step:expr),* $(,)?], store [$($store:literal),*],
+        with |$args:ident| [$($operand:tt)*]
     ) => {
         $(#[$doc])*
         ///
@@ -133,7 +167,7 @@ macro_rules! tile_micro {
             // SAFETY: the caller's contract.
             unsafe {
                 asm!(
-                    "/* {c2} */",
+                    "/* {c2} {next} */",
                     "test {line}, {line}",
                     "jnz 2f",
                     $($zero,)*
@@ -144,15 +178,6 @@ macro_rules! tile_micro {
                     ".p2align 5",
                     "4:",
                     $($step,)*
-                    "mov {line}, {lines}",
-                    "test {line}, {line}",
-                    "jz 6f",
-                    "5:",
-                    $($prefetch,)*
-                    "add {next}, 64",
-                    "dec {line}",
-                    "jnz 5b",
-                    "6:",
                     "add {a}, 64",
                     "add {b}, 2048",
                     "dec {steps}",
@@ -166,7 +191,6 @@ macro_rules! tile_micro {
                     c2 = in(reg) args.sums.cast::<u8>().wrapping_add(args.sums_stride),
                     steps = inout(reg) args.steps => _,
                     next = inout(reg) args.prefetch => _,
-                    lines = in(reg) args.lines,
                     line = inout(reg) usize::from(args.accumulate) => _,
                     $($operand)*
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
@@ -201,13 +225,14 @@ tile_micro! {
         "lea {line}, [{next_a} + 2*{a_stride}]", "prefetcht1 [{line} + {a_stride}]",
         "tdpbf16ps tmm3, tmm5, tmm7",
         "add {a2}, 64", "add {next_c}, 256", "add {next_a}, 64",
+        some_lines!(),
     ],
     store [
         "tilestored [{c} + {b_stride}], tmm0", "tilestored [{c} + {b_stride} + 64], tmm1",
         "tilestored [{c2} + {b_stride}], tmm2", "tilestored [{c2} + {b_stride} + 64], tmm3"
     ],
-    prefetch ["prefetcht1 [{next}]"],
     with |args| [
+        lines = in(reg) args.lines,
         a2 = inout(reg) args.a.wrapping_add(args.height * args.a_stride) => _,
         next_a = inout(reg) args.next_a => _,
         next_c = inout(reg) args.next_sums => _,
@@ -215,24 +240,40 @@ tile_micro! {
 }
 
 tile_micro! {
-    /// One tile of rows and one panel.
-    one_panel:
+    /// One tile of rows and one panel: the last rows of a k-block.
+    single:
     zero ["tilezero tmm0", "tilezero tmm1"],
     load ["tileloadd tmm0, [{c} + {b_stride}]", "tileloadd tmm1, [{c} + {b_stride} + 64]"],
     step [
         "tileloadd tmm4, [{a} + {a_stride}]",
-        "tileloadd tmm7, [{b} + {b_stride}]",
-        "tdpbf16ps tmm0, tmm4, tmm7",
+        "tileloadd tmm6, [{b} + {b_stride}]",
+        "tdpbf16ps tmm0, tmm4, tmm6",
         "tileloadd tmm7, [{b} + {b_stride} + 64]",
         "tdpbf16ps tmm1, tmm4, tmm7",
+        some_lines!(),
     ],
     store ["tilestored [{c} + {b_stride}], tmm0", "tilestored [{c} + {b_stride} + 64], tmm1"],
-    prefetch ["prefetcht1 [{next}]"],
+    with |args| [lines = in(reg) args.lines,]
+}
+
+tile_micro! {
+    /// One tile of rows and one panel: a sweep.
+    one_panel:
+    zero ["tilezero tmm0", "tilezero tmm1"],
+    load ["tileloadd tmm0, [{c} + {b_stride}]", "tileloadd tmm1, [{c} + {b_stride} + 64]"],
+    step [
+        "tileloadd tmm4, [{a} + {a_stride}]", eight_lines!(),
+        "tileloadd tmm6, [{b} + {b_stride}]", eight_lines!(),
+        "tdpbf16ps tmm0, tmm4, tmm6",
+        "tileloadd tmm7, [{b} + {b_stride} + 64]", eight_lines!(),
+        "tdpbf16ps tmm1, tmm4, tmm7", eight_lines!(),
+    ],
+    store ["tilestored [{c} + {b_stride}], tmm0", "tilestored [{c} + {b_stride} + 64], tmm1"],
     with |args| []
 }
 
 tile_micro! {
-    /// One tile of rows and two panels.
+    /// One tile of rows and two panels: a sweep.
     two_panels:
     zero ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
     load [
@@ -240,23 +281,21 @@ tile_micro! {
         "tileloadd tmm2, [{c2} + {b_stride}]", "tileloadd tmm3, [{c2} + {b_stride} + 64]"
     ],
     step [
+        "lea {line}, [{b} + {panel}]",
         "tileloadd tmm4, [{a} + {a_stride}]",
-        "tileloadd tmm7, [{b} + {b_stride}]",
-        "tdpbf16ps tmm0, tmm4, tmm7",
+        "tileloadd tmm6, [{b} + {b_stride}]",
+        "tdpbf16ps tmm0, tmm4, tmm6", eight_lines!(both),
         "tileloadd tmm7, [{b} + {b_stride} + 64]",
-        "tdpbf16ps tmm1, tmm4, tmm7",
-        "add {b}, {panel}",
-        "tileloadd tmm7, [{b} + {b_stride}]",
-        "tdpbf16ps tmm2, tmm4, tmm7",
-        "tileloadd tmm7, [{b} + {b_stride} + 64]",
-        "tdpbf16ps tmm3, tmm4, tmm7",
-        "sub {b}, {panel}",
+        "tdpbf16ps tmm1, tmm4, tmm7", eight_lines!(both),
+        "tileloadd tmm6, [{line} + {b_stride}]",
+        "tdpbf16ps tmm2, tmm4, tmm6", eight_lines!(both),
+        "tileloadd tmm7, [{line} + {b_stride} + 64]",
+        "tdpbf16ps tmm3, tmm4, tmm7", eight_lines!(both),
     ],
     store [
         "tilestored [{c} + {b_stride}], tmm0", "tilestored [{c} + {b_stride} + 64], tmm1",
         "tilestored [{c2} + {b_stride}], tmm2", "tilestored [{c2} + {b_stride} + 64], tmm3"
     ],
-    prefetch ["prefetcht1 [{next}]", "prefetcht1 [{next} + {panel}]"],
     with |args| [panel = in(reg) args.panel_stride,]
 }
 
