@@ -114,7 +114,7 @@ impl Simd for Avx512 {
     fn hide<T>(self, mut row: *const T) -> *const T {
         // SAFETY: the assembly is a comment. The compiler must assume that it changes `row`.
         unsafe {
-            asm!("/* {0} */", inout(reg) row, options(pure, nomem, nostack, preserves_flags));
+            asm!("/* {0} */", inout(reg) row, options(pure, readonly, nostack, preserves_flags));
         }
         row
     }
