@@ -2,11 +2,14 @@
 //! and against themselves.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::sync::OnceLock;
+
 use candle_core::{CpuStorage, DType, Layout, Shape, WithDType};
 use half::{bf16, f16};
 
 use super::tests::{activation_bound, ops};
-use super::{BlockLayer, CpuKernels, LinearLayer, available, block, linear, twin};
+use super::tuning::CpuFamily;
+use super::{BlockLayer, CpuKernels, LinearLayer, available, block, isa, linear, twin};
 use crate::gate::activation::{Glu, GluActivation};
 use crate::reference;
 use crate::which::Which;
@@ -15,6 +18,22 @@ use crate::which::Which;
 const U: f64 = 1.0 / (1 << 24) as f64;
 /// What a product with a denormal factor may lose: `vdpbf16ps` and `bfdot` take denormals for 0.
 const FLUSHED: f64 = 1.2e-38;
+
+/// The kernels that this machine can run, and those of AVX-512 also with the shapes and tuning of
+/// another CPU family.
+fn every_kernel() -> &'static [CpuKernels] {
+    static KERNELS: OnceLock<Vec<CpuKernels>> = OnceLock::new();
+    KERNELS.get_or_init(|| {
+        let here = CpuFamily::detect();
+        let other = match here {
+            CpuFamily::SapphireRapids => CpuFamily::Other,
+            _ => CpuFamily::SapphireRapids,
+        };
+        let mut kernels = isa::detect(here);
+        kernels.extend(isa::detect(other).into_iter().filter(|k| k.name.starts_with("avx512")));
+        kernels
+    })
+}
 
 /// Unit roundoff, and half the smallest denormal, of the dtype that h and y are rounded to.
 fn roundoff(dtype: DType) -> (f64, f64) {
@@ -161,7 +180,7 @@ impl Case {
 
     /// Every kernel's y within the bound.
     fn check<T: WithDType>(&self, x: &Matrix) {
-        self.check_kernels::<T>(x, available());
+        self.check_kernels::<T>(x, every_kernel());
     }
 
     /// These kernels' y within the bound.
@@ -274,7 +293,7 @@ macro_rules! per_dtype {
                         (Matrix::random::<T>(n, k, 0.3, 1), Matrix::random::<T>(1, n, 0.3, 2));
                     let x = Matrix::random::<T>(m, k, 1.0, 4);
                     for (kernel, with_bias) in
-                        available().iter().flat_map(|kernel| [(kernel, false), (kernel, true)])
+                        every_kernel().iter().flat_map(|kernel| [(kernel, false), (kernel, true)])
                     {
                         let mut layer = linear(kernel, T::DTYPE, n, k).unwrap();
                         let (storage, layout) = weight.storage::<T>();
@@ -303,7 +322,7 @@ macro_rules! per_dtype {
             #[test]
             fn no_k_gives_the_bias() {
                 let (n, bias) = (2051, Matrix::random::<T>(1, 2051, 0.3, 2));
-                for kernel in available() {
+                for kernel in every_kernel() {
                     let mut used = linear(kernel, T::DTYPE, n, 3).unwrap();
                     let (storage, layout) = Matrix::random::<T>(n, 3, 1.0, 1).storage::<T>();
                     used.set_weight(&storage, &layout).unwrap();
@@ -323,7 +342,7 @@ macro_rules! per_dtype {
                 let (h, i) = (2051, 67);
                 let case = Case::new::<T>(silu(), h, i, true);
                 let x = Matrix::random::<T>(530, h, 1.0, 4);
-                for kernel in available() {
+                for kernel in every_kernel() {
                     let layer = case.layer::<T>(kernel);
                     let all = run::<T>(&*layer, &x);
                     for range in
@@ -356,7 +375,7 @@ macro_rules! per_dtype {
                     Layout::new(shape.clone(), vec![1, 0], 9),
                     Layout::new(shape, vec![0, 0], 2),
                 ];
-                for (kernel, layout) in available()
+                for (kernel, layout) in every_kernel()
                     .iter()
                     .flat_map(|kernel| layouts.iter().map(move |layout| (kernel, layout)))
                 {
@@ -381,7 +400,7 @@ macro_rules! per_dtype {
                     T::to_cpu_storage_owned(transposed),
                     Layout::new(Shape::from((n, k)), vec![1, n], 0),
                 );
-                for kernel in available() {
+                for kernel in every_kernel() {
                     for (storage, layout) in [&matrix.storage::<T>(), &transposed] {
                         let mut layer = linear(kernel, T::DTYPE, n, k).unwrap();
                         layer.set_weight(storage, layout).unwrap();
@@ -411,7 +430,7 @@ macro_rules! per_dtype {
                 let mut x = clean.clone();
                 (x.data[3 * h + 34], x.data[7 * h], x.data[39 * h + 1]) =
                     (f64::NAN, f64::INFINITY, f64::NEG_INFINITY);
-                for kernel in available() {
+                for kernel in every_kernel() {
                     let layer = case.layer::<T>(kernel);
                     let (expected, y) = (run::<T>(&*layer, &clean), run::<T>(&*layer, &x));
                     for row in 0..m {
@@ -440,7 +459,7 @@ macro_rules! per_dtype {
                     DType::BF16 => (127, -133),
                     _ => (127, -149),
                 };
-                for kernel in available() {
+                for kernel in every_kernel() {
                     let mut layer = linear(kernel, T::DTYPE, 1, 2).unwrap();
                     let weight =
                         Matrix { rows: 1, columns: 2, data: vec![2f64.powi(top - 7), 1.0] };
@@ -498,7 +517,7 @@ fn vector_kernels_of_one_arithmetic_give_the_same_bits() {
             (hash ^ y.to_bits()).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32)
         })
     }
-    for kernel in available() {
+    for kernel in every_kernel() {
         let fuses = match kernel.name {
             "scalar" => cfg!(any(target_feature = "fma", target_arch = "aarch64")),
             name => name != "simd128",
@@ -523,7 +542,7 @@ fn the_packed_memory_holds_all_weights() {
     let case = Case::new::<f32>(silu(), 70, 33, false);
     let weights = [&case.gate, &case.up, &case.down].into_iter().flat_map(|matrix| &matrix.data);
     let expected = weights.map(|value| (*value as f32).to_bits()).fold(0, u32::wrapping_add);
-    for kernel in available() {
+    for kernel in every_kernel() {
         let layer = case.layer::<f32>(kernel);
         let words = layer.bytes().into_iter().flat_map(|bytes| bytes.chunks_exact(4));
         let sum = words
@@ -535,7 +554,7 @@ fn the_packed_memory_holds_all_weights() {
 
 #[test]
 fn dtypes_without_a_kernel_are_left_to_the_plain_path() {
-    for kernel in available() {
+    for kernel in every_kernel() {
         for dtype in [DType::F64, DType::U8, DType::I64] {
             assert!(
                 linear(kernel, dtype, 3, 4).is_none()
@@ -616,7 +635,7 @@ fn products_on_tiles_meet_the_definition_and_the_instructions() {
         .into_iter()
         .flat_map(|m| small.map(|(h, i)| (m, h, i)))
         .collect();
-    sizes.extend([(3, 700, 33), (40, 33, 700), (97, 130, 150), (513, 5, 6)]);
+    sizes.extend([(1, 33, 700), (3, 700, 33), (40, 33, 700), (97, 130, 150), (513, 5, 6)]);
     let amx = available().iter().find(|kernel| kernel.name == "amx");
     for (m, h, i) in sizes {
         let case = Case::new::<bf16>(ops()[m % ops().len()], h, i, m % 2 == 0);
@@ -653,7 +672,7 @@ fn a_row_on_tiles_does_not_depend_on_its_company() {
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn the_twin_computes_as_the_instructions() {
-    use super::tiles::{NR, TileArgs};
+    use super::tiles::{NR, ROW_PANELS, TileArgs};
     let Some(hard) = super::isa::tiles() else { return };
     let soft = twin::tiles();
     let mut state = 7u64;
@@ -674,7 +693,7 @@ fn the_twin_computes_as_the_instructions() {
             }
         },
     ];
-    let (steps, panels, k) = (3, 2, 96);
+    let (steps, panels, k) = (3, ROW_PANELS, 96);
     for case in 0..400 {
         let kind = kinds[case % kinds.len()];
         let height = 1 + case / 4 % 16;
@@ -686,7 +705,8 @@ fn the_twin_computes_as_the_instructions() {
         let micros = [(soft.pair, hard.pair, 2, 1)]
             .into_iter()
             .chain([(soft.single, hard.single, 1, 1)])
-            .chain((0..2).map(|i| (soft.sweep[i], hard.sweep[i], 1, i + 1)));
+            .chain((0..2).map(|i| (soft.sweep[i], hard.sweep[i], 1, i + 1)))
+            .chain((height == 1).then_some((soft.row, hard.row, 1, ROW_PANELS)));
         for (soft, hard_micro, tiles, panels) in micros {
             let results = [(soft, false), (hard_micro, true)].map(|(micro, is_hard)| {
                 let mut sums = start.clone();

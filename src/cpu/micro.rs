@@ -13,7 +13,7 @@
 
 use std::marker::PhantomData;
 
-use super::prefetch::{Prefetch, fetch, fetch_half, prefetch};
+use super::prefetch::{Prefetch, fetch, fetch_half};
 use super::product::Product;
 use super::simd::{Body, Isa, Simd};
 use super::tuning::Access;
@@ -384,9 +384,10 @@ unsafe fn stream_step<
     let step_bytes = NV * S::LANES * const { P::FORMAT.column_bytes() };
     match what {
         Prefetch::BlockIntoL1 => fetch_half(next.wrapping_add(stream), step_bytes),
-        Prefetch::StepIntoL1 => prefetch(
-            b[0].wrapping_byte_add(STREAM_AHEAD * step_bytes).wrapping_byte_add(stream).cast(),
-        ),
+        Prefetch::StepIntoL1 => {
+            let ahead = b[0].wrapping_byte_add(STREAM_AHEAD * step_bytes + stream).cast();
+            fetch(what, ahead, 1, step_bytes, 0);
+        }
         _ => (),
     }
     for (acc, b) in acc.iter_mut().zip(b) {

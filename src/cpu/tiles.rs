@@ -18,6 +18,8 @@ pub(super) const ROWS: usize = 16;
 pub(super) const STEP_K: usize = 32;
 /// Columns of a panel.
 pub(super) const NR: usize = 32;
+/// Panels that [`Tiles::row`] multiplies at once.
+pub(super) const ROW_PANELS: usize = 4;
 /// Bytes of a row of sums.
 const SUMS_ROW: usize = NR * size_of::<f32>();
 /// Bytes of a panel in one step.
@@ -46,8 +48,8 @@ pub(super) struct TileArgs {
     pub(super) height: usize,
     /// Add to what `sums` holds instead of starting from zero.
     pub(super) accumulate: bool,
-    /// Prefetched into L2, `lines` cache lines in each step; with several panels, also at the same
-    /// distance in each of them.
+    /// Prefetched into L2, `lines` cache lines in each step. A sweep prefetches as much as it reads,
+    /// into L1, at the same distance in each panel.
     pub(super) prefetch: *const u8,
     pub(super) lines: usize,
     /// For two tiles of rows, also prefetched: into L2, in each step, a line of this row of A and of
@@ -71,6 +73,8 @@ pub(super) struct Tiles {
     pub(super) single: TileMicro,
     /// The same with 1 or 2 panels, for a sweep.
     pub(super) sweep: [TileMicro; 2],
+    /// One row and [`ROW_PANELS`] panels, for a sweep: the arithmetic of tiles without tiles.
+    pub(super) row: TileMicro,
     pub(super) tuning: TileTuning,
 }
 
@@ -87,6 +91,8 @@ pub(super) struct TileTuning {
     pub(super) block_steps: usize,
     /// Panels of a unit with many rows.
     pub(super) many_rows_panels: usize,
+    /// Panels of a unit with one row.
+    pub(super) row_panels: usize,
     /// Panels of a unit with up to [`ROWS`] rows.
     pub(super) few_rows_panels: usize,
     /// How far ahead of its use a sweep prefetches, in bytes.
@@ -103,7 +109,11 @@ pub(super) fn padded_rows(rows: usize) -> usize {
 impl Tiles {
     /// The panels of a unit with this many rows.
     pub(super) fn panels_at_once(&self, rows: usize) -> usize {
-        if rows <= ROWS { self.tuning.few_rows_panels } else { self.tuning.many_rows_panels }
+        match rows {
+            1 => self.tuning.row_panels,
+            2..=ROWS => self.tuning.few_rows_panels,
+            _ => self.tuning.many_rows_panels,
+        }
     }
 
     /// A (rows, k) · panels (k, 32) -> sums (panels, rows, 32)
@@ -148,7 +158,13 @@ impl Tiles {
     ) {
         let mut first = panels.start;
         while first < panels.end {
-            let count = (panels.end - first).min(self.sweep.len());
+            let rest = panels.end - first;
+            let (count, micro) = if a.rows == 1 && rest >= ROW_PANELS {
+                (ROW_PANELS, self.row)
+            } else {
+                let count = rest.min(self.sweep.len());
+                (count, self.sweep[count - 1])
+            };
             let (b, steps) = (weight.panel(first), weight.padded_k() / STEP_K);
             let ahead = (self.tuning.sweep_ahead / STEP_BYTES).min(steps);
             let index = first - panels.start;
@@ -172,7 +188,6 @@ impl Tiles {
             let next = if first < panels.end { weight.panel(first) } else { after };
             // SAFETY: the caller's contract. The second part continues where the first ends.
             unsafe {
-                let micro = self.sweep[count - 1];
                 if steps > ahead {
                     micro(&args);
                 }

@@ -8,7 +8,7 @@
 
 use super::isa::scalar_isa;
 use super::kernels::{CpuKernels, ThirtyTwo, with_tiles};
-use super::tiles::{NR, Saved, TileArgs, TileTuning, Tiles};
+use super::tiles::{NR, ROW_PANELS, Saved, TileArgs, TileTuning, Tiles};
 
 /// Pairs of k in a tile.
 const PAIRS: usize = 16;
@@ -32,10 +32,12 @@ pub(super) fn tiles() -> Tiles {
         pair: micro::<2, 1>,
         single: micro::<1, 1>,
         sweep: [micro::<1, 1>, micro::<1, 2>],
+        row: micro::<1, ROW_PANELS>,
         tuning: TileTuning {
             measured_on: "none",
             block_steps: 2,
             many_rows_panels: 3,
+            row_panels: 5,
             few_rows_panels: 3,
             sweep_ahead: 4 << 10,
         },

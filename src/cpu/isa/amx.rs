@@ -28,6 +28,7 @@ pub(in crate::cpu) fn tiles() -> Option<Tiles> {
         pair,
         single,
         sweep: [one_panel, two_panels],
+        row: super::amx_row::one_row,
         tuning: AMX_ON_EMERALD_RAPIDS,
     })
 }
@@ -131,8 +132,9 @@ macro_rules! some_lines {
     };
 }
 
-/// Prefetches 8 cache lines at `next` into L1, a quarter of a step. A core waits for at most 16
-/// lines at a time, so that these are spread over the step.
+/// Prefetches 8 cache lines at `next` into L1, a quarter of a step; with `both`, 8 lines of each of
+/// two panels. A core can wait for 16 lines at most. The prefetches are therefore spread over the
+/// step.
 macro_rules! eight_lines {
     () => {
         ".irp at, 0, 64, 128, 192, 256, 320, 384, 448

@@ -42,18 +42,18 @@ impl Isa for Avx512 {
 }
 
 /// The kernels, if the CPU has the instructions. bf16 and f16 use panels of four vectors: with two,
-/// too few loads are in flight (3 to 6 rows are 5 to 20 % slower).
+/// too few loads are in flight (on Zen 4, 3 to 6 rows are 5 to 20 % slower).
 pub(super) fn detect(family: CpuFamily) -> Option<CpuKernels> {
     let isa = Avx512::new()?;
     Some(match family {
-        // No other tuning has been measured yet.
+        // f32 as well: a multiply-add shares its port with other instructions, of which four vectors
+        // and six rows need the fewest (2 vectors and 12 rows: up to a fifth slower).
+        CpuFamily::SapphireRapids => {
+            kernels::<_, FourBySix, FourBySix, FourBySix, Avx512OnSapphireRapids>("avx512", isa)
+        }
+        // Measured on Zen 4 and 5 alone.
         CpuFamily::Zen3 | CpuFamily::Zen4 | CpuFamily::Zen5 | CpuFamily::Other => {
             kernels::<_, TwoByTwelve, FourBySix, FourBySix, Avx512OnZen4>("avx512", isa)
-        }
-        CpuFamily::SapphireRapids => {
-            // f32 as well: a multiply-add shares its port with other instructions, of which four
-            // vectors and six rows take the fewest (2 vectors and 12 rows: up to a fifth slower).
-            kernels::<_, FourBySix, FourBySix, FourBySix, Avx512OnSapphireRapids>("avx512", isa)
         }
     })
 }
