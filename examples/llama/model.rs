@@ -41,6 +41,8 @@ mod model_type;
 mod names;
 #[path = "norm.rs"]
 mod norm;
+#[path = "residual.rs"]
+mod residual;
 #[path = "rope.rs"]
 mod rope;
 #[path = "rope_config.rs"]
@@ -258,10 +260,10 @@ impl Layer {
     /// x (B,T,hidden) -> (B,T,hidden)
     fn forward(&self, x: &Tensor, step: &Step, cache: Option<KvSlot>) -> Result<Tensor> {
         let attended = self.self_attn.forward(&self.input_layernorm.forward(x)?, step, cache)?;
-        let x = (x + scaled(attended, self.residual_multiplier)?)?;
+        let x = residual::add(x, &scaled(attended, self.residual_multiplier)?)?;
         let normed = self.post_attention_layernorm.forward(&x)?;
         let _span = tracing::trace_span!("mlp").entered();
-        &x + scaled(self.mlp.forward(&normed)?, self.residual_multiplier)?
+        residual::add(&x, &scaled(self.mlp.forward(&normed)?, self.residual_multiplier)?)
     }
 }
 
