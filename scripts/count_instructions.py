@@ -56,7 +56,7 @@ def count(body):
     return fused, len(ops), sum(bool(STACK.search(line)) for line in body)
 
 
-STREAMS = {"OneStream": 1, "OneStreamByPages": 1, "FourStreams": 4}
+STREAMS = {"OneStream": 1, "OneStreamByPages": 1, "FourStreams": 4, "FourStreamsPrefetched": 4}
 DTYPES = {"DotBf16": "bf16 dot", "bf16": "bf16", "f16": "f16"}
 
 
