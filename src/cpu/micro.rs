@@ -13,7 +13,7 @@
 
 use std::marker::PhantomData;
 
-use super::prefetch::{Prefetch, fetch, fetch_half};
+use super::prefetch::{Prefetch, fetch};
 use super::product::Product;
 use super::simd::{Body, Isa, Simd};
 use super::tuning::Access;
@@ -199,7 +199,8 @@ unsafe fn run<S: Simd, P: Product<S>, const MR: usize, const NV: usize>(
                 while unroll > 1 && at + unroll * P::K_STEP <= stop {
                     next = fetch(what, next, unroll, step_bytes, args.prefetch_bytes);
                     if unroll == 2 {
-                        // The compiler does not unroll a loop over so many instructions.
+                        // Two calls: a loop over steps of 24 accumulators exceeds LLVM's threshold
+                        // for unrolling. A loop over the shorter steps of AVX2 does not.
                         P::step(s, &mut acc, &a, at, b);
                         P::step(s, &mut acc, &a, at + P::K_STEP, b.byte_add(step_bytes));
                     } else {
@@ -382,14 +383,11 @@ unsafe fn stream_step<
     what: Prefetch,
 ) {
     let step_bytes = NV * S::LANES * const { P::FORMAT.column_bytes() };
-    match what {
-        Prefetch::BlockIntoL1 => fetch_half(next.wrapping_add(stream), step_bytes),
-        Prefetch::StepIntoL1 => {
-            let ahead = b[0].wrapping_byte_add(STREAM_AHEAD * step_bytes + stream).cast();
-            fetch(what, ahead, 1, step_bytes, 0);
-        }
-        _ => (),
-    }
+    let next = match what {
+        Prefetch::StepIntoL1 => b[0].wrapping_byte_add(STREAM_AHEAD * step_bytes).cast(),
+        _ => next,
+    };
+    fetch(what, next.wrapping_add(stream), 1, step_bytes, 0);
     for (acc, b) in acc.iter_mut().zip(b) {
         // SAFETY: the caller's contract.
         unsafe { P::step(s, acc, a, at, b.byte_add(stream)) };

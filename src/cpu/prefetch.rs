@@ -49,13 +49,6 @@ pub(super) fn fetch(
     next.wrapping_add(further)
 }
 
-/// Prefetches half of the `bytes` at `next` into L1, line by line: the share of a row group in a
-/// block.
-#[inline(always)]
-pub(super) fn fetch_half(next: *const u8, bytes: usize) {
-    (0..(bytes / 2).div_ceil(LINE)).for_each(|line| prefetch(next.wrapping_add(line * LINE)));
-}
-
 macro_rules! prefetch {
     ($(#[$doc:meta])* $name:ident, $x86:ident, $arm:literal) => {
         $(#[$doc])*
