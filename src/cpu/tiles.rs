@@ -48,8 +48,8 @@ pub(super) struct TileArgs {
     pub(super) height: usize,
     /// Add to what `sums` holds instead of starting from zero.
     pub(super) accumulate: bool,
-    /// Prefetched into L2, `lines` cache lines in each step. A sweep prefetches as much as it reads,
-    /// into L1, at the same distance in each panel.
+    /// Prefetched into L2, `lines` cache lines in each step. A sweep prefetches as much as it
+    /// reads, into L1, at the same distance in each panel.
     pub(super) prefetch: *const u8,
     pub(super) lines: usize,
     /// For two tiles of rows, also prefetched: into L2, in each step, a line of this row of A and of
@@ -120,8 +120,8 @@ impl Tiles {
     ///
     /// # Safety
     /// The thread may use the matrix unit. A and `sums` have room for [`padded_rows`], A all k of a
-    /// panel; the panels exist. `after`, what this thread is likely to
-    /// read next, is only prefetched.
+    /// panel; the panels exist. `after`, what this thread is likely to read next, is only
+    /// prefetched.
     pub(super) unsafe fn panels(
         &self,
         weight: &Panels,
@@ -137,13 +137,17 @@ impl Tiles {
             if weight.k() == 0 {
                 return sums.write_bytes(0, panels.len() * tiles * height * NR);
             }
-            let saved = (self.configure)(height);
+            // One row of whole groups of panels is multiplied in vectors.
+            let in_vectors = a.rows == 1 && panels.len().is_multiple_of(ROW_PANELS);
+            let saved = (!in_vectors).then(|| (self.configure)(height));
             if tiles == 1 {
                 self.sweep(weight, panels, a, sums, after);
             } else {
                 self.blocks(weight, panels, (tiles, height), a, sums, after);
             }
-            (self.restore)(&saved);
+            if let Some(saved) = saved {
+                (self.restore)(&saved);
+            }
         }
     }
 
