@@ -1,14 +1,14 @@
 //! The residual connections.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use half::{bf16, f16};
 
 use super::rows::{Real, for_each_row, slice, vectorized};
 
-/// x + y, both (..,H). For f16 and bf16 on the CPU it runs on all threads and in the vectors of this
-/// machine: candle's sum takes half as long as all products of a prompt on AMX.
+/// x + y, both (..,H). For f16 and bf16 on the CPU it runs on all threads and in the vectors of
+/// this machine: candle's sum takes half as long as all products of a prompt on AMX.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    let halves = x.dtype() == y.dtype() && x.dtype().size_in_bytes() == 2;
+    let halves = x.dtype() == y.dtype() && matches!(x.dtype(), DType::F16 | DType::BF16);
     if halves && x.device().is_cpu() && !x.track_op() && !y.track_op() {
         x.contiguous()?.apply_op2_no_bwd(&y.contiguous()?, &Add)
     } else {
@@ -78,7 +78,7 @@ fn add_row<T: Real>(x: &[T], y: &[T], sum: &mut [T]) {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     use super::*;
 

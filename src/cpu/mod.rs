@@ -52,12 +52,12 @@ pub(crate) fn available() -> &'static [CpuKernels] {
     AVAILABLE.get_or_init(|| isa::detect(CpuFamily::detect()))
 }
 
-/// The names of the CPU kernels that this machine can run, best first: on x86-64 `amx`, `avx512bf16`,
-/// `avx512` and `avx2` (Intel's Sapphire and Emerald Rapids: `avx512` before `avx512bf16`), on 64-bit
-/// ARM `neonbf16` and `neon`, in WebAssembly built for it `simd128`, and everywhere `scalar`. The
-/// environment variable `CANDLE_SWIGLU_KERNEL` selects one
-/// by name; without it the first one runs. `CANDLE_SWIGLU_KERNEL=plain` selects no kernel of this
-/// crate, on any device: the block is then computed by candle's own operations.
+/// The names of the CPU kernels that this machine can run, best first: on x86-64 `amx`,
+/// `avx512bf16`, `avx512` and `avx2` (Intel's Sapphire and Emerald Rapids: `avx512` before
+/// `avx512bf16`), on 64-bit ARM `neonbf16` and `neon`, in WebAssembly built for it `simd128`, and
+/// everywhere `scalar`. The environment variable `CANDLE_SWIGLU_KERNEL` selects one by name;
+/// without it the first one runs. `CANDLE_SWIGLU_KERNEL=plain` selects no kernel of this crate, on
+/// any device: the block is then computed by candle's own operations.
 ///
 /// ```
 /// assert_eq!(candle_swiglu::cpu_kernels().last(), Some(&"scalar"));

@@ -52,8 +52,8 @@ pub(super) trait Simd: Copy {
         a
     }
     /// Returns the address of a row unchanged, but hides from the compiler how the rows' addresses
-    /// follow from each other. It then keeps each in a register. Otherwise it computes them in every
-    /// step, and on Intel CPUs those instructions use the ports of the multiply-adds.
+    /// follow from each other. It then keeps each in a register. Otherwise it computes them in
+    /// every step, and on Intel CPUs those instructions use the ports of the multiply-adds.
     #[inline(always)]
     fn hide<T>(self, row: *const T) -> *const T {
         row

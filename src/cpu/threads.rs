@@ -3,8 +3,8 @@
 //! A phase of work ends when its units are done, not when every thread has arrived. Whoever runs
 //! claims the next unit, so that a call waits for a thread that the system does not run only if it
 //! was interrupted within the call. Nobody waits for a thread that has not started. candle's pool
-//! differs: each of its calls ends when every thread has woken, run and left. With other programs on the
-//! machine most calls then wait for a thread that is not running.
+//! differs: each of its calls ends when every thread has woken, run and left. With other programs
+//! on the machine most calls then wait for a thread that is not running.
 
 use std::cell::{Cell, UnsafeCell};
 use std::mem::MaybeUninit;

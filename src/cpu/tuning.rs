@@ -122,8 +122,8 @@ impl Access for FourStreams {
 
 /// Four streams, every line prefetched.
 ///
-/// Measured with AVX-512 on Emerald Rapids, in f16 and with 4 rows in f32: one stream by pages takes
-/// up to 1.6 times as long, four streams with half of their lines prefetched 1.1 times.
+/// Measured with AVX-512 on Emerald Rapids, in f16 and with 4 rows in f32: one stream by pages
+/// takes up to 1.6 times as long, four streams with half of their lines prefetched 1.1 times.
 pub(super) struct FourStreamsPrefetched;
 
 impl Access for FourStreamsPrefetched {
@@ -180,8 +180,8 @@ impl Tuned for Avx512OnSapphireRapids {
     type Access = FourStreamsPrefetched;
     const TUNING: Tuning = Tuning {
         measured_on: "Intel Emerald Rapids",
-        // Of 48 KiB of L1 (16 KiB: equal in f16, and in f32 the same block; 64 KiB: 5 % slower at 16
-        // rows in f32). Prefetching the next block into L2 instead of L1 is no faster.
+        // Of 48 KiB of L1 (16 KiB: equal in f16, and in f32 the same block; 64 KiB: 5 % slower at
+        // 16 rows in f32). Prefetching the next block into L2 instead of L1 is no faster.
         few_rows_block: 32 << 10,
         // L2 supplies B as fast as L1 would (32 KiB: up to a fifth slower in f32; 64 KiB: equal).
         many_rows_block: 256 << 10,

@@ -2,7 +2,8 @@
 //! in the same order, the same bits.
 //!
 //! One row is bandwidth-bound. A tile load reads every other cache line of one panel, which the
-//! hardware prefetcher does not follow. Here, each pair of k loads two lines of each of four panels.
+//! hardware prefetcher does not follow. Here, each pair of k loads two lines of each of four
+//! panels.
 
 use std::arch::asm;
 

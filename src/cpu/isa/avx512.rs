@@ -46,8 +46,8 @@ impl Isa for Avx512 {
 pub(super) fn detect(family: CpuFamily) -> Option<CpuKernels> {
     let isa = Avx512::new()?;
     Some(match family {
-        // f32 as well: a multiply-add shares its port with other instructions, of which four vectors
-        // and six rows need the fewest (2 vectors and 12 rows: up to a fifth slower).
+        // f32 as well: a multiply-add shares its port with other instructions, of which four
+        // vectors and six rows need the fewest (2 vectors and 12 rows: up to a fifth slower).
         CpuFamily::SapphireRapids => {
             kernels::<_, FourBySix, FourBySix, FourBySix, Avx512OnSapphireRapids>("avx512", isa)
         }
