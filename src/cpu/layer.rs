@@ -82,7 +82,10 @@ pub(crate) fn block(
 }
 
 /// A tensor of rank 2, with its strides.
-fn matrix<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<Matrix<'a, T>> {
+pub(super) fn matrix<'a, T: WithDType>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> Result<Matrix<'a, T>> {
     let data = T::cpu_storage_as_slice(storage).map_err(Error::Candle)?;
     let (rows, k) = layout.shape().dims2().map_err(Error::Candle)?;
     let strides = (layout.stride()[0], layout.stride()[1]);
@@ -94,7 +97,7 @@ fn read_rows<T: Io + Stored>(
     columns: Columns,
     rows: &mut dyn Iterator<Item = usize>,
 ) -> CpuStorage {
-    let k = projection.weight.k();
+    let k = projection.weight.layout.k();
     let mut data: Vec<T> = vec![];
     for row in rows {
         let start = data.len();

@@ -16,6 +16,7 @@ use std::ops::Range;
 use super::buffer::Buffer;
 use super::format::{Format, Stored};
 use super::matrix::Matrix;
+use super::sweep::Sweep;
 use super::threads::{self, Phase, SendPtr};
 
 /// The columns of each panel that a matrix fills.
@@ -29,9 +30,9 @@ pub(super) enum Columns {
     SecondHalf,
 }
 
-/// A packed matrix: bytes in the order of a [`Format`].
-pub(super) struct Panels {
-    buffer: Buffer,
+/// How a matrix is divided into panels, streams and steps.
+#[derive(Clone, Copy)]
+pub(super) struct PanelLayout {
     format: Format,
     /// K
     k: usize,
@@ -45,23 +46,15 @@ pub(super) struct Panels {
     count: usize,
 }
 
-impl Panels {
-    /// Zeros for `columns` columns; a gate and an up column count as two. `k_multiple` is a multiple
-    /// of the format's step.
-    pub(super) fn zeroed(
-        format: Format,
-        columns: usize,
-        k: usize,
-        nr: usize,
-        streams: usize,
-        k_multiple: usize,
-    ) -> Self {
-        let count = columns.div_ceil(nr);
-        let padded_k = k.next_multiple_of(k_multiple);
+impl PanelLayout {
+    /// Panels of `columns` columns, as the kernels of `sweep` read them; a gate and an up column
+    /// count as two.
+    pub(super) fn new(sweep: &Sweep, columns: usize, k: usize) -> Self {
+        let Sweep { nr, streams, format, .. } = *sweep;
+        let padded_k = k.next_multiple_of(sweep.k_multiple());
         let stream_stride =
             (padded_k / format.k_step()).div_ceil(streams) * nr * format.column_bytes();
-        let buffer = Buffer::zeroed(count * streams * stream_stride);
-        Self { buffer, format, k, padded_k, nr, streams, stream_stride, count }
+        Self { format, k, padded_k, nr, streams, stream_stride, count: columns.div_ceil(nr) }
     }
 
     /// Panels.
@@ -99,6 +92,17 @@ impl Panels {
         self.stream_stride
     }
 
+    /// Streams of a panel.
+    pub(super) fn streams(&self) -> usize {
+        self.streams
+    }
+
+    /// Bytes from the start of a panel to a step.
+    #[inline(always)]
+    pub(super) fn step_offset(&self, step: usize) -> usize {
+        step % self.streams * self.stream_stride + step / self.streams * self.step_bytes()
+    }
+
     /// Bytes from one panel to the next.
     pub(super) fn panel_stride(&self) -> usize {
         self.streams * self.stream_stride
@@ -109,15 +113,30 @@ impl Panels {
         self.count * self.panel_stride() / self.format.column_bytes() * self.format.k_step()
     }
 
-    /// All panels, padding included.
-    pub(super) fn bytes(&self) -> &[u8] {
-        self.buffer.bytes()
+    /// Values of k in a step.
+    pub(super) fn k_step(&self) -> usize {
+        self.format.k_step()
     }
 
-    pub(super) fn panel(&self, panel: usize) -> *const u8 {
-        assert!(panel < self.count);
-        // SAFETY: the buffer holds `count` panels of this size.
-        unsafe { self.buffer.as_ptr::<u8>().add(panel * self.panel_stride()) }
+    /// Bytes of one column in a step.
+    pub(super) fn column_bytes(&self) -> usize {
+        self.format.column_bytes()
+    }
+
+    /// Writes zeros to the steps of a panel beyond K.
+    ///
+    /// # Safety
+    /// `panel` is a panel of this layout.
+    pub(super) unsafe fn zero_beyond_k(&self, panel: *mut u8) {
+        for step in self.k.div_ceil(self.format.k_step())..self.steps() {
+            // SAFETY: the caller's contract.
+            unsafe { panel.add(self.step_offset(step)).write_bytes(0, self.step_bytes()) };
+        }
+    }
+
+    /// Bytes of all panels, padding included.
+    pub(super) fn bytes(&self) -> usize {
+        self.count * self.panel_stride()
     }
 
     /// The column of row `row` of a matrix, counted over all panels.
@@ -156,30 +175,11 @@ impl Panels {
         }
     }
 
-    /// Packs all rows of a matrix.
-    pub(super) fn fill<T: Stored>(&mut self, columns: Columns, source: Matrix<T>) {
-        source.check();
-        let (width, first) = self.share(columns);
-        let filled = source.rows.div_ceil(width);
-        assert!(T::FORMAT == self.format && source.k == self.k && filled <= self.count);
-        let data = SendPtr(self.buffer.as_mut_ptr::<u8>());
-        let (this, panels) = (&*self, Phase::new(filled));
-        threads::run(|_| {
-            panels.work(|panel, _| {
-                let rows = panel * width..source.rows.min((panel + 1) * width);
-                // SAFETY: panels are disjoint, and zeroed before.
-                unsafe {
-                    this.fill_panel(data.at(panel * this.panel_stride()), first, source, rows)
-                };
-            });
-        });
-    }
-
     /// Writes `rows` of the source side by side into a panel, a block of k at a time so that the
     /// block stays in L1.
     ///
     /// # Safety
-    /// `panel` is a panel of this matrix, of T's format, which has room for the rows from column
+    /// `panel` is a panel of this layout, of T's format, which has room for the rows from column
     /// `first` on.
     unsafe fn fill_panel<T: Stored>(
         &self,
@@ -207,15 +207,78 @@ impl Panels {
             start = end;
         }
     }
+}
+
+/// Panels in memory that outlives the view.
+#[derive(Clone, Copy)]
+pub(super) struct PanelsRef {
+    pub(super) layout: PanelLayout,
+    data: *const u8,
+}
+
+impl PanelsRef {
+    /// # Safety
+    /// `data` points to panels of this layout for as long as the view is used.
+    pub(super) unsafe fn new(layout: PanelLayout, data: *const u8) -> Self {
+        Self { layout, data }
+    }
+
+    pub(super) fn panel(&self, panel: usize) -> *const u8 {
+        assert!(panel < self.layout.count);
+        // SAFETY: there are `count` panels of this size.
+        unsafe { self.data.add(panel * self.layout.panel_stride()) }
+    }
+}
+
+/// A packed matrix: bytes in the order of a [`Format`].
+pub(super) struct Panels {
+    buffer: Buffer,
+    pub(super) layout: PanelLayout,
+}
+
+impl Panels {
+    pub(super) fn zeroed(layout: PanelLayout) -> Self {
+        Self { buffer: Buffer::zeroed(layout.bytes()), layout }
+    }
+
+    pub(super) fn view(&self) -> PanelsRef {
+        PanelsRef { layout: self.layout, data: self.buffer.as_ptr() }
+    }
+
+    /// All panels, padding included.
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.buffer.bytes()
+    }
+
+    /// Packs all rows of a matrix.
+    pub(super) fn fill<T: Stored>(&mut self, columns: Columns, source: Matrix<T>) {
+        source.check();
+        let layout = self.layout;
+        let (width, first) = layout.share(columns);
+        let filled = source.rows.div_ceil(width);
+        assert!(T::FORMAT == layout.format && source.k == layout.k && filled <= layout.count);
+        let data = SendPtr(self.buffer.as_mut_ptr::<u8>());
+        let panels = Phase::new(filled);
+        threads::run(|_| {
+            panels.work(|panel, _| {
+                let rows = panel * width..source.rows.min((panel + 1) * width);
+                // SAFETY: panels are disjoint, and zeroed before.
+                unsafe {
+                    layout.fill_panel(data.at(panel * layout.panel_stride()), first, source, rows)
+                };
+            });
+        });
+    }
 
     /// Reads a row of a matrix, k elements, as it was packed.
     pub(super) fn read_row<T: Stored>(&self, columns: Columns, row: usize, out: &mut [T]) {
-        let column = self.column(columns, row);
-        assert!(T::FORMAT == self.format && out.len() == self.k && column / self.nr < self.count);
-        let panel = self.panel(column / self.nr);
-        let column = column % self.nr * self.format.column_bytes();
-        self.each_k::<T>(0..self.k, |k, at| {
-            // SAFETY: k < self.k, so the step is one of the panel's.
+        let layout = self.layout;
+        let column = layout.column(columns, row);
+        assert!(T::FORMAT == layout.format && out.len() == layout.k);
+        let panel = self.view().panel(column / layout.nr);
+        let column = column % layout.nr * layout.format.column_bytes();
+        layout.each_k::<T>(0..layout.k, |k, at| {
+            // SAFETY: k < layout.k, so the step is one of the panel's.
             out[k] = unsafe { *panel.add(column + at).cast::<T>() };
         });
     }

@@ -18,7 +18,7 @@ use super::matrix::Matrix;
 use super::pages;
 use super::partition::Partition;
 use super::projection::Projection;
-use super::sweep::Rows;
+use super::sweep::{Rows, Sums};
 use super::threads::{self, Phase, SendPtr};
 use crate::gate::activation::Glu;
 
@@ -28,9 +28,9 @@ use crate::gate::activation::Glu;
 /// instead of 256 B for its 8 panels.
 pub(super) const CHUNK_ROWS: usize = 512;
 /// Elements of padding between the rows of A. Rows a power of two apart would share cache sets.
-const PAD: usize = 64;
+pub(super) const PAD: usize = 64;
 /// Below this many multiply-adds, one thread is faster than waking another.
-const SERIAL: usize = 1 << 16;
+pub(super) const SERIAL: usize = 1 << 16;
 /// Rows that a thread copies at a time.
 const COPY_ROWS: usize = 8;
 
@@ -156,13 +156,14 @@ struct Pass<'a, T: 'static, Y> {
 impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
     fn new(edges: &'a Edges<T>, stages: &'a [Stage<'a>], x: Matrix<'a, T>, out: Out<Y>) -> Self {
         let multiply_adds: usize =
-            stages.iter().map(|s| s.projection.weight.multiply_adds()).sum::<usize>() * x.rows;
+            stages.iter().map(|s| s.projection.weight.layout.multiply_adds()).sum::<usize>()
+                * x.rows;
         let threads = if multiply_adds < SERIAL { 1 } else { threads::count() };
         let stage = |i: usize| stages.get(i).map(|s| s.projection);
         let nr = stages[0].projection.sweep().nr;
         // h is written in whole panels of the first stage.
         let a_strides =
-            [0, 1].map(|i| stage(i).map_or(0, |p| p.weight.k().next_multiple_of(nr) + PAD));
+            [0, 1].map(|i| stage(i).map_or(0, |p| p.weight.layout.k().next_multiple_of(nr) + PAD));
         let a_sizes = [0, 1].map(|i| {
             stage(i).map_or(0, |p| {
                 (x.rows + p.sweep().row_padding()) * a_strides[i] * p.sweep().a_bytes
@@ -172,8 +173,8 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
             [0, a_sizes[0], a_sizes[0] + a_sizes[1]].map(|offset| offset.next_multiple_of(64));
         let partitions = [0, 1].map(|i| match stage(i) {
             Some(p) => {
-                let adjacent = p.sweep().panels_at_once(x.rows, p.weight.bytes().len());
-                Partition::new(x.rows, p.weight.count(), threads, adjacent)
+                let adjacent = p.sweep().panels_at_once(x.rows, p.weight.layout.bytes());
+                Partition::new(x.rows, p.weight.layout.count(), threads, adjacent)
             }
             None => Partition::new(x.rows, 0, threads, 1),
         });
@@ -221,7 +222,7 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
                 }
             }
         };
-        if self.threads == 1 { work(0) } else { threads::run(work) }
+        threads::run_on(self.threads, work);
     }
 
     /// Copies some rows of x into A.
@@ -231,7 +232,7 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
     unsafe fn copy_rows(&self, scratch: &SendPtr<u8>, unit: usize) {
         let (k, stride) = (self.x.k, self.x.strides.1);
         let projection = self.stages[0].projection;
-        let (a_bytes, padded_k) = (projection.sweep().a_bytes, projection.weight.padded_k());
+        let (a_bytes, padded_k) = (projection.sweep().a_bytes, projection.weight.layout.padded_k());
         let mut gathered: Vec<T> = Vec::new();
         for row in unit * COPY_ROWS..self.x.rows.min((unit + 1) * COPY_ROWS) {
             let source = &self.x.data[row * self.x.strides.0..];
@@ -268,7 +269,7 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         let rows = end - start;
         let projection = self.stages[stage].projection;
         let (sweep, weight, a_stride) =
-            (projection.sweep(), &projection.weight, self.a_strides[stage]);
+            (projection.sweep(), projection.weight.view(), self.a_strides[stage]);
         let sums = own.cast::<f32>();
         // SAFETY: the pieces lie within scratch as `new` laid it out; y has this chunk's rows.
         unsafe {
@@ -281,7 +282,7 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
             let most_rows = self.x.rows + sweep.row_padding();
             let rewritten = own.add(most_rows * sweep.nr * most * size_of::<f32>());
             let after = self.first_byte(stage, next);
-            sweep.panels(weight, panels.clone(), a, sums, rewritten, after);
+            sweep.panels(weight, panels.clone(), a, Sums::new(sums), rewritten, after);
             let panel_sums = sweep.padded_rows(rows) * sweep.nr;
             for (i, panel) in panels.enumerate() {
                 let sums = projection.sums(panel, rows, sums.add(i * panel_sums));
@@ -329,7 +330,7 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         let (stage, unit) =
             if unit < self.partitions[stage].units() { (stage, unit) } else { (stage + 1, 0) };
         let panel =
-            |s: &Stage| s.projection.weight.panel(self.partitions[stage].unit(unit).0.start);
+            |s: &Stage| s.projection.weight.view().panel(self.partitions[stage].unit(unit).0.start);
         self.stages.get(stage).map_or(std::ptr::null(), panel)
     }
 
@@ -339,7 +340,7 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
     /// # Safety
     /// As [`Pass::unit`], which has just written these rows of h.
     unsafe fn pad(&self, scratch: &SendPtr<u8>, panel: usize, rows: Range<usize>) {
-        let weight = &self.stages[1].projection.weight;
+        let weight = self.stages[1].projection.weight.layout;
         let (k, h_bytes, width) =
             (weight.k(), self.h_bytes(), self.stages[0].projection.sweep().nr / 2);
         let padding = weight.padded_k() - k;

@@ -4,7 +4,7 @@ use super::buffer::Buffer;
 use super::epilogue::PanelSums;
 use super::format::Format;
 use super::kernels::{CpuKernels, FormatKernels};
-use super::panels::{Columns, Panels};
+use super::panels::{Columns, PanelLayout, Panels};
 use super::sweep::Sweep;
 
 /// A projection's packed weight and bias, and the kernels for its format.
@@ -26,9 +26,7 @@ impl Projection {
         k: usize,
     ) -> Self {
         let kernels = kernels.format(format);
-        let Sweep { nr, streams, .. } = kernels.sweep;
-        let k_multiple = kernels.sweep.k_multiple();
-        let weight = Panels::zeroed(format, columns, k, nr, streams, k_multiple);
+        let weight = Panels::zeroed(PanelLayout::new(&kernels.sweep, columns, k));
         Self { kernels, weight, bias: None, columns }
     }
 
@@ -45,10 +43,10 @@ impl Projection {
     }
 
     pub(super) fn set_bias(&mut self, columns: Columns, bias: &[f32]) {
-        let len = self.weight.count() * self.weight.nr();
+        let len = self.weight.layout.count() * self.weight.layout.nr();
         let buffer = self.bias.get_or_insert_with(|| Buffer::zeroed(len * size_of::<f32>()));
         for (row, &value) in bias.iter().enumerate() {
-            let column = self.weight.column(columns, row);
+            let column = self.weight.layout.column(columns, row);
             assert!(column < len);
             // SAFETY: the buffer has `len` f32.
             unsafe { *buffer.as_mut_ptr::<f32>().add(column) = value };
@@ -59,16 +57,17 @@ impl Projection {
     pub(super) fn bias(&self, columns: Columns) -> Option<Vec<f32>> {
         let buffer = self.bias.as_ref()?;
         // SAFETY: columns of existing rows lie within the buffer.
-        let at = |row| unsafe { *buffer.as_ptr::<f32>().add(self.weight.column(columns, row)) };
+        let at =
+            |row| unsafe { *buffer.as_ptr::<f32>().add(self.weight.layout.column(columns, row)) };
         Some((0..self.columns).map(at).collect())
     }
 
     /// The sums (rows, NR) of a panel with its bias.
     pub(super) fn sums(&self, panel: usize, rows: usize, sums: *const f32) -> PanelSums {
-        assert!(panel < self.weight.count());
+        assert!(panel < self.weight.layout.count());
         let bias = match &self.bias {
             // SAFETY: the bias is as wide as all panels.
-            Some(buffer) => unsafe { buffer.as_ptr::<f32>().add(panel * self.weight.nr()) },
+            Some(buffer) => unsafe { buffer.as_ptr::<f32>().add(panel * self.weight.layout.nr()) },
             None => std::ptr::null(),
         };
         PanelSums { sums, rows, bias }

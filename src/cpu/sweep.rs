@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::format::Format;
 use super::micro::{Micro, MicroArgs};
-use super::panels::Panels;
+use super::panels::PanelsRef;
 use super::product::SUM_F32;
 use super::tiles::{self, Tiles};
 use super::tuning::Tuning;
@@ -66,6 +66,27 @@ pub(super) struct Rows {
     pub(super) rows: usize,
 }
 
+/// Where sums are written.
+#[derive(Clone, Copy)]
+pub(super) struct Sums {
+    /// (panels, padded rows, NR)
+    pub(super) to: *mut f32,
+    /// Add to what is there instead of starting from zero.
+    pub(super) accumulate: bool,
+}
+
+impl Sums {
+    /// Sums that start from zero.
+    pub(super) fn new(to: *mut f32) -> Self {
+        Self { to, accumulate: false }
+    }
+
+    /// The sums from this element on.
+    fn at(self, element: usize) -> Self {
+        Self { to: self.to.wrapping_add(element), ..self }
+    }
+}
+
 impl Sweep {
     /// The multiple to which the k of a panel is padded.
     pub(super) fn k_multiple(&self) -> usize {
@@ -107,10 +128,10 @@ impl Sweep {
     /// to read next, is only prefetched.
     pub(super) unsafe fn panels(
         &self,
-        weight: &Panels,
+        weight: PanelsRef,
         panels: Range<usize>,
         a: Rows,
-        sums: *mut f32,
+        sums: Sums,
         scratch: *mut u8,
         after: *const u8,
     ) {
@@ -120,10 +141,10 @@ impl Sweep {
             if let Some(tiles) = &self.tiles {
                 tiles.panels(weight, panels, a, sums, after);
             } else if let Some((_, micro)) = adjacent.filter(|&&(n, _)| n == panels.len()) {
-                micro(&args(weight, weight.panel(panels.start), weight.steps(), a, sums));
+                micro(&args(weight, weight.panel(panels.start), weight.layout.steps(), a, sums));
             } else {
                 for (i, panel) in panels.enumerate() {
-                    let sums = sums.add(i * a.rows * self.nr);
+                    let sums = sums.at(i * a.rows * self.nr);
                     self.panel(weight, panel, a, sums, scratch, after);
                 }
             }
@@ -136,15 +157,15 @@ impl Sweep {
     /// As [`Sweep::panels`].
     unsafe fn panel(
         &self,
-        weight: &Panels,
+        weight: PanelsRef,
         panel: usize,
         a: Rows,
-        sums: *mut f32,
+        sums: Sums,
         scratch: *mut u8,
         after: *const u8,
     ) {
-        let (steps, b) = (weight.steps(), weight.panel(panel));
-        let step_bytes = weight.step_bytes();
+        let (steps, b) = (weight.layout.steps(), weight.panel(panel));
+        let step_bytes = weight.layout.step_bytes();
         if a.rows <= self.micro.len() {
             let ahead = self.tuning.sweep_ahead / step_bytes;
             let args = MicroArgs {
@@ -165,14 +186,14 @@ impl Sweep {
     /// As there; `b` is the panel.
     unsafe fn blocks(
         &self,
-        weight: &Panels,
+        weight: PanelsRef,
         b: *const u8,
         a: Rows,
-        sums: *mut f32,
+        sums: Sums,
         scratch: *mut u8,
         after: *const u8,
     ) {
-        let (steps, step_bytes) = (weight.steps(), weight.step_bytes());
+        let (steps, step_bytes) = (weight.layout.steps(), weight.layout.step_bytes());
         let groups = a.rows.div_ceil(self.micro.len());
         let first_row = |group: usize| a.rows * group / groups;
         let rewritten = self.rewritten.as_ref().filter(|r| a.rows >= r.from_rows);
@@ -189,7 +210,7 @@ impl Sweep {
                 let packed = b.add(start / self.streams * step_bytes);
                 let (block, micro, micro_steps) = match rewritten {
                     Some(Rewritten { rewrite, micro, .. }) => {
-                        rewrite(packed, weight.stream_stride(), count, scratch);
+                        rewrite(packed, weight.layout.stream_stride(), count, scratch);
                         (scratch.cast_const(), micro, count * self.format.k_step())
                     }
                     None => (packed, &self.micro, count),
@@ -207,10 +228,10 @@ impl Sweep {
                     let first = (row * a.a_stride + start * self.format.k_step()) * self.a_bytes;
                     let a = Rows { a: a.a.add(first), ..a };
                     micro[end - row - 1](&MicroArgs {
-                        accumulate: start > 0,
+                        accumulate: sums.accumulate || start > 0,
                         prefetch: [next.wrapping_add(ahead); 2],
                         prefetch_bytes: share,
-                        ..args(weight, block, micro_steps, a, sums.add(row * self.nr))
+                        ..args(weight, block, micro_steps, a, sums.at(row * self.nr))
                     });
                 }
             }
@@ -243,16 +264,16 @@ impl Sweep {
 }
 
 /// The arguments for the first `steps` steps at `b`, with nothing to prefetch.
-fn args(weight: &Panels, b: *const u8, steps: usize, a: Rows, sums: *mut f32) -> MicroArgs {
+fn args(weight: PanelsRef, b: *const u8, steps: usize, a: Rows, sums: Sums) -> MicroArgs {
     MicroArgs {
         a: a.a,
         a_stride: a.a_stride,
         b,
-        stream_stride: weight.stream_stride(),
-        panel_stride: weight.panel_stride(),
+        stream_stride: weight.layout.stream_stride(),
+        panel_stride: weight.layout.panel_stride(),
         steps,
-        sums,
-        accumulate: false,
+        sums: sums.to,
+        accumulate: sums.accumulate,
         prefetch: [b; 2],
         prefetch_switch: 0,
         prefetch_bytes: 0,

@@ -44,6 +44,11 @@ pub(super) fn run(f: impl Fn(usize) + Sync) {
     pool.run(&f);
 }
 
+/// [`run`], or `f(0)` alone for one thread.
+pub(super) fn run_on(threads: usize, f: impl Fn(usize) + Sync) {
+    if threads == 1 { f(0) } else { run(f) }
+}
+
 /// Calls `f` with ranges that partition 0..n, about [`PARTS`] per thread.
 pub(super) fn run_chunked(n: usize, f: impl Fn(Range<usize>) + Sync) {
     let chunk = n.div_ceil(PARTS * count()).max(1);

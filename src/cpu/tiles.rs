@@ -9,8 +9,8 @@
 //! multiplied with it, and the same k of A stays in L2 for all panels of the unit (prefill). Sums
 //! run over k in the same parts and the same order either way, and no row depends on another one.
 
-use super::panels::Panels;
-use super::sweep::Rows;
+use super::panels::PanelsRef;
+use super::sweep::{Rows, Sums};
 
 /// Rows of a tile.
 pub(super) const ROWS: usize = 16;
@@ -124,18 +124,21 @@ impl Tiles {
     /// prefetched.
     pub(super) unsafe fn panels(
         &self,
-        weight: &Panels,
+        weight: PanelsRef,
         panels: std::ops::Range<usize>,
         a: Rows,
-        sums: *mut f32,
+        sums: Sums,
         after: *const u8,
     ) {
         let tiles = a.rows.div_ceil(ROWS);
         let height = padded_rows(a.rows) / tiles;
         // SAFETY: the caller's contract; the configuration is restored below.
         unsafe {
-            if weight.k() == 0 {
-                return sums.write_bytes(0, panels.len() * tiles * height * NR);
+            if weight.layout.k() == 0 {
+                if !sums.accumulate {
+                    sums.to.write_bytes(0, panels.len() * tiles * height * NR);
+                }
+                return;
             }
             // One row of whole groups of panels is multiplied in vectors.
             let in_vectors = a.rows == 1 && panels.len().is_multiple_of(ROW_PANELS);
@@ -154,10 +157,10 @@ impl Tiles {
     /// One tile of rows: a sweep along the panels.
     unsafe fn sweep(
         &self,
-        weight: &Panels,
+        weight: PanelsRef,
         panels: std::ops::Range<usize>,
         a: Rows,
-        sums: *mut f32,
+        sums: Sums,
         after: *const u8,
     ) {
         let mut first = panels.start;
@@ -169,24 +172,24 @@ impl Tiles {
                 let count = rest.min(self.sweep.len());
                 (count, self.sweep[count - 1])
             };
-            let (b, steps) = (weight.panel(first), weight.padded_k() / STEP_K);
+            let (b, steps) = (weight.panel(first), weight.layout.padded_k() / STEP_K);
             let ahead = (self.tuning.sweep_ahead / STEP_BYTES).min(steps);
             let index = first - panels.start;
             let args = TileArgs {
                 a: a.a,
                 a_stride: a.a_stride * 2,
                 b,
-                panel_stride: weight.panel_stride(),
+                panel_stride: weight.layout.panel_stride(),
                 steps: steps - ahead,
                 // SAFETY: the caller's contract.
-                sums: unsafe { sums.add(index * a.rows * NR) },
+                sums: unsafe { sums.to.add(index * a.rows * NR) },
                 sums_stride: a.rows * SUMS_ROW,
                 height: a.rows,
-                accumulate: false,
+                accumulate: sums.accumulate,
                 prefetch: b.wrapping_add(ahead * STEP_BYTES),
                 lines: STEP_LINES,
                 next_a: a.a,
-                next_sums: sums,
+                next_sums: sums.to,
             };
             first += count;
             let next = if first < panels.end { weight.panel(first) } else { after };
@@ -200,7 +203,7 @@ impl Tiles {
                         a: args.a.add((steps - ahead) * STEP_K * 2),
                         b: b.add((steps - ahead) * STEP_BYTES),
                         steps: ahead,
-                        accumulate: steps > ahead,
+                        accumulate: sums.accumulate || steps > ahead,
                         prefetch: next,
                         ..args
                     });
@@ -212,14 +215,14 @@ impl Tiles {
     /// Several tiles of rows: k-blocks.
     unsafe fn blocks(
         &self,
-        weight: &Panels,
+        weight: PanelsRef,
         panels: std::ops::Range<usize>,
         (tiles, height): (usize, usize),
         a: Rows,
-        sums: *mut f32,
+        sums: Sums,
         after: *const u8,
     ) {
-        let steps = weight.padded_k() / STEP_K;
+        let steps = weight.layout.padded_k() / STEP_K;
         let blocks = steps.div_ceil(self.tuning.block_steps);
         let groups = tiles.div_ceil(2);
         // Each group's share of the next block.
@@ -251,15 +254,15 @@ impl Tiles {
                             b,
                             panel_stride: 0,
                             steps: count,
-                            sums: sums.add((first + row) * NR),
+                            sums: sums.to.add((first + row) * NR),
                             sums_stride: height * SUMS_ROW,
                             height,
-                            accumulate: block > 0,
+                            accumulate: sums.accumulate || block > 0,
                             prefetch: next.wrapping_add(group * count * lines * 64),
                             lines,
                             next_a: next_a.wrapping_add((row + share) * a.a_stride * 2),
                             // The sums of the next group, or of the next panel.
-                            next_sums: sums.wrapping_add((first + row + 2 * height) * NR),
+                            next_sums: sums.to.wrapping_add((first + row + 2 * height) * NR),
                         };
                         let micro = if 2 * group + 1 < tiles { self.pair } else { self.single };
                         micro(&args);
