@@ -28,7 +28,9 @@ use crate::load::{GateUp, Weights, load_each};
 /// loaded, and the packed copy is the only one that is kept. One sweep over gate and up includes
 /// the activation, a second sweep is down; gate and up are not written to memory. On CUDA and
 /// Metal, constants keep the layout of the checkpoint, with gate and up in one (2I,H) matrix.
-/// Everything else (weights from a `VarMap`, f64) runs as candle's matmuls around
+///
+/// Variables in f32, bf16 or f16 on the CPU (those of a `VarMap`, say) are read where they are, by
+/// the same microkernels. Everything else (variables on a GPU, f64) runs as candle's matmuls around
 /// [`crate::glu_mul`]. [`SwiGluFfn::kernel`] names the implementation.
 ///
 /// # Accuracy
@@ -48,6 +50,18 @@ use crate::load::{GateUp, Weights, load_each};
 /// # Training
 /// Every step is differentiable. Weights from a `VarMap` are used without a copy, so that the block
 /// sees an optimizer's steps. Through packed weights x still gets its gradient.
+///
+/// On the CPU the backward pass of a block with variables is one operation. Gradients are summed in
+/// f32 and rounded once, and have the same bits for any number of threads. h, dgate and dup are
+/// rounded to the dtype. A gradient that the graph does not need (of a frozen weight, or of x) is
+/// not computed.
+///
+/// The forward pass keeps gate and up in the graph, `2·M·I` elements with I rounded up to whole
+/// panels ([`SwiGluFfn::with_recompute`] avoids it). Beside the gradients, the backward pass borrows
+/// scratch memory of at most
+/// `(rows + 128)·(4H + 5I + 768)·a + threads·((rows + 32)·1792 B + 512 KiB)` with rows ≤ 512 and `a`
+/// as above. With more than 512 rows it also allocates `4·(R + 512)·(C + 64)` B for each wanted
+/// gradient of a weight (R,C): the f32 sums over all chunks.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -156,6 +170,7 @@ impl SwiGluFfn {
     ///   [`crate::cpu_kernels`]. The environment variable `CANDLE_SWIGLU_KERNEL` forces one.
     ///   `amx` and `avx512bf16` use `avx512` for all dtypes but bf16, `neonbf16` uses `neon`.
     /// - On a GPU for which this crate has kernels: their name (`metal`, `cuda-sm90`).
+    /// - For variables on the CPU: `trained-` and the instruction set (`trained-avx2`).
     /// - Otherwise `plain` for candle's matmuls; on the CPU with the instruction set of the gate
     ///   (`plain-avx2`).
     pub fn kernel(&self) -> &str {
@@ -209,8 +224,8 @@ impl SwiGluFfn {
     /// use candle_swiglu::{FfnConfig, swiglu_ffn};
     /// let vars = VarMap::new();
     /// let trained = swiglu_ffn(&FfnConfig::new(8, 24), VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
-    /// assert!(trained.kernel().starts_with("plain"));
-    /// assert!(!trained.freeze()?.kernel().starts_with("plain"));
+    /// assert!(trained.kernel().starts_with("trained"));
+    /// assert!(!trained.freeze()?.kernel().starts_with("trained"));
     /// # Ok::<(), candle_swiglu::Error>(())
     /// ```
     ///
@@ -221,6 +236,32 @@ impl SwiGluFfn {
             return Ok(self.clone());
         }
         Self::from_weights(&self.cfg, self.weights()?.map(|tensor| Ok(tensor.detach()))?)
+    }
+
+    /// Sets whether the backward pass computes gate and up again. Without it, the default, the
+    /// forward pass keeps them: `2·M·I` elements of the dtype of the weights, until the graph is
+    /// dropped. With it the graph keeps x alone, and the backward pass takes about a third longer.
+    /// In f32 the gradients have the same bits either way.
+    ///
+    /// This concerns variables in f32, bf16 and f16 on the CPU. Packed weights always compute gate
+    /// and up again. Other variables leave the choice to candle, which keeps gate, up and h.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{Module, VarBuilder, VarMap};
+    /// use candle_swiglu::{FfnConfig, swiglu_ffn};
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let ffn = swiglu_ffn(&FfnConfig::new(8, 24), vb)?.with_recompute(true);
+    /// let y = ffn.forward(&Tensor::ones((4, 8), DType::F32, &Device::Cpu)?)?;
+    /// assert!(y.sum_all()?.backward()?.get(&vars.all_vars()[0]).is_some());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn with_recompute(self, recompute: bool) -> Self {
+        match self.block.with_recompute(recompute) {
+            Some(block) => Self { block, ..self },
+            None => self,
+        }
     }
 
     /// The block with its weights in another float dtype.

@@ -19,8 +19,9 @@ use crate::load::{check_linear, load_projection};
 /// # Weights
 /// On the CPU a weight in f32, bf16 or f16 through which no gradient is tracked is packed for the
 /// kernels of this crate. The packed copy is the only one that the layer keeps, and x still gets
-/// its gradient. Any other weight (a `VarMap`'s, say) is used without a copy by candle's matmul and
-/// gets its own gradient.
+/// its gradient. A variable in these dtypes on the CPU (a `VarMap`'s, say) is read where it is by
+/// the same microkernels, forward and backward, and any other weight by candle's matmul. A gradient
+/// that the graph does not need is not computed.
 ///
 /// # Accuracy
 /// Packed: products are summed as in [`crate::SwiGluFfn`], independent of the number of rows and

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::utils::barrier_pool;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module;
 use candle_swiglu::{Error, Linear, SwiGluFfn, cpu_kernels, silu_mul};
 use rayon::prelude::*;
@@ -236,6 +236,24 @@ fn digests() -> Result<()> {
         for rows in [1, 5, 16, 77, 600] {
             say(digest(&ffn.forward(&numbers((rows, 190), dtype, 1.0)?)?)?);
         }
+        gradient_digests(dtype)?;
+    }
+    Ok(())
+}
+
+/// Prints the digests of the gradients of a block of variables.
+fn gradient_digests(dtype: DType) -> Result<()> {
+    let var = |shape| -> Result<Var> { Ok(Var::from_tensor(&numbers(shape, dtype, 0.1)?)?) };
+    let vars = [var((333, 190))?, var((333, 190))?, var((190, 333))?];
+    let [gate, up, down] = vars.each_ref().map(|var| var.as_tensor().clone());
+    let ffn = SwiGluFfn::from_tensors(gate, up, down)?;
+    for rows in [3, 600] {
+        let x = Var::from_tensor(&numbers((rows, 190), dtype, 1.0)?)?;
+        let store = (ffn.forward(&x)?.sqr()? * 1e-3)?.sum_all()?.backward()?;
+        for var in vars.iter().chain([&x]) {
+            let found = digest(store.get(var).context("no gradient")?);
+            say(found.with_context(|| format!("{dtype:?}, {rows} rows, {:?}", var.dims()))?);
+        }
     }
     Ok(())
 }
@@ -247,7 +265,7 @@ fn the_number_of_threads_does_not_show() -> Result<()> {
         for threads in ["1", "2", "3", "7"] {
             let said = run("digests", &[("RAYON_NUM_THREADS", threads), (FORCED, kernel)])?;
             assert_eq!(said[0], threads);
-            assert_eq!(said.len(), 1 + 15);
+            assert_eq!(said.len(), 1 + 3 * (5 + 8));
             seen.insert(said[1..].to_vec());
         }
         assert_eq!(seen.len(), 1, "{kernel}: {seen:?}");

@@ -6,7 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-use candle_core::{DType, Device, Module, Tensor};
+use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_swiglu::{Checkpoint, FfnConfig, SwiGluFfn};
 
 static NOW: AtomicUsize = AtomicUsize::new(0);
@@ -76,6 +76,7 @@ fn load(checkpoint: &Checkpoint, dtype: DType) -> Vec<SwiGluFfn> {
 #[test]
 fn the_heap() {
     forward();
+    training();
     loading();
 }
 
@@ -120,6 +121,60 @@ fn forward() {
             drop(y);
         }
         assert!(NOW.load(SeqCst) <= before, "{dtype:?}: repeated calls must not keep more memory");
+    }
+}
+
+/// Forward and backward of a block of variables stay within the documented bounds.
+fn training() {
+    for (dtype, rows, recompute) in [DType::F32, DType::BF16, DType::F16]
+        .into_iter()
+        .flat_map(|dtype| [100usize, 1100].map(|rows| (dtype, rows)))
+        .flat_map(|(dtype, rows)| [false, true].map(|recompute| (dtype, rows, recompute)))
+    {
+        let size = dtype.size_in_bytes();
+        for frozen in [false, true] {
+            let var = |dims: [usize; 2]| {
+                let values = Tensor::full(0.01f32, &dims, &Device::Cpu).unwrap();
+                Var::from_tensor(&values.to_dtype(dtype).unwrap()).unwrap()
+            };
+            let vars = [var([I, H]), var([I, H]), var([H, I])];
+            // With frozen matrices of gate and up, only down's gradient is computed, and dx.
+            let take = |i: usize| match frozen && i < 2 {
+                true => vars[i].as_detached_tensor(),
+                false => vars[i].as_tensor().clone(),
+            };
+            let ffn = SwiGluFfn::from_tensors(take(0), take(1), take(2)).unwrap();
+            let (ffn, x) = (ffn.with_recompute(recompute), var([rows, H]));
+            let case = format!("{dtype:?}, {rows} rows, recompute {recompute}, frozen {frozen}");
+            let dy = x.ones_like().unwrap();
+
+            let before = NOW.load(SeqCst);
+            let y = ffn.forward(&x).unwrap();
+            let kept = NOW.load(SeqCst) - before;
+            let pair = if recompute { 0 } else { 2 * rows * I * size };
+            let scratch = (rows.min(512) + 15) * (H + I + 256) * 4 + (4 << 20);
+            let bound = rows * H * size + pair + SMALL;
+            assert!(kept <= bound + scratch, "{case}: {kept} B are kept, bound {bound}");
+
+            // candle differentiates <y, dy> into a product and a sum of y's size, and adds each
+            // gradient to zeros.
+            let loss = (&y * &dy).unwrap().sum_all().unwrap();
+            let before = NOW.load(SeqCst);
+            PEAK.store(before, SeqCst);
+            let store = loss.backward().unwrap();
+            let peak = PEAK.load(SeqCst) - before;
+            let weights = if frozen { 1 } else { 3 };
+            let gradients = (weights * H * I + rows * H) * size;
+            let threads = candle_core::utils::get_num_threads();
+            let chunk = rows.min(512);
+            let scratch = (chunk + 128) * (4 * H + 5 * I + 768) * 4
+                + threads * ((chunk + 32) * 1792 + (512 << 10));
+            let sums = if rows > 512 { weights * 4 * (I + 512) * (H + 512) } else { 0 };
+            let candle = gradients + H * I * size + 6 * rows * H * size;
+            let bound = gradients + scratch + sums + candle + SMALL;
+            assert!(peak <= bound, "{case}: {peak} B at the peak of backward, bound {bound}");
+            assert_eq!(store.get(&vars[0]).is_some(), !frozen, "{case}");
+        }
     }
 }
 

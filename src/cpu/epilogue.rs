@@ -21,6 +21,12 @@ pub(super) struct PanelSums {
 }
 
 impl PanelSums {
+    /// The same without the first columns, for readers of as many columns less.
+    pub(super) fn skip_columns(self, columns: usize) -> Self {
+        let bias = if self.bias.is_null() { self.bias } else { self.bias.wrapping_add(columns) };
+        Self { sums: self.sums.wrapping_add(columns), bias, ..self }
+    }
+
     /// Vector v of a row, with its bias.
     ///
     /// # Safety
@@ -171,6 +177,83 @@ unsafe fn hidden_rows<S: Simd, T: Element, H: Hidden<T>, F: Formula, const NV: u
                 let (gate, up) =
                     (panel.vector::<S, NV>(s, row, v), panel.vector::<S, NV>(s, row, NV / 2 + v));
                 H::keep(s, formula.value(s, gate, up), h.add(row * h_stride + v * S::LANES));
+            }
+        }
+    }
+}
+
+/// Gate and up of the channels of a panel, each as wide as the panel.
+#[derive(Clone, Copy)]
+pub(super) enum GateUp<T> {
+    /// The sums of two panels of gate and up, each with half of the channels.
+    Sums([PanelSums; 2]),
+    /// Rows of gate and of up, and the elements from one row to the next.
+    Rows { gate: *const T, up: *const T, stride: usize },
+}
+
+/// The arguments of [`gradients`].
+pub(super) struct GateGradients<'a, T> {
+    pub(super) op: &'a Glu,
+    pub(super) gate_up: GateUp<T>,
+    /// dh (rows, NR), up to `factor`
+    pub(super) dh: PanelSums,
+    pub(super) factor: f32,
+    /// h, dgate and dup as A (rows, NR), and the elements from one row to the next.
+    pub(super) outputs: [(*mut u8, usize); 3],
+}
+
+/// h = act(gate) ⊙ up and the gradients of gate and up under dh, each rounded once to T.
+///
+/// # Safety
+/// The CPU has the instructions. The sums have NV·LANES columns and as many rows as `dh`; the rows
+/// of gate, up and the outputs have NV·LANES elements.
+#[inline(always)]
+pub(super) unsafe fn gradients<S: Simd, T: Element, H: Hidden<T>, const NV: usize>(
+    s: S,
+    args: &GateGradients<T>,
+) {
+    let op = args.op;
+    with_activation!(op, act => if op.is_plain() {
+        // SAFETY: the caller's contract.
+        unsafe { gradient_rows::<S, T, H, _, NV>(s, Plain(act), args) }
+    } else {
+        // SAFETY: the caller's contract.
+        unsafe { gradient_rows::<S, T, H, _, NV>(s, Modified(act, op), args) }
+    });
+}
+
+/// # Safety
+/// As [`gradients`].
+#[inline(always)]
+unsafe fn gradient_rows<S: Simd, T: Element, H: Hidden<T>, F: Formula, const NV: usize>(
+    s: S,
+    formula: F,
+    args: &GateGradients<T>,
+) {
+    let factor = s.splat(args.factor);
+    for row in 0..args.dh.rows {
+        for v in 0..NV {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let (gate, up) = match &args.gate_up {
+                    GateUp::Sums(panels) => {
+                        let (panel, at) = (&panels[v / (NV / 2)], v % (NV / 2));
+                        (
+                            panel.vector::<S, NV>(s, row, at),
+                            panel.vector::<S, NV>(s, row, NV / 2 + at),
+                        )
+                    }
+                    &GateUp::Rows { gate, up, stride } => {
+                        let at = row * stride + v * S::LANES;
+                        (T::load(s, gate.add(at)), T::load(s, up.add(at)))
+                    }
+                };
+                let dh = s.mul(args.dh.vector::<S, NV>(s, row, v), factor);
+                let (dgate, dup) = formula.gradients(s, gate, up, dh);
+                let values = [formula.value(s, gate, up), dgate, dup];
+                for (value, (to, stride)) in values.into_iter().zip(args.outputs) {
+                    H::keep(s, value, to.cast::<H>().add(row * stride + v * S::LANES));
+                }
             }
         }
     }

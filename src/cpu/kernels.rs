@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 use candle_core::{DType, WithDType};
 use half::{bf16, f16};
 
-use super::epilogue::{self, Hidden, Output, PanelSums, Widening};
+use super::epilogue::{self, GateGradients, Hidden, Output, PanelSums, Widening};
 use super::format::{Format, Stored, widen};
 use super::glu;
 use super::micro::{Micro, Role, micro, micro_adjacent};
@@ -17,6 +17,7 @@ use super::simd::{Body, Element, Isa, Simd};
 use super::sweep::{Rewritten, Sweep};
 #[cfg(any(target_arch = "x86_64", test))]
 use super::tiles::{self, Tiles};
+use super::train::pack::{Pack, PackedFrom, pack};
 use super::tuning::{Access, Tuned};
 use crate::gate::activation::Glu;
 
@@ -126,6 +127,12 @@ pub(super) struct Edges<T: 'static> {
     pub(super) output: OutputFn<T>,
     /// The same with y in f32.
     pub(super) output_f32: OutputFn<f32>,
+    /// Packs B of dtype T into the panels of one unit.
+    pub(super) pack: Pack,
+    /// Packs B, whose elements are those of A, in the same way.
+    pub(super) pack_a: Pack,
+    /// h and the gradients of gate and up, rounded to T, as A.
+    pub(super) gate_gradients: unsafe fn(&GateGradients<T>),
 }
 
 /// Writes y from the sums of a panel: sums, factor, first element and stride of y, columns.
@@ -152,6 +159,14 @@ io!(f32, f32);
 io!(bf16, bf16);
 io!(f16, f16);
 
+/// The element type of A beside tensors of dtype T.
+pub(super) trait Operand<T: Element>:
+    Element + Hidden<T> + PackedFrom<T> + PackedFrom<Self>
+{
+}
+
+impl<T: Element, H: Element + Hidden<T> + PackedFrom<T> + PackedFrom<H>> Operand<T> for H {}
+
 /// The size of an instruction set's microkernels: NV vectors of columns, and heights up to MR rows.
 /// MR·NV sums, NV columns of B and one value of A are to fit the registers.
 pub(super) trait Shape {
@@ -164,7 +179,8 @@ pub(super) trait Shape {
     /// Rewrites a k-block of T as f32.
     fn widen<I: Isa, T: Stored, A: Access>() -> unsafe fn(*const u8, usize, usize, *mut u8);
     /// What surrounds products; h is stored as H.
-    fn edges<I: Isa, T: Io, H: Hidden<T>>(take_x: unsafe fn(*const T, usize, *mut u8)) -> Edges<T>;
+    fn edges<I: Isa, T: Io, H: Operand<T>>(take_x: unsafe fn(*const T, usize, *mut u8))
+    -> Edges<T>;
 }
 
 /// A [`Shape`]: its vectors, its heights, and how many adjacent panels it multiplies for how many
@@ -185,12 +201,15 @@ macro_rules! shape {
             fn widen<I: Isa, T: Stored, A: Access>() -> unsafe fn(*const u8, usize, usize, *mut u8) {
                 widen_block::<I, T, A, $nv>
             }
-            fn edges<I: Isa, T: Io, H: Hidden<T>>(take_x: unsafe fn(*const T, usize, *mut u8)) -> Edges<T> {
+            fn edges<I: Isa, T: Io, H: Operand<T>>(take_x: unsafe fn(*const T, usize, *mut u8)) -> Edges<T> {
                 Edges {
                     take_x,
                     gate: gate::<I, T, H, $nv>,
                     output: output::<I, T, $nv>,
                     output_f32: output::<I, f32, $nv>,
+                    pack: pack::<I, T, H>,
+                    pack_a: pack::<I, H, H>,
+                    gate_gradients: gate_gradients::<I, T, H, $nv>,
                 }
             }
         }
@@ -271,6 +290,27 @@ unsafe fn gate<I: Isa, T: Element, H: Hidden<T>, const NV: usize>(
 }
 
 /// # Safety
+/// The CPU has the instructions of I; otherwise as [`epilogue::gradients`].
+unsafe fn gate_gradients<I: Isa, T: Element, H: Hidden<T>, const NV: usize>(
+    args: &GateGradients<T>,
+) {
+    struct Gradients<'a, T, H, const NV: usize>(
+        &'a GateGradients<'a, T>,
+        std::marker::PhantomData<H>,
+    );
+    impl<S: Simd, T: Element, H: Hidden<T>, const NV: usize> Body<S> for Gradients<'_, T, H, NV> {
+        type Output = ();
+        #[inline(always)]
+        fn run(self, s: S) {
+            // SAFETY: `gate_gradients`'s contract.
+            unsafe { epilogue::gradients::<S, T, H, NV>(s, self.0) }
+        }
+    }
+    // SAFETY: the caller's contract.
+    unsafe { I::assume() }.vectorize(Gradients::<T, H, NV>(args, std::marker::PhantomData));
+}
+
+/// # Safety
 /// The CPU has the instructions of I; otherwise as [`Output`].
 unsafe fn output<I: Isa, Y: Element, const NV: usize>(
     panel: PanelSums,
@@ -333,7 +373,12 @@ pub(super) fn kernels<I: Isa, F32: Shape, Bf16: Shape, F16: Shape, U: Tuned>(
         gate_f32: GateKernels::new(isa),
         gate_bf16: GateKernels::new(isa),
         gate_f16: GateKernels::new(isa),
-        f32: FormatKernels { sweep: f32, f32: Some(f32_edges), bf16: None, f16: None },
+        f32: FormatKernels {
+            sweep: f32,
+            f32: Some(f32_edges),
+            bf16: Some(F32::edges::<I, bf16, f32>(widen_x::<I, bf16>)),
+            f16: Some(F32::edges::<I, f16, f32>(widen_x::<I, f16>)),
+        },
         bf16: FormatKernels { sweep: bf16, f32: None, bf16: Some(bf16_edges), f16: None },
         f16: FormatKernels { sweep: f16, f32: None, bf16: None, f16: Some(f16_edges) },
     }

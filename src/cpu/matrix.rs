@@ -1,5 +1,7 @@
 //! A matrix in a tensor of any strides.
 
+use std::ops::Range;
+
 /// A matrix (rows, k) of any strides.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a, T> {
@@ -11,6 +13,17 @@ pub(super) struct Matrix<'a, T> {
 }
 
 impl<T: Copy> Matrix<'_, T> {
+    /// The same elements as (k, rows).
+    pub(super) fn transposed(self) -> Self {
+        Self { rows: self.k, k: self.rows, strides: (self.strides.1, self.strides.0), ..self }
+    }
+
+    /// Some rows.
+    pub(super) fn rows(self, rows: Range<usize>) -> Self {
+        let first = (rows.start * self.strides.0).min(self.data.len());
+        Self { data: &self.data[first..], rows: rows.len(), ..self }
+    }
+
     /// Every element lies within `data`.
     pub(super) fn check(&self) {
         let last = self.rows.saturating_sub(1) * self.strides.0

@@ -32,6 +32,7 @@ mod threads;
     allow(dead_code, reason = "AMX is the only matrix unit with kernels here")
 )]
 mod tiles;
+mod train;
 mod tuning;
 #[cfg(test)]
 mod twin;
@@ -41,6 +42,7 @@ use std::sync::OnceLock;
 pub(crate) use gate::{gate_backward, gate_forward};
 pub(crate) use kernels::CpuKernels;
 pub(crate) use layer::{BlockLayer, LinearLayer, block, linear};
+pub(crate) use train::{BlockOperands, BlockWanted, LinearWanted, Operand, Saved, Trained};
 
 use self::tuning::CpuFamily;
 use crate::error::{Error, Result};

@@ -5,15 +5,18 @@
 //! |---|---|---|
 //! | `cpu` | constant weights in f32, bf16 or f16 on the CPU | packed for its kernels |
 //! | `gpu` | constant weights in a dtype that the device has kernels for | gate and up in one matrix |
-//! | `plain` | everything else | the tensors themselves, so that they can be trained |
+//! | `trained` | variables in the same dtypes on the CPU | the tensors themselves |
+//! | `plain` | everything else | the tensors themselves, in candle's matmuls |
 //!
 //! The choice is made once, when a layer is built. A weight is constant if no gradient is tracked
 //! through it. `cpu` and `gpu` layers are differentiable in x (`backward`).
 
 mod backward;
 mod cpu;
+mod function;
 mod gpu;
 mod plain;
+mod trained;
 
 use std::fmt;
 use std::sync::Arc;
@@ -58,6 +61,10 @@ pub(crate) trait Block: fmt::Debug + Send + Sync {
         Ok(Weights::new(gate_up, self.weight(Which::Down)?, self.bias(Which::Down)?))
     }
 
+    /// The same block with another choice of what its forward pass keeps; none if it has no choice.
+    fn with_recompute(&self, _recompute: bool) -> Option<Arc<dyn Block>> {
+        None
+    }
     /// The memory that holds packed weights; empty where nothing is packed on the CPU.
     fn packed_bytes(&self) -> Vec<&[u8]> {
         vec![]
@@ -265,8 +272,11 @@ fn builder(
 /// Builds a linear layer from a weight (out, in) and a bias (out) of one dtype on one device.
 pub(crate) fn projection(weight: Tensor, bias: Option<Tensor>) -> Result<Arc<dyn Projection>> {
     let constant = !is_tracked(&weight) && !bias.as_ref().is_some_and(is_tracked);
-    if !constant || !has_kernels(weight.device(), weight.dtype()) {
+    if !has_kernels(weight.device(), weight.dtype()) || (!constant && !weight.device().is_cpu()) {
         return Ok(Arc::new(plain::Linear::new(weight, bias)?));
+    }
+    if !constant {
+        return Ok(Arc::new(trained::Linear::new(weight, bias)?));
     }
     let (rows, k) = weight.dims2()?;
     check_addressable("weight", rows, k)?;
@@ -277,7 +287,7 @@ pub(crate) fn projection(weight: Tensor, bias: Option<Tensor>) -> Result<Arc<dyn
 }
 
 /// A gradient is tracked through the tensor.
-fn is_tracked(tensor: &Tensor) -> bool {
+pub(crate) fn is_tracked(tensor: &Tensor) -> bool {
     tensor.is_variable() || tensor.track_op()
 }
 
@@ -372,11 +382,8 @@ pub(crate) fn rows(
         Some(width) => *width = out_dim,
     }
     check_like("x", x, "the weights", dtype, device)?;
-    if x.elem_count() == 0 {
-        return Tensor::zeros(dims, x.dtype(), x.device());
-    }
     if x.rank() == 2 {
         return f(x);
     }
-    f(&x.reshape(((), in_dim))?)?.reshape(dims)
+    f(&x.reshape((x.elem_count() / in_dim, in_dim))?)?.reshape(dims)
 }

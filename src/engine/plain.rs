@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Tensor};
 
-use super::{BlockSpec, Projection};
+use super::{BlockSpec, Projection, has_kernels, trained};
 use crate::cpu;
 use crate::error::{Error, Result};
 use crate::forced;
@@ -15,8 +15,7 @@ use crate::which::Which;
 
 /// A block while its weights are collected.
 pub(super) struct BlockBuilder {
-    glu: Glu,
-    down_multiplier: f32,
+    spec: BlockSpec,
     dtype: DType,
     device: Device,
     gate: Option<Linear>,
@@ -27,13 +26,10 @@ pub(super) struct BlockBuilder {
 
 impl BlockBuilder {
     pub(super) fn new(spec: &BlockSpec, dtype: DType, device: &Device) -> Self {
-        let BlockSpec { glu, down_multiplier, .. } = *spec;
-        let device = device.clone();
         Self {
-            glu,
-            down_multiplier,
+            spec: *spec,
             dtype,
-            device,
+            device: device.clone(),
             gate: None,
             up: None,
             gate_up: None,
@@ -78,9 +74,15 @@ impl super::Builder for BlockBuilder {
                 up: self.up.ok_or_else(missing(Which::Up))?,
             },
         };
-        let Self { glu, down_multiplier, dtype, device, down, .. } = *self;
+        let Self { spec, dtype, device, down, .. } = *self;
         let down = down.ok_or_else(missing(Which::Down))?;
-        Ok(Arc::new(Block { gate_up, down, glu, down_multiplier, dtype, device, kernel }))
+        let BlockSpec { glu, down_multiplier, .. } = spec;
+        let block = Block { gate_up, down, glu, down_multiplier, dtype, device, kernel };
+        let weights = super::Block::weights(&block)?;
+        if block.device.is_cpu() && has_kernels(&block.device, dtype) && weights.is_tracked() {
+            return Ok(Arc::new(trained::Block::new(&spec, weights, false)?));
+        }
+        Ok(Arc::new(block))
     }
 }
 
