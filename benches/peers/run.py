@@ -58,6 +58,8 @@ def options():
     parser.add_argument("--shapes", type=among(SHAPES), default="small,1b,8b")
     parser.add_argument("--rows", type=numbers, default=",".join(map(str, ROWS)))
     parser.add_argument("--dtypes", type=among(DTYPES), default="bf16,f32")
+    parser.add_argument("--train", action="store_true",
+                        help="forward and backward with gradients of x and the weights; `ours-plain` is candle")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of a sample")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=1,
@@ -66,7 +68,7 @@ def options():
     parser.add_argument("--max-busy", type=float, default=0.05,
                         help="share of the cores that other processes may use before a sample")
     parser.add_argument("--patience", type=float, default=10, help="minutes to wait for an idle machine")
-    parser.add_argument("--record", metavar="MACHINE/NAME", help="write benches/record/MACHINE/NAME-peers.csv and .txt")
+    parser.add_argument("--record", metavar="MACHINE/NAME", help="write benches/record/MACHINE/NAME-peers.csv and .txt, with --train NAME-train")
     return parser.parse_args()
 
 
@@ -204,10 +206,14 @@ def make(dtype, shape, rows, binary, args):
     ours, reference = Worker("ours", binary, args.threads), Worker("reference", binary, args.threads)
     try:
         ours.ask("make", dtype, *SHAPES[shape], rows)
-        reference.ask("load", rows)
+        reference.ask("load", rows, *training(args))
     finally:
         ours.close()
         reference.close()
+
+
+def training(args):
+    return ["train"] if args.train else []
 
 
 def start(system, case, binary, args, notes):
@@ -215,7 +221,7 @@ def start(system, case, binary, args, notes):
     dtype, shape, rows = case
     worker = Worker(system, binary, args.threads)
     try:
-        notes[system] = worker.ask("load", rows)
+        notes[system] = worker.ask("load", rows, *training(args))
         error = relative_error("ours" if system.startswith("ours") else system, rows * SHAPES[shape][0])
         if not error < LIMITS[dtype]:
             raise Failure(f"wrong result: relative error {error:.1e}")
@@ -281,8 +287,8 @@ def line(words):
     return " ".join(f"{word:>{width}}" for word, width in zip(words, widths))
 
 
-def write(record, table, facts, notes):
-    path = ROOT / "benches" / "record" / f"{record}-peers"
+def write(args, table, facts, notes):
+    path = ROOT / "benches" / "record" / f"{args.record}-{'train' if args.train else 'peers'}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -313,7 +319,7 @@ def main():
                 show(results)
                 table += results
                 if args.record:
-                    write(args.record, table, facts, notes)
+                    write(args, table, facts, notes)
     for name, note in notes.items():
         print(f"{name}: {note}")
     (RUN / "case.safetensors").unlink()

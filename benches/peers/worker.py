@@ -1,6 +1,6 @@
 """The peers' side of run.py: builds and times another system's SwiGLU block on request.
 
-`worker.py SYSTEM THREADS` reads the lines of worker.rs and gives the same answers: `load M`,
+`worker.py SYSTEM THREADS` reads the lines of worker.rs and gives the same answers: `load M [train]`,
 `time SECONDS`, `quit`. The system `reference` computes in f64 the result that all others are
 compared with.
 """
@@ -45,26 +45,37 @@ def widen(array):
     return array.astype(np.float64)
 
 
-def reference(rows, threads):
-    """-> (call, result, description): y (M,H) = (silu(x gateᵀ) * x upᵀ) downᵀ, every step in f64."""
+def reference(rows, threads, train):
+    """-> (call, result, description): y (M,H) = (silu(x gateᵀ) * x upᵀ) downᵀ, every step in f64.
+
+    With `train` the result is dx (M,H) under dy = 1.
+    """
     _, gate_proj, up_proj, down_proj, x = read_case(rows)
     x = widen(x)
-    gate, up = x @ widen(gate_proj).T, x @ widen(up_proj).T
-    y = (gate / (1 + np.exp(-gate)) * up) @ widen(down_proj).T
+    gate_proj, up_proj, down_proj = map(widen, (gate_proj, up_proj, down_proj))
+    gate, up = x @ gate_proj.T, x @ up_proj.T
+    sigmoid = 1 / (1 + np.exp(-gate))
+    if train:
+        dh = down_proj.sum(axis=0)
+        dgate = dh * up * sigmoid * (1 + gate * (1 - sigmoid))
+        y = dgate @ gate_proj + (dh * gate * sigmoid) @ up_proj
+    else:
+        y = (gate * sigmoid * up) @ down_proj.T
     return lambda: y, lambda: y, f"numpy {np.__version__} f64"
 
 
 def torch_block(compiled, freezing=False, max_autotune=False, backend="inductor"):
     """A system: LLaMA's MLP in PyTorch, eager or compiled."""
 
-    def prepare(rows, threads):
+    def prepare(rows, threads, train):
         import torch
         import torch.nn.functional as F
 
         if backend == "zentorch":
             import zentorch
         torch.set_num_threads(threads)
-        PROCESS.enter_context(torch.inference_mode())
+        if not train:
+            PROCESS.enter_context(torch.inference_mode())
 
         class Mlp(torch.nn.Module):
             def __init__(self, weights):
@@ -81,32 +92,44 @@ def torch_block(compiled, freezing=False, max_autotune=False, backend="inductor"
 
         def linear(weight):
             layer = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-            layer.weight = torch.nn.Parameter(tensor(weight), requires_grad=False)
+            layer.weight = torch.nn.Parameter(tensor(weight), requires_grad=train)
             return layer
 
         _, *weights, x = read_case(rows)
-        model, x = Mlp(weights).eval(), tensor(x)
+        model, x = Mlp(weights).train(train), tensor(x).requires_grad_(train)
         if compiled:
             import torch._inductor.config as config
 
-            config.freezing = freezing
+            config.freezing = freezing and not train
             config.max_autotune = max_autotune
             model = torch.compile(model, backend=backend, dynamic=False)
 
         description = f"torch {torch.__version__}"
         if backend == "zentorch":
             description += f", zentorch {zentorch.__version__}"
-        return lambda: model(x), lambda: model(x).double().numpy(), description
+        if not train:
+            return lambda: model(x), lambda: model(x).double().numpy(), description
+        ones = torch.ones_like(x)
+
+        def step():
+            x.grad = None
+            model.zero_grad(set_to_none=True)
+            model(x).backward(ones)
+            return x.grad
+
+        return step, lambda: step().double().numpy(), description
 
     return prepare
 
 
-def openvino(rows, threads):
+def openvino(rows, threads, train):
     """A system: the block as an OpenVINO model, with weights, input and output in the case's dtype.
 
     The plugin computes in that dtype too, except for f16, which it computes in f32: it interprets
     a hint of f16 as bf16 on CPUs without f16 products.
     """
+    if train:
+        raise ValueError("OpenVINO does not train")
     import openvino as ov
     from openvino import opset15 as ops
 
@@ -181,7 +204,7 @@ def serve(system, threads):
             break
         try:
             if word == "load":
-                call, result, description = SYSTEMS[system](int(values[0]), threads)
+                call, result, description = SYSTEMS[system](int(values[0]), threads, values[1:] == ["train"])
                 result().astype("<f8").tofile(f"y-{system}.f64")
                 print("ok", description, file=channel)
             elif word == "time":

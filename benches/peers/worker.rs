@@ -6,7 +6,8 @@
 //! | `facts` | none | the facts of the machine, several lines, then an empty one |
 //! | `make DTYPE H I M` | writes gate_proj, up_proj, down_proj and x (M,H) to `case.safetensors` | `ok` |
 //! | `load M` | builds the block, writes y of the first M rows of x to `y-ours.f64` | `ok KERNEL` |
-//! | `time SECONDS` | calls the block for that time | `ok MEDIAN MIN CALLS`, in seconds per call |
+//! | `load M train` | the same with x and the weights as variables, and dx under dy = 1 instead of y | `ok KERNEL` |
+//! | `time SECONDS` | calls the block for that time; with `train` forward and backward | `ok MEDIAN MIN CALLS`, in seconds per call |
 //! | `quit` | ends the process | none |
 //!
 //! Files are in the working directory. A failure is answered by `error REASON`.
@@ -20,7 +21,7 @@ use std::io::BufRead;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device, Tensor, safetensors};
+use candle_core::{DType, Device, Tensor, Var, safetensors};
 use candle_nn::Module;
 use candle_swiglu::SwiGluFfn;
 
@@ -48,8 +49,26 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The block and its x (M,H).
-type Loaded = Option<(SwiGluFfn, Tensor)>;
+/// A block that is called.
+struct Case {
+    ffn: SwiGluFfn,
+    /// (M,H)
+    x: Tensor,
+    trains: bool,
+}
+
+impl Case {
+    /// y, or dx of a forward and a backward pass.
+    fn call(&self) -> candle_core::Result<Tensor> {
+        let y = self.ffn.forward(black_box(&self.x))?;
+        if !self.trains {
+            return Ok(y);
+        }
+        y.backward()?.remove(&self.x).ok_or_else(|| candle_core::Error::Msg("no dx".into()))
+    }
+}
+
+type Loaded = Option<Case>;
 
 fn answer(line: &str, loaded: &mut Loaded) -> Result<String> {
     let words: Vec<&str> = line.split(' ').collect();
@@ -59,15 +78,14 @@ fn answer(line: &str, loaded: &mut Loaded) -> Result<String> {
             make(dtype.parse()?, h.parse()?, i.parse()?, m.parse()?)?;
             "ok".into()
         }
-        ["load", m] => {
-            let (ffn, x) = loaded.insert(load(m.parse()?)?);
-            write(&ffn.forward(x)?)?;
-            format!("ok {}", ffn.kernel())
+        ["load", m] | ["load", m, "train"] => {
+            let case = loaded.insert(load(m.parse()?, words.len() == 3)?);
+            write(&case.call()?)?;
+            format!("ok {}", case.ffn.kernel())
         }
         ["time", seconds] => {
-            let (ffn, x) = loaded.as_ref().context("`time` before `load`")?;
-            let (median, min, calls) =
-                time(&|| drop(black_box(ffn.forward(black_box(x)))), seconds.parse()?);
+            let case = loaded.as_ref().context("`time` before `load`")?;
+            let (median, min, calls) = time(&|| drop(black_box(case.call())), seconds.parse()?);
             format!("ok {median:e} {min:e} {calls}")
         }
         _ => bail!("unknown line `{line}`"),
@@ -97,12 +115,18 @@ fn random(dims: [usize; 2], deviation: f32, seed: u64) -> candle_core::Result<Te
     Tensor::from_vec(numbers.collect::<Vec<f32>>(), &dims, &Device::Cpu)
 }
 
-fn load(m: usize) -> Result<(SwiGluFfn, Tensor)> {
+fn load(m: usize, trains: bool) -> Result<Case> {
     let mut tensors = safetensors::load(CASE, &Device::Cpu)?;
-    let mut take =
-        |name: &str| tensors.remove(name).with_context(|| format!("no `{name}` in {CASE}"));
-    let x = take("x")?.narrow(0, 0, m)?.copy()?;
-    Ok((SwiGluFfn::from_tensors(take("gate_proj")?, take("up_proj")?, take("down_proj")?)?, x))
+    let mut take = |name: &str| {
+        let tensor = tensors.remove(name).with_context(|| format!("no `{name}` in {CASE}"))?;
+        let tensor = if name == "x" { tensor.narrow(0, 0, m)?.copy()? } else { tensor };
+        Ok::<_, anyhow::Error>(match trains {
+            true => Var::from_tensor(&tensor)?.into_inner(),
+            false => tensor,
+        })
+    };
+    let [gate, up, down, x] = ["gate_proj", "up_proj", "down_proj", "x"].map(&mut take);
+    Ok(Case { ffn: SwiGluFfn::from_tensors(gate?, up?, down?)?, x: x?, trains })
 }
 
 fn write(y: &Tensor) -> Result<()> {
