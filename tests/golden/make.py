@@ -44,6 +44,7 @@ import transformers
 
 import blocks
 import models
+import parallel
 
 MAKERS = {
     # folder: the function that fills it
@@ -55,6 +56,7 @@ MAKERS = {
     "gpt_oss": blocks.make_gpt_oss,
     "mixtral": blocks.make_mixtral,
     "models": models.make_models,
+    "parallel": parallel.make_parallel,
 }
 
 
