@@ -143,3 +143,8 @@ pub use load::{Biases, Checkpoint, Family, FusedOrder, GateUp, Names, Weights, r
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The examples of docs/models.md.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/models.md")]
+struct Models;
