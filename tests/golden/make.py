@@ -1,4 +1,4 @@
-"""Writes the golden files: results of PyTorch and transformers, without any code of this crate.
+"""Writes the golden files: results of PyTorch, transformers and PEFT, without any code of this crate.
 
     python make.py                 rewrites every file beside this script
     python make.py --check         makes them again elsewhere and compares byte for byte
@@ -42,6 +42,7 @@ sys.dont_write_bytecode = True
 import torch
 import transformers
 
+import adapters
 import blocks
 import models
 import parallel
@@ -57,6 +58,7 @@ MAKERS = {
     "mixtral": blocks.make_mixtral,
     "models": models.make_models,
     "parallel": parallel.make_parallel,
+    "peft": adapters.make_peft,
 }
 
 
