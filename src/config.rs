@@ -3,7 +3,7 @@
 
 mod activations;
 mod huggingface;
-mod json;
+pub(crate) mod json;
 mod model;
 mod sizes;
 

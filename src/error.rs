@@ -209,6 +209,41 @@ pub enum Error {
         /// Files of other formats in it, and what to do with them.
         found: Vec<String>,
     },
+    /// The directory lacks a file of an adapter.
+    #[error("{}: no {missing} in it{}", dir.display(), instead(found))]
+    NoAdapter {
+        /// The directory.
+        dir: PathBuf,
+        /// The file.
+        missing: &'static str,
+        /// Files of other formats in it, and what to do with them.
+        found: Vec<String>,
+    },
+    /// A tensor of an adapter is not one of a low-rank pair.
+    #[error(
+        "{name}: expected a name base_model.model.<module>.lora_A.weight or .lora_B.weight{}",
+        within(location)
+    )]
+    NoPair {
+        /// The tensor.
+        name: String,
+        /// Its file.
+        location: Option<PathBuf>,
+    },
+    /// An adapter has a pair for a module that its config does not target.
+    #[error(
+        "{module}: a low-rank pair for a module that target_modules and exclude_modules of the config do not select"
+    )]
+    UntargetedModule {
+        /// The module.
+        module: String,
+    },
+    /// An adapter has pairs for modules that the model lacks.
+    #[error("{}: low-rank pairs for modules that the model does not have", first(modules))]
+    UnusedPairs {
+        /// The modules.
+        modules: Vec<String>,
+    },
     /// A symbolic link of the checkpoint leads nowhere, as in an incomplete copy of a download
     /// cache.
     #[error("{}: a symbolic link to {}, which is not there", path.display(), target.display())]

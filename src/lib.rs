@@ -83,6 +83,7 @@
 //! | the formula | [`FfnConfig`], [`Biases`], [`GluActivation`] |
 //! | the gate alone | [`silu_mul`], [`glu_mul`], [`Glu`] |
 //! | loading | [`Checkpoint`], [`read_json`], `hub` (feature `hub`) |
+//! | low-rank adapters | [`LoraAdapter`], [`LoraConfig`], [`Modules`], [`Lora`] |
 //! | names and layouts | [`Family`], [`Names`], [`Weights`], [`GateUp`] |
 //! | errors | [`Error`], [`Result`] |
 //! | kernels | [`cpu_kernels`], [`SwiGluFfn::kernel`] |
@@ -119,6 +120,7 @@ mod gate;
 mod glu_mul;
 mod linear;
 mod load;
+mod lora;
 #[cfg(any(feature = "metal", test))]
 mod metal;
 pub mod reference;
@@ -138,6 +140,7 @@ pub use linear::{Linear, linear, linear_b, linear_no_bias};
 #[cfg(feature = "hub")]
 pub use load::hub;
 pub use load::{Biases, Checkpoint, Family, FusedOrder, GateUp, Names, Weights, read_json};
+pub use lora::{Lora, LoraAdapter, LoraConfig, Modules};
 
 /// The examples of README.md, compiled and run as documentation tests.
 #[cfg(doctest)]

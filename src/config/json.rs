@@ -5,15 +5,15 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 
 /// The value of the field, or `None` if it is absent or null.
-pub(super) fn field<'a>(json: &'a Value, name: &str) -> Option<&'a Value> {
+pub(crate) fn field<'a>(json: &'a Value, name: &str) -> Option<&'a Value> {
     json.get(name).filter(|value| !value.is_null())
 }
 
-pub(super) fn invalid(name: &str, expected: &'static str, found: &Value) -> Error {
+pub(crate) fn invalid(name: &str, expected: &'static str, found: &Value) -> Error {
     Error::InvalidField { field: name.to_string(), expected, found: found.to_string() }
 }
 
-pub(super) fn unsupported(name: &str, value: &Value, reason: &'static str) -> Error {
+pub(crate) fn unsupported(name: &str, value: &Value, reason: &'static str) -> Error {
     Error::Unsupported { field: name.to_string(), value: value.to_string(), reason }
 }
 
@@ -47,7 +47,7 @@ pub(super) fn size_at(json: &Value, names: &[&str], layer: Option<usize>) -> Res
 }
 
 /// The first field that exists, as a positive integer.
-pub(super) fn size(json: &Value, names: &[&str]) -> Result<Option<usize>> {
+pub(crate) fn size(json: &Value, names: &[&str]) -> Result<Option<usize>> {
     let found = names.iter().find_map(|name| Some((*name, field(json, name)?)));
     found.map(|(name, value)| positive(name, value)).transpose()
 }
@@ -56,13 +56,13 @@ pub(super) fn required(json: &Value, names: &[&str], field: &'static str) -> Res
     size(json, names)?.ok_or(Error::MissingField { field })
 }
 
-pub(super) fn flag(json: &Value, name: &str) -> Result<Option<bool>> {
+pub(crate) fn flag(json: &Value, name: &str) -> Result<Option<bool>> {
     field(json, name)
         .map(|value| value.as_bool().ok_or_else(|| invalid(name, "true or false", value)))
         .transpose()
 }
 
-pub(super) fn text<'a>(json: &'a Value, name: &str) -> Result<Option<&'a str>> {
+pub(crate) fn text<'a>(json: &'a Value, name: &str) -> Result<Option<&'a str>> {
     field(json, name)
         .map(|value| value.as_str().ok_or_else(|| invalid(name, "a string", value)))
         .transpose()

@@ -24,6 +24,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::load::unread::listed_prefix;
+pub(crate) use contents::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
 use contents::{Contents, Entry};
 #[cfg(feature = "hub")]
 pub(crate) use contents::{INDEX, SINGLE, is_consolidated};
@@ -59,6 +60,11 @@ impl Checkpoint {
     /// tensor of the index; a tensor in two files.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         Ok(Self { contents: Arc::new(Contents::open(dir.as_ref())?), progress: None })
+    }
+
+    /// Opens a directory with an adapter in PEFT's format.
+    pub(crate) fn open_adapter(dir: &Path) -> Result<Self> {
+        Ok(Self { contents: Arc::new(Contents::open_adapter(dir)?), progress: None })
     }
 
     /// The directory.

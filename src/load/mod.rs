@@ -10,6 +10,7 @@ mod reader;
 mod unread;
 mod weights;
 
+pub(crate) use checkpoint::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
 pub use checkpoint::{Checkpoint, read_json};
 pub use family::{Family, FusedOrder, Names};
 pub(crate) use reader::{get, load_each, load_projection};

@@ -15,6 +15,8 @@ use crate::load::missing::nearest;
 use crate::load::unread::{Listed, Listing};
 
 pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
+pub(crate) const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// `consolidated*.safetensors`, Meta's name.
@@ -72,10 +74,7 @@ impl Entry {
 impl Contents {
     /// Reads the config and every header.
     pub(super) fn open(dir: &Path) -> Result<Self> {
-        let metadata = std::fs::metadata(dir).map_err(Error::io(dir))?;
-        if !metadata.is_dir() {
-            return Err(Error::NotADirectory { path: dir.to_path_buf(), found: "a file" });
-        }
+        check_directory(dir)?;
         let mut config = None;
         for name in ["config.json", "params.json"] {
             let path = dir.join(name);
@@ -85,10 +84,27 @@ impl Contents {
         }
         let missing = || Error::NoConfig { dir: dir.to_path_buf(), found: other_formats(dir) };
         let config = read_json(config.ok_or_else(missing)?)?;
-        let mut contents =
-            Self { dir: dir.to_path_buf(), config, files: vec![], tensors: BTreeMap::new() };
+        let mut contents = Self::empty(dir, config);
         contents.add_weights()?;
         Ok(contents)
+    }
+
+    /// Reads the config and the header of an adapter in PEFT's format.
+    pub(super) fn open_adapter(dir: &Path) -> Result<Self> {
+        check_directory(dir)?;
+        for missing in [ADAPTER_CONFIG, ADAPTER_WEIGHTS] {
+            if !is_there(&dir.join(missing))? {
+                let found = other_formats(dir);
+                return Err(Error::NoAdapter { dir: dir.to_path_buf(), missing, found });
+            }
+        }
+        let mut contents = Self::empty(dir, read_json(dir.join(ADAPTER_CONFIG))?);
+        contents.add_file(dir.join(ADAPTER_WEIGHTS), |_| true)?;
+        Ok(contents)
+    }
+
+    fn empty(dir: &Path, config: Value) -> Self {
+        Self { dir: dir.to_path_buf(), config, files: vec![], tensors: BTreeMap::new() }
     }
 
     /// The bytes of a tensor from `at` on.
@@ -261,6 +277,13 @@ impl Contents {
     }
 }
 
+fn check_directory(dir: &Path) -> Result<()> {
+    if std::fs::metadata(dir).map_err(Error::io(dir))?.is_dir() {
+        return Ok(());
+    }
+    Err(Error::NotADirectory { path: dir.to_path_buf(), found: "a file" })
+}
+
 /// Something is at this path.
 ///
 /// # Errors
@@ -276,7 +299,7 @@ fn is_there(path: &Path) -> Result<bool> {
 /// Files of a model in formats that are not read, and what to do with them.
 fn other_formats(dir: &Path) -> Vec<String> {
     const KNOWN: [(&str, &str, &str); 8] = [
-        ("adapter_model", ".safetensors", "an adapter: merge it into its base model first"),
+        ("adapter_model", ".safetensors", "an adapter, which LoraAdapter::open reads"),
         ("", ".gguf", "a GGUF file, which is not supported yet"),
         ("", ".bin", "PyTorch weights: convert them to safetensors"),
         ("", ".pth", "PyTorch weights: convert them to safetensors"),
