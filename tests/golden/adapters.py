@@ -91,17 +91,18 @@ def sort_lists(path):
 # ---------------------------------------------------------------- references
 
 
-def load(base, folder, adapters, dtype=torch.float32, autocast=True):
-    """The base in `dtype` with all adapters active. With `autocast` PEFT widens bf16 adapters to f32."""
-    base = copy.deepcopy(base).to(dtype)
+def load(base, folder, adapters, dtype=torch.float32, adapter_dtype=torch.float32):
+    """The base in `dtype` with all adapters active in `adapter_dtype`. (PEFT widens 16 bits to f32 by default.)"""
     model = PeftModel.from_pretrained(
-        base, folder / adapters[0], adapter_name=adapters[0] or "default", is_trainable=True,
-        autocast_adapter_dtype=autocast,
-    )  # fmt: skip
+        copy.deepcopy(base).to(dtype), folder / adapters[0], adapter_name=adapters[0] or "default", is_trainable=True
+    )
     for adapter in adapters[1:]:
-        model.load_adapter(folder / adapter, adapter, is_trainable=True, autocast_adapter_dtype=autocast)
+        model.load_adapter(folder / adapter, adapter, is_trainable=True)
     if len(adapters) > 1:
         model.base_model.set_adapter(adapters)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.to(adapter_dtype)
     return model.eval()  # no dropout
 
 
@@ -120,12 +121,12 @@ def reference(base, folder, adapters):
         tensors |= {name + suffix: tensor for name, tensor in found.items()}
     tensors |= merged("merged", model)
     if folder.name == "bf16":
-        for name, dtype, autocast in (
-            ("merged_bf16_adapter", torch.float32, False),
-            ("merged_bf16_base", torch.bfloat16, True),
-            ("merged_bf16_both", torch.bfloat16, False),
+        for name, dtype, adapter_dtype in (
+            ("merged_bf16_adapter", torch.float32, torch.bfloat16),
+            ("merged_bf16_base", torch.bfloat16, torch.float32),
+            ("merged_bf16_both", torch.bfloat16, torch.bfloat16),
         ):
-            tensors |= merged(name, load(base, folder, adapters, dtype, autocast))
+            tensors |= merged(name, load(base, folder, adapters, dtype, adapter_dtype))
     return tensors, {"adapters": json.dumps(adapters)}
 
 
