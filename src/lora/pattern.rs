@@ -24,9 +24,8 @@ fn matches_end(field: &str, key: &str, module: &str) -> Result<bool> {
     if is_plain(key) {
         return Ok(matches_plain(key, module));
     }
-    Ok(regex(field, key, &format!(r"\A(.*\.)?({key})$"))?
-        .is_match(module)
-        .map_err(|error| invalid(field, key, &error))?)
+    let regex = regex(field, key, &format!(r"\A(.*\.)?({key})$"))?;
+    regex.is_match(module).map_err(|error| invalid(field, key, &error))
 }
 
 /// `re.fullmatch(pattern, module)`
