@@ -89,7 +89,7 @@ fn what_is_there_instead() {
         ("pytorch_model.bin", "convert them to safetensors"),
         ("consolidated.00.pth", "convert them to safetensors"),
         ("model-q4_k_m.gguf", "GGUF file, which is not supported yet"),
-        ("adapter_model.safetensors", "merge it into its base model"),
+        ("adapter_model.safetensors", "LoraAdapter::open reads"),
         ("tokenizer.model", "a tokenizer alone"),
         ("weights.safetensors", "rename it to model.safetensors"),
     ] {
