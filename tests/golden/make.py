@@ -1,4 +1,4 @@
-"""Writes the golden files: results of PyTorch, transformers and PEFT, without any code of this crate.
+"""Writes the golden files: results of PyTorch, transformers and PEFT, without this crate.
 
     python make.py                 rewrites every file beside this script
     python make.py --check         makes them again elsewhere and compares byte for byte
