@@ -82,6 +82,7 @@
 //! | embeddings | [`Embedding`], [`embedding`] |
 //! | the formula | [`FfnConfig`], [`Biases`], [`GluActivation`] |
 //! | the gate alone | [`silu_mul`], [`glu_mul`], [`Glu`] |
+//! | training | [`fn@backward`], [`SwiGluFfn::with_recompute`], [`SwiGluFfn::freeze`] |
 //! | loading | [`Checkpoint`], [`read_json`], `hub` (feature `hub`) |
 //! | low-rank adapters | [`LoraAdapter`], [`LoraConfig`], [`Modules`], [`Lora`] |
 //! | names and layouts | [`Family`], [`Names`], [`Weights`], [`GateUp`] |
@@ -132,6 +133,7 @@ pub use cpu::cpu_kernels;
 #[doc(hidden)]
 pub use cuda::{Prefill as CudaPrefill, force_prefill as force_cuda_prefill};
 pub use embedding::{Embedding, embedding};
+pub use engine::backward;
 pub use error::{Error, Result};
 pub use ffn::{SwiGluFfn, swiglu_ffn};
 pub use gate::{Glu, GluActivation};

@@ -5,6 +5,8 @@
 //! tokens: scalars that an operation of three inputs returns, and whose gradient is 0. The backward
 //! pass of the operation computes all gradients at once. It returns those of its direct inputs, and
 //! leaves the others for the tokens, which candle visits afterwards on the same thread.
+//!
+//! `direct.rs` keeps gradients of variables from candle's addition.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -15,6 +17,8 @@ use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Storage,
     Tensor, bail,
 };
+
+use super::direct;
 
 /// The most inputs of a custom operation.
 const INPUTS: usize = 3;
@@ -173,10 +177,18 @@ impl Node {
         }
     }
 
-    /// The gradients of N inputs.
-    fn gradients<const N: usize>(&self, dy: &Tensor) -> Result<[Option<Tensor>; N]> {
-        let mut gradients = (self.backward)(dy)?.into_iter();
-        Ok(std::array::from_fn(|_| gradients.next()))
+    /// The gradients of the inputs that candle is to add up.
+    fn gradients<const N: usize>(
+        &self,
+        inputs: [&Tensor; N],
+        dy: &Tensor,
+    ) -> Result<[Option<Tensor>; N]> {
+        let mut found = std::array::from_fn(|_| None);
+        let gradients = (self.backward)(dy)?;
+        for ((found, input), gradient) in found.iter_mut().zip(inputs).zip(gradients) {
+            *found = direct::put(input, gradient)?;
+        }
+        Ok(found)
     }
 }
 
@@ -215,8 +227,7 @@ macro_rules! operation {
             }
 
             fn bwd(&self, $($tensor: &Tensor,)* _y: &Tensor, dy: &Tensor) -> Result<$gradients> {
-                let _ = ($($tensor),*);
-                self.gradients(dy).map($return)
+                self.gradients([$($tensor),*], dy).map($return)
             }
         }
     };

@@ -13,10 +13,13 @@
 
 mod backward;
 mod cpu;
+mod direct;
 mod function;
 mod gpu;
 mod plain;
 mod trained;
+
+pub use direct::backward;
 
 use std::fmt;
 use std::sync::Arc;

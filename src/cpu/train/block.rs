@@ -106,18 +106,35 @@ impl<'a, T: Io> Block<'a, T> {
         }
     }
 
+    /// Writes zeros behind the panels of gate or of up, which may be half a panel narrower than
+    /// [`Block::saved_stride`].
+    ///
+    /// # Safety
+    /// The rows have this stride, and every element of the panels was written.
+    unsafe fn finish_saved(&self, saved: &mut Vec<T>, rows: usize) {
+        let stride = self.saved_stride();
+        for row in 0..rows {
+            for column in self.gate_up_panels() * (self.gemm.nr() / 2)..stride {
+                // SAFETY: the capacity is that of all rows.
+                unsafe { saved.as_mut_ptr().add(row * stride + column).write(T::zero()) };
+            }
+        }
+        // SAFETY: the caller's contract, and the loop above.
+        unsafe { saved.set_len(rows * stride) };
+    }
+
     /// x (M,H) -> y (M,H), and gate and up with `save`.
     pub(super) fn forward(&self, x: Matrix<T>, save: bool) -> (Vec<T>, Option<Saved<T>>) {
         x.check();
         let h = self.hidden_size();
         let mut y: Vec<T> = Vec::with_capacity(x.rows * h);
         pages::advise_huge(y.as_mut_ptr(), y.capacity());
-        let zeros = || {
-            let mut rows = vec![T::zero(); x.rows * self.saved_stride()];
-            pages::advise_huge(rows.as_mut_ptr(), rows.len());
+        let rows = || {
+            let rows: Vec<T> = Vec::with_capacity(x.rows * self.saved_stride());
+            pages::advise_huge(rows.as_ptr().cast_mut(), rows.capacity());
             rows
         };
-        let mut saved = save.then(|| Saved { gate: zeros(), up: zeros() });
+        let mut saved = save.then(|| Saved { gate: rows(), up: rows() });
         let targets = saved.as_mut().map(|saved| {
             [&mut saved.gate, &mut saved.up].map(|rows| Target::new(rows, self.saved_stride()))
         });
@@ -130,6 +147,10 @@ impl<'a, T: Io> Block<'a, T> {
         }
         // SAFETY: every chunk has written all its rows.
         unsafe { y.set_len(x.rows * h) };
+        for rows in saved.iter_mut().flat_map(|saved| [&mut saved.gate, &mut saved.up]) {
+            // SAFETY: as above, but for the columns beyond gate's and up's panels.
+            unsafe { self.finish_saved(rows, x.rows) };
+        }
         (y, saved)
     }
 }
