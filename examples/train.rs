@@ -11,28 +11,35 @@
 //! `cargo run --release --example train -- --out DIR` reproduces the results of
 //! `weights/README.md`.
 
+#[path = "train/batch.rs"]
+mod batch;
 #[path = "train/grammar.rs"]
 mod grammar;
 #[path = "llama/model.rs"]
 mod model;
+#[path = "train/schedule.rs"]
+mod schedule;
 #[path = "train/tokenizer.rs"]
 mod tokenizer;
+#[path = "train/variables.rs"]
+mod variables;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss};
+use batch::{Batch, floor, mean_loss};
+use candle_core::{DType, Device};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use candle_swiglu::Checkpoint;
 use clap::Parser;
 use model::{Llama, LlamaConfig};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand_distr::{Distribution, Normal};
 use serde_json::json;
 use tokenizers::Tokenizer;
+use variables::{by_name, draw};
 
 #[derive(Parser, Debug)]
 #[command(about = "Train the small story LLaMA of weights/")]
@@ -74,11 +81,16 @@ fn main() -> Result<()> {
         VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu),
         &LlamaConfig::from_json(&json)?,
     )?;
-    initialise(&vars, args.seed)?;
+    let mut random = StdRng::seed_from_u64(args.seed);
+    for (name, var) in by_name(&vars) {
+        draw(&name, &var, LAYERS, &mut random)?;
+    }
     train(&args, &model, &vars, &tokenizer)?;
     save(&vars, &args.out)?;
     report(&args, &tokenizer)
 }
+
+const LAYERS: usize = 5;
 
 /// The model's config.json.
 fn config(vocab_size: usize) -> serde_json::Value {
@@ -88,7 +100,7 @@ fn config(vocab_size: usize) -> serde_json::Value {
         "vocab_size": vocab_size,
         "hidden_size": 128,
         "intermediate_size": 384,
-        "num_hidden_layers": 5,
+        "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
@@ -106,26 +118,6 @@ fn config(vocab_size: usize) -> serde_json::Value {
     })
 }
 
-/// Draws every matrix from N(0, 0.04²). The standard deviation of matrices that write into the
-/// residual stream is divided by √(2·layers). Norms stay 1.
-fn initialise(vars: &VarMap, seed: u64) -> Result<()> {
-    let mut random = StdRng::seed_from_u64(seed);
-    for (name, var) in by_name(vars) {
-        let [rows, columns] = var.dims()[..] else { continue };
-        let residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
-        let normal = Normal::new(0f32, if residual { 0.04 / 10f32.sqrt() } else { 0.04 })?;
-        let values: Vec<f32> = (0..rows * columns).map(|_| normal.sample(&mut random)).collect();
-        var.set(&Tensor::from_vec(values, (rows, columns), &Device::Cpu)?)?;
-    }
-    Ok(())
-}
-
-/// The variables, sorted by name.
-fn by_name(vars: &VarMap) -> BTreeMap<String, Var> {
-    let data = vars.data().lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    data.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
-}
-
 fn train(args: &Args, model: &Llama, vars: &VarMap, tokenizer: &Tokenizer) -> Result<()> {
     let params = ParamsAdamW { lr: 0.0, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.05 };
     let mut optimizer = AdamW::new(by_name(vars).into_values().collect(), params)?;
@@ -135,7 +127,7 @@ fn train(args: &Args, model: &Llama, vars: &VarMap, tokenizer: &Tokenizer) -> Re
             tokenizer,
             (step * args.batch..(step + 1) * args.batch).map(|i| grammar::story(args.seed, i)),
         )?;
-        optimizer.set_learning_rate(learning_rate(args, step));
+        optimizer.set_learning_rate(schedule::learning_rate(args.lr, step, args.steps));
         let loss = batch.loss(model)?;
         optimizer.backward_step(&loss)?;
         tokens += batch.tokens();
@@ -145,7 +137,7 @@ fn train(args: &Args, model: &Llama, vars: &VarMap, tokenizer: &Tokenizer) -> Re
             eprintln!(
                 "step {:5}  loss {mean:.4}  floor {:.4}  {rate:.0} tokens/s",
                 step + 1,
-                batch.floor()
+                floor(&[batch])
             );
         }
     }
@@ -155,68 +147,6 @@ fn train(args: &Args, model: &Llama, vars: &VarMap, tokenizer: &Tokenizer) -> Re
         start.elapsed().as_secs_f64()
     );
     Ok(())
-}
-
-fn learning_rate(args: &Args, step: u64) -> f64 {
-    const WARMUP: f64 = 100.0;
-    let progress = step as f64 / args.steps as f64;
-    let cosine = 0.05 + 0.95 * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
-    args.lr * cosine * ((step as f64 + 1.0) / WARMUP).min(1.0)
-}
-
-/// Stories as rows of token ids, and the positions that count in the loss.
-struct Batch {
-    /// (B,T) u32, padded with eos.
-    inputs: Tensor,
-    /// (N) u32: the positions in the flattened inputs whose successor is a token of the story or
-    /// its eos.
-    positions: Tensor,
-    /// (N) u32: the successors.
-    targets: Tensor,
-    bits: f64,
-}
-
-impl Batch {
-    fn new(tokenizer: &Tokenizer, stories: impl Iterator<Item = grammar::Story>) -> Result<Self> {
-        let (mut rows, mut bits) = (vec![], 0.0);
-        for story in stories {
-            let mut ids =
-                tokenizer.encode(story.text, true).map_err(anyhow::Error::msg)?.get_ids().to_vec();
-            ids.push(tokenizer::EOS);
-            bits += story.bits;
-            rows.push(ids);
-        }
-        let width = rows.iter().map(Vec::len).max().unwrap_or(1) - 1;
-        let (mut inputs, mut positions, mut targets) = (vec![], vec![], vec![]);
-        for (b, row) in rows.iter().enumerate() {
-            inputs.extend(
-                (0..width).map(|t| row[..row.len() - 1].get(t).copied().unwrap_or(tokenizer::EOS)),
-            );
-            positions.extend((0..row.len() - 1).map(|t| (b * width + t) as u32));
-            targets.extend_from_slice(&row[1..]);
-        }
-        Ok(Self {
-            inputs: Tensor::from_vec(inputs, (rows.len(), width), &Device::Cpu)?,
-            positions: Tensor::new(positions, &Device::Cpu)?,
-            targets: Tensor::new(targets, &Device::Cpu)?,
-            bits,
-        })
-    }
-
-    fn tokens(&self) -> usize {
-        self.targets.elem_count()
-    }
-
-    /// The grammar's own entropy in nats per token. No model's expected loss is below it.
-    fn floor(&self) -> f64 {
-        self.bits * std::f64::consts::LN_2 / self.tokens() as f64
-    }
-
-    /// Mean nats per token.
-    fn loss(&self, model: &Llama) -> candle_core::Result<Tensor> {
-        let logits = model.forward_all(&self.inputs)?.flatten_to(1)?; // (B·T,vocab)
-        loss::cross_entropy(&logits.index_select(&self.positions, 0)?, &self.targets)
-    }
 }
 
 /// Writes the variables, rounded to bf16, as `model.safetensors`.
@@ -232,29 +162,25 @@ fn save(vars: &VarMap, dir: &Path) -> Result<()> {
 fn report(args: &Args, tokenizer: &Tokenizer) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.out)?;
     let model = Llama::open(&checkpoint, &LlamaConfig::of(&checkpoint)?, DType::F32, &Device::Cpu)?;
-    let (mut nats, mut bits, mut tokens) = (0.0, 0.0, 0);
-    for first in (0..args.held_out).step_by(16) {
+    let batch = |first| {
         let indices = first..(first + 16).min(args.held_out);
-        let batch = Batch::new(tokenizer, indices.map(|i| grammar::story(args.seed + 1, i)))?;
-        nats += f64::from(batch.loss(&model)?.to_scalar::<f32>()?) * batch.tokens() as f64;
-        bits += batch.bits;
-        tokens += batch.tokens();
-    }
-    let floor = bits * std::f64::consts::LN_2;
+        Batch::new(tokenizer, indices.map(|i| grammar::story(args.seed + 1, i)))
+    };
+    let batches = (0..args.held_out).step_by(16).map(batch).collect::<Result<Vec<_>>>()?;
+    let (loss, floor, tokens) =
+        (mean_loss(&model, &batches)?, floor(&batches), batch::tokens(&batches));
     println!(
         "held-out stories        {} (stream {}), {tokens} tokens",
         args.held_out,
         args.seed + 1
     );
-    println!("held-out loss           {:.4} nats per token", nats / tokens as f64);
-    println!(
-        "entropy of the grammar  {:.4} nats per token on the same stories: the floor",
-        floor / tokens as f64
-    );
+    println!("held-out loss           {loss:.4} nats per token");
+    println!("entropy of the grammar  {floor:.4} nats per token on the same stories: the floor");
+    let per_story = tokens as f64 / args.held_out as f64;
     println!(
         "per story               {:.1} nats, floor {:.1}",
-        nats / args.held_out as f64,
-        floor / args.held_out as f64
+        loss * per_story,
+        floor * per_story
     );
     Ok(())
 }

@@ -17,7 +17,8 @@
 //! dtype, and rotated queries and keys are rounded. On the CPU the intermediate values of attention
 //! are in f32. The logits are f32 sums that are not rounded to the model's dtype.
 //!
-//! This file is a module of the example, of `tests/llama.rs` and of `examples/train.rs`.
+//! This file is a module of the example, of `tests/llama.rs`, of `examples/train.rs` and of
+//! `examples/glu_variants`.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -52,6 +53,9 @@ mod rows;
 #[path = "softmax.rs"]
 mod softmax;
 
+use std::fmt::Debug;
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use candle_nn::{Init, Module, VarBuilder};
 use candle_swiglu::{Checkpoint, Linear, SwiGluFfn, linear_b};
@@ -65,6 +69,21 @@ use self::cache::KvSlot;
 use self::config::LayerConfig;
 use self::names::{Head, Names};
 use self::norm::Norm;
+
+/// The feed-forward block of a layer, x (B,T,hidden) -> (B,T,hidden).
+pub trait Mlp: Module + Debug + Send + Sync {
+    /// The name of the kernel that runs it.
+    fn kernel(&self) -> &str;
+}
+
+impl Mlp for SwiGluFfn {
+    fn kernel(&self) -> &str {
+        self.kernel()
+    }
+}
+
+/// Builds the MLP of the layer with this number from the weights under `vb`'s prefix.
+pub type BuildMlp<'a> = &'a dyn Fn(usize, VarBuilder) -> Result<Arc<dyn Mlp>>;
 
 /// The model. A clone shares the weights. The state of a text is stored in a [`Cache`].
 #[derive(Debug, Clone)]
@@ -98,7 +117,8 @@ impl Llama {
         let names = Names::find(checkpoint, cfg)?;
         // Checked before any weight is read.
         names.unknown(checkpoint, cfg).map_or(Ok(()), |unread| Err(unread.into_error()))?;
-        let model = Self::with_names(checkpoint.var_builder(dtype, device), cfg, names)?;
+        let vb = checkpoint.var_builder(dtype, device);
+        let model = Self::with_names(vb, cfg, names, &|_, vb| swiglu(cfg, vb))?;
         check_all_read(checkpoint).map_err(Unread::into_error)?;
         Ok(model)
     }
@@ -110,10 +130,15 @@ impl Llama {
     /// has a gradient. Candle's fused operations have no gradient, so they are used only where no
     /// variable is involved.
     pub fn load(vb: VarBuilder, cfg: &LlamaConfig) -> Result<Self> {
-        Self::with_names(vb, cfg, Names::usual(cfg))
+        Self::load_with(vb, cfg, &|_, vb| swiglu(cfg, vb))
     }
 
-    fn with_names(vb: VarBuilder, cfg: &LlamaConfig, names: Names) -> Result<Self> {
+    /// [`Llama::load`] with the MLPs that `mlp` builds.
+    pub fn load_with(vb: VarBuilder, cfg: &LlamaConfig, mlp: BuildMlp) -> Result<Self> {
+        Self::with_names(vb, cfg, Names::usual(cfg), mlp)
+    }
+
+    fn with_names(vb: VarBuilder, cfg: &LlamaConfig, names: Names, mlp: BuildMlp) -> Result<Self> {
         let model = if names.model.is_empty() { vb.clone() } else { vb.pp(&names.model) };
         let shape = (cfg.vocab_size, cfg.hidden_size);
         let normal = Init::Randn { mean: 0.0, stdev: 0.02 };
@@ -124,8 +149,10 @@ impl Llama {
             Head::Own(name) => (Some(embed_tokens()?), lm_head(name)?),
             Head::Both(name) => (None, lm_head(name)?),
         };
-        let layer =
-            |(i, layer): (usize, &LayerConfig)| Layer::load(cfg, *layer, model.pp("layers").pp(i));
+        let layer = |(i, layer): (usize, &LayerConfig)| {
+            let vb = model.pp("layers").pp(i);
+            Layer::load(cfg, *layer, mlp(i, vb.pp("mlp"))?, vb)
+        };
         let layers = cfg.layers.iter().enumerate().map(layer).collect::<Result<Vec<_>>>()?;
         let norm = Norm::load(cfg.hidden_size, cfg.rms_norm_eps, model.pp("norm"))?;
         let (dtype, device) = (vb.dtype(), vb.device().clone());
@@ -241,18 +268,23 @@ struct Layer {
     input_layernorm: Norm,
     self_attn: Attention,
     post_attention_layernorm: Norm,
-    mlp: SwiGluFfn,
+    mlp: Arc<dyn Mlp>,
     residual_multiplier: f64,
 }
 
 impl Layer {
-    fn load(cfg: &LlamaConfig, layer: LayerConfig, vb: VarBuilder) -> Result<Self> {
+    fn load(
+        cfg: &LlamaConfig,
+        layer: LayerConfig,
+        mlp: Arc<dyn Mlp>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
         let norm = |name| Norm::load(cfg.hidden_size, cfg.rms_norm_eps, vb.pp(name));
         Ok(Self {
             input_layernorm: norm("input_layernorm")?,
             self_attn: Attention::load(cfg, layer, vb.pp("self_attn"))?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
-            mlp: SwiGluFfn::new(&cfg.ffn, vb.pp("mlp"))?,
+            mlp,
             residual_multiplier: cfg.residual_multiplier,
         })
     }
@@ -265,6 +297,11 @@ impl Layer {
         let _span = tracing::trace_span!("mlp").entered();
         residual::add(&x, &scaled(self.mlp.forward(&normed)?, self.residual_multiplier)?)
     }
+}
+
+/// The MLP that the config describes.
+fn swiglu(cfg: &LlamaConfig, vb: VarBuilder) -> Result<Arc<dyn Mlp>> {
+    Ok(Arc::new(SwiGluFfn::new(&cfg.ffn, vb)?))
 }
 
 /// x * factor, rounded once. candle's product of f16 or bf16 would round the factor too.

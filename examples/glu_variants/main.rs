@@ -1,0 +1,116 @@
+//! Compares the feed-forward blocks of N. Shazeer, "GLU Variants Improve Transformer", 2020,
+//! <https://arxiv.org/abs/2002.05202>, in a small LLaMA: ReLU, GELU and Swish without a gate; GLU,
+//! bilinear, ReGLU, GEGLU and SwiGLU with one.
+//!
+//! ```text
+//! cargo run --release --example glu_variants -- --out DIR
+//! ```
+//!
+//! # Method
+//! 1. All variants have the same number of parameters and of multiply-adds. A gated block has three
+//!    matrices of width I, a block without a gate two of width 3/2·I.
+//! 2. The text is the story grammar of `examples/train`. Its entropy is known and is the floor of
+//!    the held-out loss. No story is used twice.
+//! 3. The runs of one seed see the same stories in the same order. They start from the same
+//!    embedding, attention and norms. The matrices of the blocks have the same distribution.
+//! 4. After training, [`results`] measures the loss on held-out stories, the activations (the input
+//!    of `down_proj`), and the gradients that reach the input of the activation.
+//! 5. A run saves its weights, the moments of AdamW and its measurements every few steps. The same
+//!    command continues after a kill and has the same losses as without it, and skips what is
+//!    finished.
+//!
+//! `--plot DIR` draws the pictures again from the csv files. `--smoke` makes runs of a second.
+//! `README.md` describes the files.
+
+mod adamw;
+#[path = "../train/batch.rs"]
+mod batch;
+mod ffn;
+mod files;
+#[path = "../train/grammar.rs"]
+mod grammar;
+#[path = "../llama/model.rs"]
+mod model;
+mod plots;
+mod probe;
+mod progress;
+mod results;
+mod run;
+#[path = "../train/schedule.rs"]
+mod schedule;
+mod settings;
+mod statistics;
+mod table;
+mod task;
+#[cfg(test)]
+mod tests;
+#[allow(dead_code, reason = "the tokenizer is not saved")]
+#[path = "../train/tokenizer.rs"]
+mod tokenizer;
+#[path = "../train/variables.rs"]
+mod variables;
+mod variant;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use progress::Progress;
+use run::Run;
+use settings::Settings;
+use task::Task;
+use variant::Variant;
+
+#[derive(Parser, Debug)]
+#[command(about = "Compare the feed-forward blocks of Shazeer's table in a small LLaMA")]
+struct Args {
+    /// Where the runs, tables and pictures are written.
+    #[arg(long, required_unless_present = "plot")]
+    out: Option<PathBuf>,
+    /// Runs of each variant, with the seeds 1, 2, ...
+    #[arg(long, default_value_t = 3)]
+    seeds: u64,
+    /// Runs of a second, to try the program; other sizes are ignored.
+    #[arg(long)]
+    smoke: bool,
+    /// Only draws the pictures of a directory again, from its csv files.
+    #[arg(long, value_name = "DIR", conflicts_with = "out")]
+    plot: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    if let Some(dir) = &args.plot {
+        return plots::draw(dir);
+    }
+    let out = args.out.context("--out: missing")?;
+    let settings = if args.smoke { Settings::smoke() } else { args.settings };
+    experiment(settings, args.seeds, &out)
+}
+
+/// Trains what is not finished, then writes the tables and pictures.
+fn experiment(settings: Settings, seeds: u64, out: &Path) -> Result<()> {
+    std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+    let task = Task::new(settings)?;
+    task.settings.claim(out)?;
+    let runs = (1..=seeds).flat_map(|seed| Variant::ALL.map(|variant| (variant, seed)));
+    let (finished, open): (Vec<_>, Vec<_>) =
+        runs.partition(|(variant, seed)| results::is_finished(out, *variant, *seed));
+    let all = (finished.len() + open.len()) as u64;
+    let progress = Progress::new(all, finished.len() as u64, task.settings.steps)?;
+    for (variant, seed) in open {
+        let mut run = Run::open(&task, variant, seed, out)?;
+        progress.begin(&run);
+        while !run.is_trained() {
+            run.advance()?;
+            progress.step(&run);
+        }
+        results::finish(&run, out)?;
+        progress.end(&run)?;
+        results::join(out, seeds)?;
+    }
+    results::join(out, seeds)?;
+    plots::draw(out)
+}

@@ -1,0 +1,140 @@
+//! The functions themselves: activations, their derivatives, and the gate of SwiGLU.
+
+use anyhow::Result;
+use candle_swiglu::{Glu, GluActivation, reference};
+use plotters::prelude::*;
+
+use super::{Axes, Chart, LABEL, Line, Panel, TICK, colour, legend, plain};
+
+const ACTIVATIONS: [(GluActivation, &str); 5] = [
+    (GluActivation::Identity, "identity (bilinear)"),
+    (GluActivation::Relu, "ReLU"),
+    (GluActivation::Gelu, "GELU"),
+    (GluActivation::Silu, "Swish = SiLU"),
+    (GluActivation::Sigmoid, "sigmoid (GLU)"),
+];
+
+/// The activations on the left, their derivatives on the right.
+pub(super) fn activations(root: &Panel) -> Result<()> {
+    let panels = root.split_evenly((1, 2));
+    let axes = Axes {
+        title: "Activations",
+        x: -6.0..6.0,
+        x_desc: "input g",
+        y: -2.0..6.0,
+        y_desc: "act(g)",
+        x_label: &plain,
+        y_label: &plain,
+    };
+    functions(&axes, &panels[0], |(value, _)| value)?;
+    let title = "Derivatives of the activations";
+    let axes = Axes { title, y: -0.2..1.2, y_desc: "act'(g)", ..axes };
+    functions(&axes, &panels[1], |(_, slope)| slope)
+}
+
+fn functions(axes: &Axes, panel: &Panel, part: fn((f64, f64)) -> f64) -> Result<()> {
+    let mut chart = axes.draw(panel)?;
+    for (activation, label) in ACTIVATIONS {
+        let point = |i| {
+            let g = f64::from(i) / 50.0;
+            (g, part(reference::activation(activation, g)))
+        };
+        let points = (-300..=300).map(point).filter(|(_, y)| axes.y.contains(y)).collect();
+        let dashed = activation == GluActivation::Identity;
+        Line { colour: colour(activation), dashed }.draw(&mut chart, points, label)?;
+    }
+    legend(&mut chart, SeriesLabelPosition::UpperLeft)
+}
+
+/// The largest value of the gate on the square.
+const MOST: f64 = 36.0;
+/// Cells along one side of the square.
+const CELLS: i32 = 72;
+/// The values with a contour. Their signed roots divide the colour bar.
+const CONTOURS: [f64; 8] = [-16.0, -4.0, -1.0, -0.25, 0.25, 1.0, 4.0, 16.0];
+
+/// silu(g)·u over gate and up, with contours and a colour bar.
+pub(super) fn gate(root: &Panel) -> Result<()> {
+    let (square, bar) = root.split_horizontally(720);
+    let axes = Axes {
+        title: "The gate of SwiGLU: silu(g)·u",
+        x: -6.0..6.0,
+        x_desc: "gate g",
+        y: -6.0..6.0,
+        y_desc: "up u",
+        x_label: &plain,
+        y_label: &plain,
+    };
+    let mut chart = axes.draw(&square)?;
+    let edge = |i: i32| -6.0 + 12.0 * f64::from(i) / f64::from(CELLS);
+    let cells = (0..CELLS).flat_map(|i| (0..CELLS).map(move |j| (i, j)));
+    chart.draw_series(cells.map(|(i, j)| {
+        let (low, high) = ((edge(i), edge(j)), (edge(i + 1), edge(j + 1)));
+        let value = swiglu((low.0 + high.0) / 2.0, (low.1 + high.1) / 2.0);
+        Rectangle::new([low, high], heat(value).filled())
+    }))?;
+    for value in CONTOURS {
+        contour(&mut chart, value)?;
+    }
+    colour_bar(&bar)
+}
+
+fn swiglu(g: f64, u: f64) -> f64 {
+    reference::glu(&Glu::new(GluActivation::Silu), g, u)
+}
+
+/// White at 0, orange above, blue below, by the root of the value's size.
+fn heat(value: f64) -> RGBColor {
+    let strength = (value.abs() / MOST).sqrt().min(1.0);
+    let RGBColor(r, g, b) = if value < 0.0 { RGBColor(0, 90, 181) } else { RGBColor(220, 90, 0) };
+    let mix = |channel: u8| (255.0 + (f64::from(channel) - 255.0) * strength).round() as u8;
+    RGBColor(mix(r), mix(g), mix(b))
+}
+
+/// The points with silu(g)·u = value are u = value / silu(g), one branch for each sign of g.
+fn contour(chart: &mut Chart, value: f64) -> Result<()> {
+    for side in [-1.0, 1.0] {
+        let point = |i: i32| {
+            let g = side * f64::from(i) / 100.0;
+            (g, value / swiglu(g, 1.0))
+        };
+        let points: Vec<_> = (1..=600).map(point).filter(|(_, u)| u.abs() <= 6.0).collect();
+        // Of a negative g the branch begins and ends at the border; its middle has most space.
+        let at = if side < 0.0 { points.len() / 2 } else { points.len() * 7 / 10 };
+        if let Some(&label_at) = points.get(at) {
+            let text = Text::new(plain(&value), label_at, TICK.into_font());
+            chart.draw_series(LineSeries::new(points, BLACK.mix(0.6).stroke_width(1)))?;
+            chart.draw_series([text])?;
+        }
+    }
+    Ok(())
+}
+
+/// The colours over the signed root of the value, labelled with the values.
+fn colour_bar(panel: &Panel) -> Result<()> {
+    let root = MOST.sqrt();
+    let mut chart = ChartBuilder::on(panel)
+        .margin(12)
+        .margin_top(48)
+        .margin_right(20)
+        .x_label_area_size(52)
+        .y_label_area_size(70)
+        .build_cartesian_2d(0.0..1.0, -root..root)?;
+    chart
+        .configure_mesh()
+        .disable_mesh()
+        .disable_x_axis()
+        .y_labels(13)
+        .y_desc("silu(g)·u")
+        .axis_desc_style(LABEL)
+        .label_style(TICK)
+        .y_label_formatter(&|y| plain(&(y * y.abs())))
+        .draw()?;
+    let edge = |i: i32| root * f64::from(i) / 60.0;
+    chart.draw_series((-60..60).map(|i| {
+        let middle = (edge(i) + edge(i + 1)) / 2.0;
+        let colour = heat(middle * middle.abs());
+        Rectangle::new([(0.0, edge(i)), (1.0, edge(i + 1))], colour.filled())
+    }))?;
+    Ok(())
+}
