@@ -162,7 +162,7 @@ fn save(vars: &VarMap, dir: &Path) -> Result<()> {
 fn report(args: &Args, tokenizer: &Tokenizer) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.out)?;
     let model = Llama::open(&checkpoint, &LlamaConfig::of(&checkpoint)?, DType::F32, &Device::Cpu)?;
-    let batch = |first| {
+    let batch = |first: u64| {
         let indices = first..(first + 16).min(args.held_out);
         Batch::new(tokenizer, indices.map(|i| grammar::story(args.seed + 1, i)))
     };

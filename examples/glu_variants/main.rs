@@ -19,8 +19,8 @@
 //!    command continues after a kill and has the same losses as without it, and skips what is
 //!    finished.
 //!
-//! `--plot DIR` draws the pictures again from the csv files. `--smoke` makes runs of a second.
-//! `README.md` describes the files.
+//! `--plot DIR` draws the pictures again from the csv files, without training. `--smoke` makes runs
+//! of a second. `README.md` describes the files.
 
 mod adamw;
 #[path = "../train/batch.rs"]
@@ -51,9 +51,12 @@ mod tokenizer;
 mod variables;
 mod variant;
 
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread::available_parallelism;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use progress::Progress;
 use run::Run;
@@ -70,7 +73,10 @@ struct Args {
     /// Runs of each variant, with the seeds 1, 2, ...
     #[arg(long, default_value_t = 3)]
     seeds: u64,
-    /// Runs of a second, to try the program; other sizes are ignored.
+    /// Runs at the same time, each on one thread; as many as there are cores by default.
+    #[arg(long)]
+    jobs: Option<usize>,
+    /// Runs of a second, to try the program; options of the sizes are ignored.
     #[arg(long)]
     smoke: bool,
     /// Only draws the pictures of a directory again, from its csv files.
@@ -86,12 +92,30 @@ fn main() -> Result<()> {
         return plots::draw(dir);
     }
     let out = args.out.context("--out: missing")?;
+    use_one_thread()?;
+    let jobs = args.jobs.unwrap_or_else(|| available_parallelism().map_or(1, NonZero::get));
     let settings = if args.smoke { Settings::smoke() } else { args.settings };
-    experiment(settings, args.seeds, &out)
+    experiment(settings, args.seeds, jobs, &out)
 }
 
-/// Trains what is not finished, then writes the tables and pictures.
-fn experiment(settings: Settings, seeds: u64, out: &Path) -> Result<()> {
+/// Starts the program again with one thread for candle's operations, unless the environment names a
+/// number of threads. The operations of a model of this size are too short for several threads, so
+/// the runs are distributed over the cores instead.
+fn use_one_thread() -> Result<()> {
+    #[cfg(unix)]
+    if std::env::var_os("RAYON_NUM_THREADS").is_none() {
+        use std::os::unix::process::CommandExt;
+        let mut again = std::process::Command::new(std::env::current_exe()?);
+        again.args(std::env::args_os().skip(1));
+        again.envs([("RAYON_NUM_THREADS", "1"), ("CANDLE_NUM_THREADS", "1")]);
+        return Err(again.exec().into()); // returns only if it fails
+    }
+    Ok(())
+}
+
+/// Trains what is not finished, `jobs` runs at a time, then writes the tables and pictures.
+fn experiment(settings: Settings, seeds: u64, jobs: usize, out: &Path) -> Result<()> {
+    ensure!(jobs > 0, "jobs: expected at least 1, found 0");
     std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
     let task = Task::new(settings)?;
     task.settings.claim(out)?;
@@ -100,17 +124,32 @@ fn experiment(settings: Settings, seeds: u64, out: &Path) -> Result<()> {
         runs.partition(|(variant, seed)| results::is_finished(out, *variant, *seed));
     let all = (finished.len() + open.len()) as u64;
     let progress = Progress::new(all, finished.len() as u64, task.settings.steps)?;
-    for (variant, seed) in open {
-        let mut run = Run::open(&task, variant, seed, out)?;
-        progress.begin(&run);
-        while !run.is_trained() {
-            run.advance()?;
-            progress.step(&run);
-        }
-        results::finish(&run, out)?;
-        progress.end(&run)?;
-        results::join(out, seeds)?;
-    }
+    let queue = Mutex::new(open.into_iter());
+    std::thread::scope(|scope| {
+        let worker = || {
+            loop {
+                let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let Some((variant, seed)) = next else { return Ok(()) };
+                train(&task, variant, seed, &progress, out)?;
+            }
+        };
+        let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(worker)).collect();
+        workers
+            .into_iter()
+            .try_for_each(|worker| worker.join().unwrap_or_else(|_| bail!("a run panicked")))
+    })?;
     results::join(out, seeds)?;
     plots::draw(out)
+}
+
+/// Trains and evaluates one run, from the state that it has.
+fn train(task: &Task, variant: Variant, seed: u64, progress: &Progress, out: &Path) -> Result<()> {
+    let mut run = Run::open(task, variant, seed, out)?;
+    let bar = progress.begin(&run)?;
+    while !run.is_trained() {
+        run.advance()?;
+        progress.step(&run, &bar);
+    }
+    results::finish(&run, out)?;
+    progress.end(&run, &bar)
 }

@@ -20,7 +20,7 @@ pub(crate) struct Settings {
     pub(crate) intermediate_size: usize,
     #[arg(long, default_value_t = 3)]
     pub(crate) layers: usize,
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     pub(crate) heads: usize,
     /// Largest size of the vocabulary.
     #[arg(long, default_value_t = 1024)]
@@ -28,10 +28,10 @@ pub(crate) struct Settings {
     /// Stories from which the tokenizer learns.
     #[arg(long, default_value_t = 5000)]
     pub(crate) tokenizer_stories: u64,
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 1200)]
     pub(crate) steps: u64,
     /// Stories per step.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 8)]
     pub(crate) batch: u64,
     /// Peak learning rate of AdamW; it rises for 100 steps and falls along a cosine to a twentieth.
     #[arg(long, default_value_t = 3e-3)]

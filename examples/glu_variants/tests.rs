@@ -143,10 +143,10 @@ fn modified(path: &Path) -> Result<std::time::SystemTime> {
 #[test]
 fn an_experiment_writes_tables_and_pictures_and_skips_finished_runs() -> Result<()> {
     let out = tempfile::tempdir()?;
-    experiment(Settings::smoke(), 1, out.path())?;
+    experiment(Settings::smoke(), 1, 2, out.path())?;
     let state = crate::run::dir(out.path(), Variant::Glu, 1).join("state.safetensors");
     let written = modified(&state)?;
-    experiment(Settings::smoke(), 1, out.path())?;
+    experiment(Settings::smoke(), 1, 2, out.path())?;
     assert_eq!(modified(&state)?, written);
     let runs = Table::read(&out.path().join("runs.csv"))?;
     assert_eq!(runs.rows().count(), Variant::ALL.len());
@@ -159,7 +159,7 @@ fn an_experiment_writes_tables_and_pictures_and_skips_finished_runs() -> Result<
         assert!(svg.trim_end().ends_with("</svg>"), "{name}");
     }
     let other = Settings { steps: 7, ..Settings::smoke() };
-    let error = experiment(other, 1, out.path()).err().context("other settings are refused")?;
+    let error = experiment(other, 1, 1, out.path()).err().context("other settings are refused")?;
     assert!(error.to_string().starts_with("steps: expected 4 as in "), "{error}");
     Ok(())
 }

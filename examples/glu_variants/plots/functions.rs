@@ -26,13 +26,18 @@ pub(super) fn activations(root: &Panel) -> Result<()> {
         x_label: &plain,
         y_label: &plain,
     };
-    functions(&axes, &panels[0], |(value, _)| value)?;
+    functions(&axes, &panels[0], |(value, _)| value, SeriesLabelPosition::UpperLeft)?;
     let title = "Derivatives of the activations";
     let axes = Axes { title, y: -0.2..1.2, y_desc: "act'(g)", ..axes };
-    functions(&axes, &panels[1], |(_, slope)| slope)
+    functions(&axes, &panels[1], |(_, slope)| slope, SeriesLabelPosition::MiddleRight)
 }
 
-fn functions(axes: &Axes, panel: &Panel, part: fn((f64, f64)) -> f64) -> Result<()> {
+fn functions(
+    axes: &Axes,
+    panel: &Panel,
+    part: fn((f64, f64)) -> f64,
+    key: SeriesLabelPosition,
+) -> Result<()> {
     let mut chart = axes.draw(panel)?;
     for (activation, label) in ACTIVATIONS {
         let point = |i| {
@@ -43,19 +48,19 @@ fn functions(axes: &Axes, panel: &Panel, part: fn((f64, f64)) -> f64) -> Result<
         let dashed = activation == GluActivation::Identity;
         Line { colour: colour(activation), dashed }.draw(&mut chart, points, label)?;
     }
-    legend(&mut chart, SeriesLabelPosition::UpperLeft)
+    legend(&mut chart, key)
 }
 
 /// The largest value of the gate on the square.
 const MOST: f64 = 36.0;
 /// Cells along one side of the square.
-const CELLS: i32 = 72;
+const CELLS: i32 = 60;
 /// The values with a contour. Their signed roots divide the colour bar.
 const CONTOURS: [f64; 8] = [-16.0, -4.0, -1.0, -0.25, 0.25, 1.0, 4.0, 16.0];
 
 /// silu(g)·u over gate and up, with contours and a colour bar.
 pub(super) fn gate(root: &Panel) -> Result<()> {
-    let (square, bar) = root.split_horizontally(720);
+    let (square, bar) = root.split_horizontally(750);
     let axes = Axes {
         title: "The gate of SwiGLU: silu(g)·u",
         x: -6.0..6.0,
@@ -99,9 +104,10 @@ fn contour(chart: &mut Chart, value: f64) -> Result<()> {
             (g, value / swiglu(g, 1.0))
         };
         let points: Vec<_> = (1..=600).map(point).filter(|(_, u)| u.abs() <= 6.0).collect();
-        // Of a negative g the branch begins and ends at the border; its middle has most space.
-        let at = if side < 0.0 { points.len() / 2 } else { points.len() * 7 / 10 };
-        if let Some(&label_at) = points.get(at) {
+        // Where the branch is nearest to a diagonal, the contours are far from each other.
+        let from_diagonal = |(g, u): &(f64, f64)| (g.abs() - u.abs()).abs();
+        let at = points.iter().min_by(|a, b| from_diagonal(a).total_cmp(&from_diagonal(b)));
+        if let Some(&label_at) = at {
             let text = Text::new(plain(&value), label_at, TICK.into_font());
             chart.draw_series(LineSeries::new(points, BLACK.mix(0.6).stroke_width(1)))?;
             chart.draw_series([text])?;
@@ -115,10 +121,10 @@ fn colour_bar(panel: &Panel) -> Result<()> {
     let root = MOST.sqrt();
     let mut chart = ChartBuilder::on(panel)
         .margin(12)
-        .margin_top(48)
+        .margin_top(54)
         .margin_right(20)
-        .x_label_area_size(52)
-        .y_label_area_size(70)
+        .x_label_area_size(58)
+        .y_label_area_size(84)
         .build_cartesian_2d(0.0..1.0, -root..root)?;
     chart
         .configure_mesh()

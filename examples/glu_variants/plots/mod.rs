@@ -22,12 +22,12 @@ use crate::variant::Variant;
 /// Draws all pictures of a directory.
 pub(crate) fn draw(dir: &Path) -> Result<()> {
     let read = |name: &str| Table::read(&dir.join(name));
-    let pictures: [(&str, (u32, u32), &dyn Fn(&Panel) -> Result<()>); 6] = [
+    let pictures: [(&str, (u32, u32), Draw); 6] = [
         ("activations.svg", (1200, 520), &functions::activations),
-        ("gate.svg", (860, 720), &functions::gate),
+        ("gate.svg", (900, 740), &functions::gate),
         ("curves.svg", (1320, 600), &|root| training::curves(root, &read("curves.csv")?)),
-        ("loss.svg", (960, 560), &|root| training::loss(root, &read("runs.csv")?)),
-        ("histograms.svg", (1400, 760), &|root| {
+        ("loss.svg", (1080, 600), &|root| training::loss(root, &read("runs.csv")?)),
+        ("histograms.svg", (1600, 820), &|root| {
             probes::histograms(root, &read("histograms.csv")?, &read("activations.csv")?)
         }),
         ("gradients.svg", (1200, 560), &|root| probes::gradients(root, &read("gradients.csv")?)),
@@ -45,12 +45,14 @@ pub(crate) fn draw(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+type Draw<'a> = &'a dyn Fn(&Panel) -> Result<()>;
 type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Chart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
-const TITLE: (&str, u32) = ("sans-serif", 20);
-const LABEL: (&str, u32) = ("sans-serif", 16);
-const TICK: (&str, u32) = ("sans-serif", 14);
+// The SVG backend divides a size by 1.24: 14.5 px, 16 px and 20 px.
+const TICK: (&str, u32) = ("sans-serif", 18);
+const LABEL: (&str, u32) = ("sans-serif", 20);
+const TITLE: (&str, u32) = ("sans-serif", 25);
 
 /// A panel's title and axes.
 struct Axes<'a> {
@@ -74,8 +76,8 @@ impl Axes<'_> {
             .caption(self.title, TITLE)
             .margin(12)
             .margin_right(24)
-            .x_label_area_size(52)
-            .y_label_area_size(76)
+            .x_label_area_size(58)
+            .y_label_area_size(96)
             .build_cartesian_2d(self.x.clone(), self.y.clone())?;
         chart
             .configure_mesh()

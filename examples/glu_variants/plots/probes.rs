@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use plotters::prelude::*;
 
-use super::{Axes, Line, Panel, extremes, legend, mean, plain, rows_of};
+use super::{Axes, Line, Panel, TITLE, extremes, legend, mean, plain, rows_of};
 use crate::table::Table;
 use crate::variant::Variant;
 
@@ -14,7 +14,9 @@ const LEAST_POWER: f64 = -5.0;
 
 /// One histogram for each variant, the mean over layers and seeds.
 pub(super) fn histograms(root: &Panel, histograms: &Table, activations: &Table) -> Result<()> {
-    for (variant, panel) in Variant::ALL.into_iter().zip(root.split_evenly((2, 4))) {
+    let title = "Activations h, the input of down_proj: mean over layers and seeds";
+    let panels = root.margin(10, 0, 0, 0).titled(title, TITLE)?.split_evenly((2, 4));
+    for (variant, panel) in Variant::ALL.into_iter().zip(panels) {
         let zeros = rows_of(activations, variant)?;
         let zeros: Vec<f64> =
             zeros.iter().map(|row| row.number("zero_share")).collect::<Result<_>>()?;
@@ -36,11 +38,14 @@ fn histogram(panel: &Panel, title: &str, table: &Table, variant: Variant) -> Res
     let axes = Axes {
         title,
         x: -4.0..4.0,
-        x_desc: "h / root mean square",
+        x_desc: "h / its root mean square",
         y: LEAST_POWER..0.0,
         y_desc: "share of activations",
         x_label: &plain,
-        y_label: &|power| format!("{}", 10f64.powf(*power) as f32),
+        y_label: &|power| match power.fract() == 0.0 {
+            true => format!("{}", 10f64.powf(*power) as f32),
+            false => String::new(),
+        },
     };
     let mut chart = axes.draw(panel)?;
     let colour = Line::of(variant).colour;
@@ -67,12 +72,14 @@ pub(super) fn gradients(root: &Panel, table: &Table) -> Result<()> {
     }
     let (_, most) =
         extremes(lines.iter().flat_map(|(_, points)| points.iter().map(|(_, y)| *y)).chain([0.0]));
+    let title = "Gradient that reaches the input g of the activation: mean over layers and seeds";
+    let panels = root.margin(10, 0, 0, 0).titled(title, TITLE)?.split_evenly((1, 2));
     let titles = ["Without a gate", "With a gate"];
-    for (i, (panel, title)) in root.split_evenly((1, 2)).iter().zip(titles).enumerate() {
+    for (i, (panel, title)) in panels.iter().zip(titles).enumerate() {
         let axes = Axes {
             title,
             x: -6.0..6.0,
-            x_desc: "input g of the activation",
+            x_desc: "g",
             y: 0.0..1.05 * most + 1e-9,
             y_desc: "mean |d loss / d g| (nats)",
             x_label: &plain,

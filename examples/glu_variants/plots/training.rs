@@ -60,7 +60,9 @@ fn panel(
     }
     for (variant, curve) in curves {
         let points = shown(curve).iter().map(|(step, all)| (*step as f64, mean(all))).collect();
-        Line::of(*variant).draw(&mut chart, points, variant.name())?;
+        // The first panel's legend has only the floor, so that it covers no line.
+        let label = if floor.is_none() { variant.name() } else { "" };
+        Line::of(*variant).draw(&mut chart, points, label)?;
     }
     if let Some(floor) = floor {
         let points = vec![(first as f64, floor), (last as f64, floor)];
@@ -114,7 +116,7 @@ pub(super) fn loss(root: &Panel, table: &Table) -> Result<()> {
         .draw_series(std::iter::empty::<Circle<(f64, f64), i32>>())?
         .label("one seed")
         .legend(move |(x, y)| Circle::new((x + 12, y), 4, seed));
-    legend(&mut chart, SeriesLabelPosition::LowerRight)
+    legend(&mut chart, SeriesLabelPosition::MiddleRight)
 }
 
 fn column(chart: &mut Chart, at: f64, variant: Variant, all: &[f64]) -> Result<()> {
@@ -127,7 +129,7 @@ fn column(chart: &mut Chart, at: f64, variant: Variant, all: &[f64]) -> Result<(
         Circle::new((at + 0.12 * (seed as f64 - middle), *loss), 4, colour.stroke_width(2))
     }))?;
     let label = EmptyElement::at((at, most))
-        + Text::new(format!("{centre:.4}"), (-20, -24), TICK.into_font());
+        + Text::new(format!("{centre:.4}"), (-26, -28), TICK.into_font());
     chart.draw_series([label])?;
     Ok(())
 }
