@@ -32,7 +32,7 @@ use anyhow::{Context, Result};
 use batch::{Batch, floor, mean_loss};
 use candle_core::{DType, Device};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
-use candle_swiglu::Checkpoint;
+use candle_swiglu::{Checkpoint, backward};
 use clap::Parser;
 use model::{Llama, LlamaConfig};
 use rand::SeedableRng;
@@ -129,7 +129,7 @@ fn train(args: &Args, model: &Llama, vars: &VarMap, tokenizer: &Tokenizer) -> Re
         )?;
         optimizer.set_learning_rate(schedule::learning_rate(args.lr, step, args.steps));
         let loss = batch.loss(model)?;
-        optimizer.backward_step(&loss)?;
+        optimizer.step(&backward(&loss)?)?;
         tokens += batch.tokens();
         mean += (f64::from(loss.to_scalar::<f32>()?) - mean) / 50f64.min(step as f64 + 1.0);
         if (step + 1) % 50 == 0 {

@@ -93,7 +93,8 @@ def install(name):
 
 def build(kind="--bench", name="peers"):
     """Builds an executable of this crate, by default worker.rs, and returns its path."""
-    command = ["cargo", "build", "--release", kind, name, "--message-format=json"]
+    # The profile of benchmarks compiles candle at level 3.
+    command = ["cargo", "build", "--profile", "bench", kind, name, "--message-format=json"]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     for message in map(json.loads, output.splitlines()):
         if message.get("executable") and message["target"]["name"] == name:

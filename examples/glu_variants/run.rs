@@ -83,7 +83,7 @@ impl<'a> Run<'a> {
         let start = Instant::now();
         let loss = batch.loss(&self.model)?;
         let lr = learning_rate(settings.lr, self.steps(), settings.steps);
-        self.optimizer.step(&loss.backward()?, lr)?;
+        self.optimizer.step(&candle_swiglu::backward(&loss)?, lr)?;
         self.log.losses.push(f64::from(loss.to_scalar::<f32>()?));
         self.log.seconds.push(start.elapsed().as_secs_f64());
         let (steps, is_last) = (self.steps(), self.is_trained());

@@ -301,8 +301,11 @@ impl Projection for Linear {
         }
     }
 
-    /// As candle multiplies halves: in f32.
+    /// Halves as candle multiplies them: in f32.
     fn forward_f32(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        if self.dtype() == DType::F32 {
+            return self.forward(x);
+        }
         plain::Linear::new(self.0.weight.clone(), self.0.bias.clone())?.forward_f32(x)
     }
 
