@@ -57,11 +57,12 @@ use crate::load::{GateUp, Weights, load_each};
 /// not computed.
 ///
 /// The forward pass keeps gate and up in the graph, `2·M·I` elements with I rounded up to whole
-/// panels ([`SwiGluFfn::with_recompute`] avoids it). Beside the gradients, the backward pass borrows
-/// scratch memory of at most
-/// `(rows + 128)·(4H + 5I + 768)·a + threads·((rows + 32)·1792 B + 512 KiB)` with rows ≤ 512 and `a`
-/// as above. With more than 512 rows it also allocates `4·(R + 512)·(C + 64)` B for each wanted
-/// gradient of a weight (R,C): the f32 sums over all chunks.
+/// panels ([`SwiGluFfn::with_recompute`] avoids it). Beside the gradients, the backward pass
+/// borrows scratch memory of at most
+/// `(rows + 128)·(4H + 5I + 768)·a + threads·((rows + 32)·1792 B + 512 KiB)`, with rows ≤ 512 and
+/// `a` as above. With more than 512 rows it also allocates `4·(R + 512)·(C + 64)` B for each wanted
+/// gradient of a weight (R,C): the f32 sums over all chunks. [`fn@crate::backward`] puts gradients
+/// into candle's store without another copy.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

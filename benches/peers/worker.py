@@ -1,7 +1,7 @@
 """The peers' side of run.py: builds and times another system's SwiGLU block on request.
 
-`worker.py SYSTEM THREADS` reads the lines of worker.rs and gives the same answers: `load M [train]`,
-`time SECONDS`, `quit`. The system `reference` computes in f64 the result that all others are
+`worker.py SYSTEM THREADS` reads the lines of worker.rs and gives the same answers:
+`load M [train]`, `time SECONDS`, `quit`. The system `reference` computes in f64 the result that all others are
 compared with.
 """
 

@@ -64,8 +64,9 @@ fn zero(beside: &Tensor) -> Result<Tensor> {
     Tensor::zeros((), DType::F32, beside.device())
 }
 
-/// A gradient of a function of `input`. If candle keeps the graph of backward passes, it is the result of an
-/// operation without a derivative, so that a second derivative is an error and not a silent zero.
+/// A gradient of a function of `input`. If candle keeps the graph of backward passes, it is the
+/// result of an operation without a derivative, so that a second derivative is an error and not a
+/// silent zero.
 pub(super) fn gradient(name: &'static str, value: Value, input: Option<&Tensor>) -> Result<Tensor> {
     thread_local! {
         /// As candle reads it.
@@ -194,7 +195,12 @@ impl Node {
 
 /// A custom operation with these operands.
 macro_rules! operation {
-    ($trait:ident, [$($storage:ident $layout:ident $tensor:ident),*], $gradients:ty, $return:expr) => {
+    (
+        $trait:ident,
+        [$($storage:ident $layout:ident $tensor:ident),*],
+        $gradients:ty,
+        $return:expr
+    ) => {
         impl $trait for Node {
             fn name(&self) -> &'static str {
                 self.name
@@ -237,4 +243,9 @@ type Gradient = Option<Tensor>;
 
 operation!(CustomOp1, [s1 l1 t1], Gradient, |[a]| a);
 operation!(CustomOp2, [s1 l1 t1, s2 l2 t2], (Gradient, Gradient), |[a, b]| (a, b));
-operation!(CustomOp3, [s1 l1 t1, s2 l2 t2, s3 l3 t3], (Gradient, Gradient, Gradient), |[a, b, c]| (a, b, c));
+operation!(
+    CustomOp3,
+    [s1 l1 t1, s2 l2 t2, s3 l3 t3],
+    (Gradient, Gradient, Gradient),
+    |[a, b, c]| (a, b, c)
+);

@@ -93,9 +93,9 @@ impl<T: Copy> Gemm<T> {
         (PACKED_BYTES / step / K_BLOCK * K_BLOCK).max(K_BLOCK)
     }
 
-    /// Scratch for the packed k-block of a unit.
+    /// Scratch for the packed k-block of a unit of at most this many panels.
     pub(super) fn packed_bytes(&self, panels: usize) -> usize {
-        self.layout(panels * self.nr(), self.k_block(panels)).bytes()
+        PACKED_BYTES.max(self.layout(panels * self.nr(), K_BLOCK).bytes())
     }
 
     /// Scratch for a rewritten k-block (`sweep.rs`).
@@ -171,7 +171,7 @@ impl<T: Copy> Gemm<T> {
             for (i, panel) in panels.clone().enumerate() {
                 let row = (panel * width).min(rows);
                 let columns = width.min(rows - row);
-                for &(matrix, first) in matrices {
+                for &(matrix, first) in matrices.iter().filter(|_| columns > 0) {
                     let from = row * matrix.strides.0 + k.start * matrix.strides.1;
                     (self.edges.pack)(&PackArgs {
                         from: matrix.data.as_ptr().wrapping_add(from).cast(),
