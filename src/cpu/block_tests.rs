@@ -21,7 +21,7 @@ const FLUSHED: f64 = 1.2e-38;
 
 /// The kernels that this machine can run, and those of AVX-512 also with the shapes and tuning of
 /// another CPU family.
-fn every_kernel() -> &'static [CpuKernels] {
+pub(super) fn every_kernel() -> &'static [CpuKernels] {
     static KERNELS: OnceLock<Vec<CpuKernels>> = OnceLock::new();
     KERNELS.get_or_init(|| {
         let here = CpuFamily::detect();

@@ -26,6 +26,8 @@ mod intake;
 mod linear;
 pub(super) mod pack;
 mod products;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 
