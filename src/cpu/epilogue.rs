@@ -279,13 +279,13 @@ impl<S: Simd, Y: Element, const NV: usize> Body<S> for Output<Y, NV> {
         for row in 0..panel.rows {
             for v in 0..NV {
                 let at = v * S::LANES;
+                if at >= columns {
+                    break; // the panel's padding, beyond y, or columns that were skipped
+                }
                 // SAFETY: what the maker of this value has promised; an incomplete vector goes
                 // through a buffer.
                 unsafe {
                     let value = s.mul(panel.vector::<S, NV>(s, row, v), factor);
-                    if at >= columns {
-                        break; // the panel's padding, beyond y
-                    }
                     let out = y.add(row * y_stride + at);
                     if at + S::LANES <= columns {
                         Y::store(s, value, out);
