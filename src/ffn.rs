@@ -34,14 +34,15 @@ use crate::load::{GateUp, Weights, load_each};
 /// [`crate::glu_mul`]. [`SwiGluFfn::kernel`] names the implementation.
 ///
 /// # Accuracy
-/// Packed weights: products are summed in f32 in the order of k, with partial sums of 128 products,
-/// for every number of rows and threads; h and y are rounded once each. `amx`, `avx512bf16` and
-/// `neonbf16` add pairs of bf16 products without these partial sums (`amx` has partial sums of 16
-/// even and of 16 odd k) and flush denormals to 0; ARM's instruction rounds such a sum to within one unit in the last place of f32, not half of one. The error bounds
+/// Packed weights and variables on the CPU: products are summed in f32 in the order of k, with
+/// partial sums of 128 products, for every number of rows and threads; h and y are rounded once
+/// each. `amx`, `avx512bf16` and `neonbf16` add pairs of bf16 products without these partial sums
+/// (`amx` has partial sums of 16 even and of 16 odd k) and flush denormals to 0. ARM's instruction
+/// rounds such a sum to within one unit in the last place of f32, not half of one. The error bounds
 /// are the same. Other weights: candle's matmuls, in f64 for f64, also round gate and up.
 ///
 /// # Memory
-/// A call allocates y and borrows scratch memory of at most
+/// A call with packed weights allocates y and borrows scratch memory of at most
 /// `rows·(H + I + 256)·a + threads·(rows·NR·4 B + 256 KiB)` with rows ≤ 512 and NR ≤ 64: longer
 /// inputs are processed in chunks. `a` is 2 B where the kernel multiplies bf16 without widening it,
 /// else 4 B. With `amx`, NR is 256 (8 panels), and rows counts up to 15 more. The scratch memory is
@@ -57,10 +58,10 @@ use crate::load::{GateUp, Weights, load_each};
 /// not computed.
 ///
 /// The forward pass keeps gate and up in the graph, `2·M·I` elements with I rounded up to whole
-/// panels ([`SwiGluFfn::with_recompute`] avoids it). Beside the gradients, the backward pass
-/// borrows scratch memory of at most
-/// `(rows + 128)·(4H + 5I + 768)·a + threads·((rows + 32)·1792 B + 512 KiB)`, with rows ≤ 512 and
-/// `a` as above. With more than 512 rows it also allocates `4·(R + 512)·(C + 64)` B for each wanted
+/// panels ([`SwiGluFfn::with_recompute`] avoids it). Beside the gradients, each pass borrows scratch
+/// memory of at most
+/// `(rows + 128)·(4H + 5I + 768)·a + threads·((rows + 32)·1792 B + 768 KiB)`, with rows ≤ 512 and
+/// `a` as above. With more than 512 rows, the backward pass also allocates `4·(R + 512)·(C + 64)` B for each wanted
 /// gradient of a weight (R,C): the f32 sums over all chunks. [`fn@crate::backward`] puts gradients
 /// into candle's store without another copy.
 ///
@@ -85,6 +86,8 @@ pub struct SwiGluFfn {
     cfg: FfnConfig,
     /// The implementation that runs the block, chosen when it is built.
     block: Arc<dyn Block>,
+    /// [`SwiGluFfn::with_recompute`]
+    recompute: bool,
     span: tracing::Span,
 }
 
@@ -162,7 +165,8 @@ impl SwiGluFfn {
     }
 
     fn with_block(cfg: &FfnConfig, block: Arc<dyn Block>) -> Self {
-        Self { cfg: cfg.clone(), block, span: tracing::span!(tracing::Level::TRACE, "swiglu-ffn") }
+        let span = tracing::span!(tracing::Level::TRACE, "swiglu-ffn");
+        Self { cfg: cfg.clone(), block, recompute: false, span }
     }
 
     /// The name of the kernel that runs the block, chosen when it was built.
@@ -260,8 +264,8 @@ impl SwiGluFfn {
     /// ```
     pub fn with_recompute(self, recompute: bool) -> Self {
         match self.block.with_recompute(recompute) {
-            Some(block) => Self { block, ..self },
-            None => self,
+            Some(block) => Self { block, recompute, ..self },
+            None => Self { recompute, ..self },
         }
     }
 
@@ -273,7 +277,8 @@ impl SwiGluFfn {
         if dtype == self.dtype() {
             return Ok(self.clone());
         }
-        Self::from_weights(&self.cfg, self.weights()?.map(|tensor| tensor.to_dtype(dtype))?)
+        let weights = self.weights()?.map(|tensor| tensor.to_dtype(dtype))?;
+        Ok(Self::from_weights(&self.cfg, weights)?.with_recompute(self.recompute))
     }
 }
 

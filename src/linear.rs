@@ -24,7 +24,7 @@ use crate::load::{check_linear, load_projection};
 /// that the graph does not need is not computed.
 ///
 /// # Accuracy
-/// Packed: products are summed as in [`crate::SwiGluFfn`], independent of the number of rows and
+/// Packed weights and variables on the CPU: products are summed as in [`crate::SwiGluFfn`], independent of the number of rows and
 /// threads, and y is rounded once.
 ///
 /// ```

@@ -171,8 +171,8 @@ fn training() {
             let threads = candle_core::utils::get_num_threads();
             let chunk = rows.min(512);
             let scratch = (chunk + 128) * (4 * H + 5 * I + 768) * 4
-                + threads * ((chunk + 32) * 1792 + (512 << 10));
-            let sums = if rows > 512 { weights * 4 * (I + 512) * (H + 512) } else { 0 };
+                + threads * ((chunk + 32) * 1792 + (768 << 10));
+            let sums = if rows > 512 { weights * 4 * (I + 512) * (H + 64) } else { 0 };
             let candle = gradients + H * I * size + 6 * rows * H * size;
             let bound = gradients + scratch + sums + candle + SMALL;
             assert!(peak <= bound, "{case}: {peak} B at the peak of backward, bound {bound}");

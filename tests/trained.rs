@@ -340,3 +340,96 @@ fn linear_layers() -> Result<()> {
     }
     Ok(())
 }
+
+/// An operation whose backward pass differentiates a graph of its own, as activation checkpointing
+/// does.
+struct Checkpointed(SwiGluFfn);
+
+impl candle_core::CustomOp1 for Checkpointed {
+    fn name(&self) -> &'static str {
+        "checkpointed"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &candle_core::CpuStorage,
+        layout: &candle_core::Layout,
+    ) -> candle_core::Result<(candle_core::CpuStorage, candle_core::Shape)> {
+        Ok((x.clone(), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let x = Var::from_tensor(x)?;
+        let inner = (self.0.forward(&x)? * dy)?.sum_all()?.backward()?;
+        Ok(inner.get(&x).cloned())
+    }
+}
+
+/// `candle_swiglu::backward` has the gradients of `Tensor::backward`: of variables that are used
+/// once and several times, and around an operation that differentiates by itself.
+#[test]
+fn the_direct_backward_pass_has_the_same_gradients() -> Result<()> {
+    let (cfg, mut numbers) = (FfnConfig::new(12, 30).with_bias(true), Numbers::new(141));
+    let tensors = weights(&cfg, &mut numbers, DType::F32)?;
+    let (trained, inner) = (Trained::new(&cfg, &tensors)?, Trained::new(&cfg, &tensors)?);
+    let x = Var::from_tensor(&numbers.tensor(&[7, 12], 1.0, DType::F32)?)?;
+    let h = trained.ffn.forward(&x)?.apply_op1(Checkpointed(inner.ffn.clone()))?;
+    let loss = (trained.ffn.forward(&h)? + x.as_tensor())?.sqr()?.sum_all()?;
+    let (expected, found) = (loss.backward()?, candle_swiglu::backward(&loss)?);
+    for (name, var) in trained.vars.iter().chain([(&"x".to_string(), &x)]) {
+        let gradient = |store: &GradStore| -> Result<Vec<f64>> {
+            values(store.get(var).with_context(|| format!("no gradient of {name}"))?)
+        };
+        assert_eq!(gradient(&found)?, gradient(&expected)?, "{name}");
+    }
+    assert!(inner.vars.values().all(|var| found.get(var).is_none()), "an inner graph's gradient");
+    Ok(())
+}
+
+/// One matrix as gate and up gets the sum of both gradients. In another dtype the block still
+/// computes gate and up again.
+#[test]
+fn shared_weights_and_other_dtypes() -> Result<()> {
+    let mut numbers = Numbers::new(151);
+    let mut var = |dims: &[usize]| -> Result<Var> {
+        Ok(Var::from_tensor(&numbers.tensor(dims, 0.5, DType::F32)?)?)
+    };
+    let (both, down, x) = (var(&[10, 6])?, var(&[6, 10])?, var(&[4, 6])?);
+    let (own, other) = (both.as_tensor().clone(), Var::from_tensor(&both.copy()?)?);
+    let run = |up: &Tensor| -> Result<GradStore> {
+        let down = down.as_tensor().clone();
+        let ffn = SwiGluFfn::from_tensors(own.clone(), up.clone(), down)?.with_recompute(true);
+        let wide = ffn.forward(&x.to_dtype(DType::F64)?)?.to_dtype(DType::F32)?;
+        Ok((ffn.forward(&x)? + wide)?.sum_all()?.backward()?)
+    };
+    let (shared, separate) = (run(&own)?, run(&other)?);
+    let of = |store: &GradStore, var: &Var| -> Result<Vec<f64>> {
+        values(store.get(var).context("no gradient")?)
+    };
+    let (gate, up) = (of(&separate, &both)?, of(&separate, &other)?);
+    let expected: Vec<f64> = gate.iter().zip(&up).map(|(gate, up)| gate + up).collect();
+    let bound = 16.0 * unit_roundoff(DType::F32);
+    let bounds: Vec<f64> =
+        gate.iter().zip(&up).map(|(gate, up)| bound * (1.0 + gate.abs() + up.abs())).collect();
+    check_within("both", shared.get(&both).context("no gradient")?, &expected, &bounds)?;
+    Ok(())
+}
+
+/// More rows than fit in memory, by a view, are an error.
+#[test]
+fn more_rows_than_addresses() -> Result<()> {
+    let var = |dims: (usize, usize)| -> Result<Tensor> {
+        Ok(Var::zeros(dims, DType::F32, &Device::Cpu)?.into_inner())
+    };
+    let x = Tensor::zeros((1, 4), DType::F32, &Device::Cpu)?.broadcast_as((1 << 60, 4))?;
+    let ffn = SwiGluFfn::from_tensors(var((8, 4))?, var((8, 4))?, var((4, 8))?)?;
+    let errors = [ffn.forward(&x).err(), Linear::new(var((4, 4))?, None)?.forward(&x).err()];
+    for error in errors {
+        let message = error.context("expected an error")?.to_string();
+        ensure!(message.contains("more than memory can address"), "{message}");
+    }
+    let wide = var((1, 1))?.broadcast_as((1 << 62, 1))?;
+    let message = Linear::new(wide, None).err().context("expected an error")?.to_string();
+    ensure!(message.contains("more than memory can address"), "{message}");
+    Ok(())
+}

@@ -1,7 +1,7 @@
 //! Gradients of variables that reach the store without an addition.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId};
@@ -11,7 +11,8 @@ use candle_core::{Result, Tensor, TensorId};
 /// candle adds every gradient to a tensor of zeros. For a large weight that takes as long as a part
 /// of the products, and in bf16 and f16 longer than all of them. Here the gradients of variables
 /// that this crate's layers compute on the CPU ([`crate::SwiGluFfn`], [`crate::Linear`]) are put
-/// into the store as they are. Everything else, and the result, is the same.
+/// into the store as they are. The gradients are the same, up to the sign of a zero and the order in
+/// which the shares of a variable with three or more uses are added.
 ///
 /// # Errors
 /// Those of [`Tensor::backward`].
@@ -28,7 +29,7 @@ use candle_core::{Result, Tensor, TensorId};
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
-    let collecting = Collecting::start();
+    let collecting = Collecting::start(loss);
     let store = loss.backward();
     let gradients = collecting.stop();
     let mut store = store?;
@@ -42,28 +43,35 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
     Ok(store)
 }
 
-type Gradients = HashMap<TensorId, Tensor>;
+/// The gradients that a call of [`backward`] has collected.
+#[derive(Default)]
+struct Collection {
+    /// The graph of its loss. An operation's backward pass may differentiate other graphs.
+    nodes: HashSet<TensorId>,
+    gradients: HashMap<TensorId, Tensor>,
+}
 
 thread_local! {
-    /// What the calls of [`backward`] on this thread have collected.
-    static COLLECTED: RefCell<Option<Gradients>> = const { RefCell::new(None) };
+    static COLLECTED: RefCell<Option<Collection>> = const { RefCell::new(None) };
 }
 
 /// While it lives, gradients are collected.
 struct Collecting {
-    /// Those of an outer call.
-    outer: Option<Gradients>,
+    /// The collection of an outer call.
+    outer: Option<Collection>,
 }
 
 impl Collecting {
-    fn start() -> Self {
-        Self { outer: COLLECTED.replace(Some(HashMap::new())) }
+    fn start(loss: &Tensor) -> Self {
+        let nodes = loss.sorted_nodes().into_iter().map(Tensor::id).collect();
+        let collection = Collection { nodes, ..Collection::default() };
+        Self { outer: COLLECTED.replace(Some(collection)) }
     }
 
-    fn stop(mut self) -> Gradients {
+    fn stop(mut self) -> HashMap<TensorId, Tensor> {
         let collected = COLLECTED.replace(self.outer.take());
         std::mem::forget(self);
-        collected.unwrap_or_default()
+        collected.unwrap_or_default().gradients
     }
 }
 
@@ -74,18 +82,22 @@ impl Drop for Collecting {
     }
 }
 
-/// Keeps the gradient of a variable if [`backward`] is running. Otherwise returns it, for candle.
-pub(super) fn put(input: &Tensor, gradient: Tensor) -> Result<Option<Tensor>> {
+/// Keeps the gradient of a variable if [`backward`] is running for the graph of `node`. Otherwise
+/// returns it, for candle.
+pub(super) fn put(node: &Tensor, input: &Tensor, gradient: Tensor) -> Result<Option<Tensor>> {
     if !input.is_variable() {
         return Ok(Some(gradient));
     }
     COLLECTED.with_borrow_mut(|collected| {
-        let Some(collected) = collected else { return Ok(Some(gradient)) };
-        let sum = match collected.remove(&input.id()) {
+        let Some(Collection { nodes, gradients }) = collected else { return Ok(Some(gradient)) };
+        if !nodes.contains(&node.id()) {
+            return Ok(Some(gradient));
+        }
+        let sum = match gradients.remove(&input.id()) {
             Some(other) => other.add(&gradient)?,
             None => gradient,
         };
-        collected.insert(input.id(), sum);
+        gradients.insert(input.id(), sum);
         Ok(None)
     })
 }

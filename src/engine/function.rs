@@ -34,11 +34,13 @@ pub(super) fn function(
     inputs: &[Tensor],
     backward: impl Fn(&Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    let direct = if inputs.len() > INPUTS { inputs.len() % INPUTS } else { inputs.len() };
-    let (first, rest) = inputs.split_at(direct);
-    if rest.len() > (INPUTS - direct) * INPUTS {
-        bail!("{name} has {} inputs, expected at most 9", inputs.len());
+    // Each token takes the place of one direct input and brings up to three.
+    let tokens = inputs.len().saturating_sub(INPUTS).div_ceil(INPUTS - 1);
+    if tokens > INPUTS {
+        bail!("{name} has {} inputs, expected at most {}", inputs.len(), INPUTS * INPUTS);
     }
+    let direct = inputs.len().min(INPUTS - tokens);
+    let (first, rest) = inputs.split_at(direct);
     let waiting = Waiting::default();
     let mut children = first.to_vec();
     for (number, group) in rest.chunks(INPUTS).enumerate() {
@@ -182,12 +184,13 @@ impl Node {
     fn gradients<const N: usize>(
         &self,
         inputs: [&Tensor; N],
+        y: &Tensor,
         dy: &Tensor,
     ) -> Result<[Option<Tensor>; N]> {
         let mut found = std::array::from_fn(|_| None);
         let gradients = (self.backward)(dy)?;
         for ((found, input), gradient) in found.iter_mut().zip(inputs).zip(gradients) {
-            *found = direct::put(input, gradient)?;
+            *found = direct::put(y, input, gradient)?;
         }
         Ok(found)
     }
@@ -232,8 +235,8 @@ macro_rules! operation {
                 self.metal()
             }
 
-            fn bwd(&self, $($tensor: &Tensor,)* _y: &Tensor, dy: &Tensor) -> Result<$gradients> {
-                self.gradients([$($tensor),*], dy).map($return)
+            fn bwd(&self, $($tensor: &Tensor,)* y: &Tensor, dy: &Tensor) -> Result<$gradients> {
+                self.gradients([$($tensor),*], y, dy).map($return)
             }
         }
     };

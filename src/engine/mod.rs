@@ -68,6 +68,7 @@ pub(crate) trait Block: fmt::Debug + Send + Sync {
     fn with_recompute(&self, _recompute: bool) -> Option<Arc<dyn Block>> {
         None
     }
+
     /// The memory that holds packed weights; empty where nothing is packed on the CPU.
     fn packed_bytes(&self) -> Vec<&[u8]> {
         vec![]
@@ -177,7 +178,7 @@ fn set_views(
 }
 
 /// Builds a block from tensors of one dtype on one device. If a gradient is tracked through any of
-/// them, the block is a plain one.
+/// them, none is packed.
 pub(crate) fn build_block(spec: &BlockSpec, weights: Weights) -> Result<Arc<dyn Block>> {
     let (dtype, device) = (weights.down_proj.dtype(), weights.down_proj.device().clone());
     let pieces = weights.into_pieces();
@@ -262,10 +263,10 @@ fn builder(
     device: &Device,
     constant: bool,
 ) -> Result<Box<dyn Builder>> {
+    spec.check_addressable()?;
     if !constant || !has_kernels(device, dtype) {
         return Ok(Box::new(plain::BlockBuilder::new(spec, dtype, device)));
     }
-    spec.check_addressable()?;
     match device {
         Device::Cpu => Ok(Box::new(cpu::BlockBuilder::new(spec, dtype)?)),
         _ => Ok(Box::new(gpu::BlockBuilder::new(spec, dtype, device))),
@@ -274,6 +275,8 @@ fn builder(
 
 /// Builds a linear layer from a weight (out, in) and a bias (out) of one dtype on one device.
 pub(crate) fn projection(weight: Tensor, bias: Option<Tensor>) -> Result<Arc<dyn Projection>> {
+    let (rows, k) = weight.dims2()?;
+    check_addressable("weight", rows, k)?;
     let constant = !is_tracked(&weight) && !bias.as_ref().is_some_and(is_tracked);
     if !has_kernels(weight.device(), weight.dtype()) || (!constant && !weight.device().is_cpu()) {
         return Ok(Arc::new(plain::Linear::new(weight, bias)?));
@@ -281,8 +284,6 @@ pub(crate) fn projection(weight: Tensor, bias: Option<Tensor>) -> Result<Arc<dyn
     if !constant {
         return Ok(Arc::new(trained::Linear::new(weight, bias)?));
     }
-    let (rows, k) = weight.dims2()?;
-    check_addressable("weight", rows, k)?;
     match weight.device() {
         Device::Cpu => Ok(Arc::new(cpu::Linear::new(&weight, bias.as_ref())?)),
         _ => Ok(Arc::new(gpu::Linear::new(&weight, bias.as_ref())?)),
@@ -385,6 +386,9 @@ pub(crate) fn rows(
         Some(width) => *width = out_dim,
     }
     check_like("x", x, "the weights", dtype, device)?;
+    if x.elem_count() == 0 && !device.is_cpu() {
+        return Tensor::zeros(dims, x.dtype(), x.device());
+    }
     if x.rank() == 2 {
         return f(x);
     }

@@ -1,5 +1,5 @@
-//! Layers of candle's matmuls, differentiable in the weights too: for weights through which a
-//! gradient is tracked, and for devices and dtypes without kernels.
+//! Layers of candle's matmuls, differentiable in the weights too: for devices and dtypes without
+//! kernels, and for variables on a GPU.
 
 use std::sync::Arc;
 

@@ -172,3 +172,27 @@ fn a_source_without_pieces_is_an_error() {
     let error = load_block(&spec(), |_| Ok(())).unwrap_err().to_string();
     assert!(error.contains("gate_proj.weight"), "{error}");
 }
+
+/// y = Σ nx for inputs x = 1, 2, .., whose gradients are n = 1, 2, ..
+#[test]
+fn functions_of_any_number_of_inputs() {
+    use super::function::{Value, function};
+    for count in 1..=9usize {
+        let inputs: Vec<Var> =
+            (0..count).map(|_| Var::zeros(2, DType::F32, &Device::Cpu).unwrap()).collect();
+        let tensors: Vec<Tensor> = inputs.iter().map(|var| var.as_tensor().clone()).collect();
+        let y = Value::Tensor(Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap());
+        let gradients =
+            move |dy: &Tensor| (1..=count).map(|n| dy * n as f64).collect::<Result<Vec<_>, _>>();
+        let y = function("sum", y, &tensors, gradients).unwrap();
+        let store = y.backward().unwrap();
+        for (n, input) in (1..).zip(&inputs) {
+            let found = store.get(input).unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(found, [n as f32; 2], "input {n} of {count}");
+        }
+    }
+    let tensors = vec![Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap(); 10];
+    let y = Value::Tensor(tensors[0].clone());
+    let error = function("sum", y, &tensors, |_| Ok(vec![])).unwrap_err().to_string();
+    assert!(error.contains("10 inputs, expected at most 9"), "{error}");
+}

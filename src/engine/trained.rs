@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, DType, Device, Layout, Shape, Storage, Tensor, bai
 use half::{bf16, f16};
 
 use super::function::{Value, function, gradient};
-use super::{BlockSpec, Projection, is_tracked, plain};
+use super::{BlockSpec, Projection, check_addressable, is_tracked, plain};
 use crate::cpu::{self, BlockOperands, BlockWanted, LinearWanted, Operand, Saved, Trained};
 use crate::error::Result;
 use crate::load::{FusedOrder, GateUp, Weights, split};
@@ -165,6 +165,8 @@ impl Inner {
     }
 
     fn run<T: Trained>(self: &Arc<Self>, x: &Tensor) -> candle_core::Result<Tensor> {
+        let BlockSpec { hidden_size, intermediate_size, .. } = self.spec;
+        check_rows(x, [hidden_size, intermediate_size])?;
         let wanted = self.wanted(x);
         let mut inputs: Vec<Tensor> = wanted.x.then(|| x.clone()).into_iter().collect();
         inputs.extend(self.variables().into_iter().cloned());
@@ -249,6 +251,17 @@ fn bias_storage<T: Trained>(values: Vec<f32>) -> candle_core::Result<(CpuStorage
     Ok((T::to_cpu_storage_owned(rounded), shape))
 }
 
+/// The matrices with a row for each row of x, and the scratch of a chunk of rows, are addressable:
+/// x may be a broadcast view with more rows than fit in memory.
+fn check_rows(x: &Tensor, columns: [usize; 2]) -> Result<()> {
+    const CHUNK: usize = 512;
+    const PADDING: usize = 128; // columns of panels and strides
+    let rows = x.dims().first().copied().unwrap_or_default().max(CHUNK);
+    columns
+        .into_iter()
+        .try_for_each(|columns| check_addressable("y", rows, columns.saturating_add(PADDING)))
+}
+
 /// The storage on the CPU, with its layout.
 fn on_cpu<'a>((storage, layout): (&'a Storage, &'a Layout)) -> candle_core::Result<Operand<'a>> {
     match storage {
@@ -324,6 +337,8 @@ impl Projection for Linear {
 
 impl LinearInner {
     fn run<T: Trained>(self: &Arc<Self>, x: &Tensor) -> candle_core::Result<Tensor> {
+        let (out_dim, in_dim) = self.weight.dims2()?;
+        check_rows(x, [out_dim, in_dim])?;
         let wanted = LinearWanted {
             x: is_tracked(x),
             weight: is_tracked(&self.weight),

@@ -20,7 +20,7 @@ use super::block::{Block, Saved};
 use super::chunks;
 use super::column_sums::ColumnSums;
 use super::gemm::{A, B, Own};
-use super::grid::{Grid, ROWS};
+use super::grid::Grid;
 use super::intake::{Intake, Transposed};
 use super::pack::PackArgs;
 use super::products::{ChunkOperands, RowProduct, Target, WeightGradient};
@@ -191,7 +191,7 @@ impl<'a, T: Io> Backward<'a, T> {
             sums: own.piece(sums * size_of::<f32>()),
             packed: own.piece(gemm.packed_bytes((2 * gate.group()).max(dx_grid.group()))),
             rewritten: own.piece(gemm.rewritten_bytes(most_rows)),
-            h: own.piece((gate.row_block() + ROWS) * unit_stride * gemm.a_bytes()),
+            h: own.piece(gate.row_block() * unit_stride * gemm.a_bytes()),
             h_stride: unit_stride,
         };
         let memory = Memory::new(shared, &own, threads);
