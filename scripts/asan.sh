@@ -29,6 +29,6 @@ fi
 [ ${#kernels[@]} -gt 0 ]
 for kernel in "${kernels[@]}"; do
     printf '\n==> %s\n' "$kernel"
-    CANDLE_SWIGLU_KERNEL="$kernel" "${run[@]}" --test forward --test backward --test trained --test golden_blocks --test checkpoint \
-        --test bad_input --test properties
+    CANDLE_SWIGLU_KERNEL="$kernel" "${run[@]}" --test forward --test backward --test trained \
+        --test golden_blocks --test checkpoint --test bad_input --test properties
 done

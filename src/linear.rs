@@ -24,8 +24,8 @@ use crate::load::{check_linear, load_projection};
 /// that the graph does not need is not computed.
 ///
 /// # Accuracy
-/// Packed weights and variables on the CPU: products are summed as in [`crate::SwiGluFfn`], independent of the number of rows and
-/// threads, and y is rounded once.
+/// Packed weights and variables on the CPU: products are summed as in [`crate::SwiGluFfn`],
+/// independent of the number of rows and threads, and y is rounded once.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -68,7 +68,8 @@ def options():
     parser.add_argument("--max-busy", type=float, default=0.05,
                         help="share of the cores that other processes may use before a sample")
     parser.add_argument("--patience", type=float, default=10, help="minutes to wait for an idle machine")
-    parser.add_argument("--record", metavar="MACHINE/NAME", help="write benches/record/MACHINE/NAME-peers.csv and .txt, with --train NAME-train")
+    parser.add_argument("--record", metavar="MACHINE/NAME",
+                        help="write benches/record/MACHINE/NAME-peers.csv and .txt, with --train NAME-train")
     return parser.parse_args()
 
 

@@ -6,11 +6,12 @@
 //! | `facts` | none | the facts of the machine, several lines, then an empty one |
 //! | `make DTYPE H I M` | writes gate_proj, up_proj, down_proj and x (M,H) to `case.safetensors` | `ok` |
 //! | `load M` | builds the block, writes y of the first M rows of x to `y-ours.f64` | `ok KERNEL` |
-//! | `load M train` | the same with x and the weights as variables, and dx under dy = 1 instead of y | `ok KERNEL` |
-//! | `time SECONDS` | calls the block for that time; with `train` forward and backward | `ok MEDIAN MIN CALLS`, in seconds per call |
+//! | `load M train` | the same with variables, and dx under dy = 1 instead of y | `ok KERNEL` |
+//! | `time SECONDS` | calls the block, with `train` and its backward pass, for that time | see below |
 //! | `quit` | ends the process | none |
 //!
-//! Files are in the working directory. A failure is answered by `error REASON`.
+//! The answer to `time` is `ok MEDIAN MIN CALLS`, in seconds per call. Files are in the working
+//! directory. A failure is answered by `error REASON`.
 
 #[path = "../harness/mod.rs"]
 mod harness;

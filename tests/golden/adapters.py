@@ -165,17 +165,21 @@ RULES = [
     dict(target_modules=["w1", "up_proj"], layers_to_transform=[1, 2], layers_pattern=["h", "lay[e]rs"]),
     dict(target_modules=["w1"], layers_to_transform=[0]),
     dict(target_modules=["model.layers.2.mlp.up_proj"], layers_to_transform=[7]),
-    dict(target_modules=["up_proj", "gate_proj"], r=16, lora_alpha=24, rank_pattern={"up_proj": 3}, alpha_pattern={"gate_proj": 5}),
+    dict(target_modules=["up_proj", "gate_proj"], r=16, lora_alpha=24, rank_pattern={"up_proj": 3},
+         alpha_pattern={"gate_proj": 5}),
     dict(target_modules=["up_proj"], use_rslora=True, r=7, rank_pattern={r"layers.1.mlp.up_proj": 3}),
     dict(target_modules=["up_proj"], rank_pattern={r"^model.layers.1.mlp.up_proj": 3, r"layers.\d.mlp.up_proj": 5}),
-    dict(target_modules=["up_proj"], rank_pattern={r".*\.1\.mlp\.up_proj": 3, "p_proj": 4, "mlp": 5, "10.mlp.up_proj": 6}),
-    dict(target_modules=["up_proj", "q_proj"], alpha_pattern={"up_proj|q_proj": 1.5, r"(a|layers)\.2\.(mlp|b)\.up_proj": 3}),
+    dict(target_modules=["up_proj"],
+         rank_pattern={r".*\.1\.mlp\.up_proj": 3, "p_proj": 4, "mlp": 5, "10.mlp.up_proj": 6}),
+    dict(target_modules=["up_proj", "q_proj"],
+         alpha_pattern={"up_proj|q_proj": 1.5, r"(a|layers)\.2\.(mlp|b)\.up_proj": 3}),
     dict(target_modules=["up_proj"], rank_pattern={r"layers\.([13579]|10)\.mlp\.up_proj": 4}, lora_alpha=2.5),
     dict(target_modules=["up_proj"], rank_pattern={r"(layers)\.\d\.mlp\.up_proj(?<=up_proj)": 4, "layers.10.*": 6}),
 ]  # fmt: skip
 # Names that the model lacks; they are answered by the functions that PEFT applies to each module.
-EXTRA = ["up_proj", "q_proj", "w1", "lm_head", "layers.1.up_proj", "layers.1.mlp.up_proj", "model.layers.1.experts.0.w1", "x.h.1.w1",
-         "h.2.w1", "proj", "a.proj", "a.b.0.c.1.w1", "b.0.w1", "modelXlayers.1.mlp.up_proj", "model.layers.1.mlp.up_proj.x",
+EXTRA = ["up_proj", "q_proj", "w1", "lm_head", "layers.1.up_proj", "layers.1.mlp.up_proj", "model.layers.1.experts.0.w1",
+         "x.h.1.w1", "h.2.w1", "proj", "a.proj", "a.b.0.c.1.w1", "b.0.w1", "modelXlayers.1.mlp.up_proj",
+         "model.layers.1.mlp.up_proj.x",
          "vision.layers.2.mlp.up_proj", "model.layers.3.mlp.Xup_proj"]  # fmt: skip
 
 
