@@ -21,7 +21,7 @@ pub(super) struct PanelSums {
 }
 
 impl PanelSums {
-    /// The same without the first columns, for readers of as many columns less.
+    /// The sums from another column on. A reader must stop before the end of a row.
     pub(super) fn skip_columns(self, columns: usize) -> Self {
         let bias = if self.bias.is_null() { self.bias } else { self.bias.wrapping_add(columns) };
         Self { sums: self.sums.wrapping_add(columns), bias, ..self }

@@ -42,7 +42,7 @@ use std::sync::OnceLock;
 pub(crate) use gate::{gate_backward, gate_forward};
 pub(crate) use kernels::CpuKernels;
 pub(crate) use layer::{BlockLayer, LinearLayer, block, linear};
-pub(crate) use train::{BlockOperands, BlockWanted, LinearWanted, Operand, Saved, Trained};
+pub(crate) use train::{BlockOperands, BlockWanted, LinearWanted, Operand, SavedGateUp, Trained};
 
 use self::tuning::CpuFamily;
 use crate::error::{Error, Result};

@@ -1,5 +1,4 @@
-//! Operations of candle's graph with any number of inputs, whose value is computed before the graph
-//! hears of it.
+//! Operations of candle's graph on the CPU with up to nine inputs, whose value was computed before.
 //!
 //! candle's custom operations take at most three tensors. Inputs beyond that are grouped under
 //! tokens: scalars that an operation of three inputs returns, and whose gradient is 0. The backward
@@ -14,8 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{ThreadId, current};
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Storage,
-    Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail,
 };
 
 use super::direct;
@@ -24,7 +22,7 @@ use super::direct;
 const INPUTS: usize = 3;
 
 /// dy -> the gradients of all inputs, in their order.
-pub(super) type Backward = dyn Fn(&Tensor) -> Result<Vec<Tensor>> + Send + Sync;
+type GradientFn = dyn Fn(&Tensor) -> Result<Vec<Tensor>> + Send + Sync;
 
 /// `y` as a differentiable function of `inputs`, which are the tensors through which a gradient is
 /// tracked.
@@ -44,9 +42,10 @@ pub(super) fn function(
     let waiting = Waiting::default();
     let mut children = first.to_vec();
     for (number, group) in rest.chunks(INPUTS).enumerate() {
-        let (zero, waiting) = (zero(&group[0])?, waiting.clone());
+        let waiting = waiting.clone();
         let gradients = move |_: &Tensor| waiting.take(name, number);
-        children.push(apply(name, Value::Tensor(zero), group, Arc::new(gradients))?);
+        let zero = Value(CpuStorage::F32(vec![0.0]), Shape::from(()));
+        children.push(apply(name, zero, group, Arc::new(gradients))?);
     }
     let tokens: Vec<usize> = rest.chunks(INPUTS).map(<[Tensor]>::len).collect();
     let gradients = move |dy: &Tensor| {
@@ -54,16 +53,11 @@ pub(super) fn function(
         let mut of_children: Vec<Tensor> = all.by_ref().take(direct).collect();
         for (number, &len) in tokens.iter().enumerate() {
             waiting.put(number, all.by_ref().take(len).collect());
-            of_children.push(zero(dy)?);
+            of_children.push(Tensor::zeros((), DType::F32, &Device::Cpu)?);
         }
         Ok(of_children)
     };
     apply(name, y, &children, Arc::new(gradients))
-}
-
-/// The value and the gradient of a token.
-fn zero(beside: &Tensor) -> Result<Tensor> {
-    Tensor::zeros((), DType::F32, beside.device())
 }
 
 /// A gradient of a function of `input`. If candle keeps the graph of backward passes, it is the
@@ -86,7 +80,7 @@ fn apply(
     name: &'static str,
     value: Value,
     inputs: &[Tensor],
-    backward: Arc<Backward>,
+    backward: Arc<GradientFn>,
 ) -> Result<Tensor> {
     let node = Node { name, value: Mutex::new(Some(value)), backward };
     match inputs {
@@ -98,13 +92,8 @@ fn apply(
     }
 }
 
-/// A value that was computed before.
-pub(super) enum Value {
-    /// Moved into the graph.
-    Cpu(CpuStorage, Shape),
-    /// Copied.
-    Tensor(Tensor),
-}
+/// A contiguous value, which is moved into the graph.
+pub(super) struct Value(pub(super) CpuStorage, pub(super) Shape);
 
 /// Gradients on their way from an operation to its tokens. Several threads may differentiate the
 /// same graph.
@@ -134,7 +123,7 @@ struct Node {
     name: &'static str,
     /// Taken by the forward pass.
     value: Mutex<Option<Value>>,
-    backward: Arc<Backward>,
+    backward: Arc<GradientFn>,
 }
 
 impl fmt::Debug for Node {
@@ -144,39 +133,10 @@ impl fmt::Debug for Node {
 }
 
 impl Node {
-    /// The storage and the shape of the value.
-    fn take(&self) -> Result<(Storage, Shape)> {
+    fn take(&self) -> Result<(CpuStorage, Shape)> {
         match self.value.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(Value::Cpu(storage, shape)) => Ok((Storage::Cpu(storage), shape)),
-            Some(Value::Tensor(value)) => {
-                let value = value.force_contiguous()?;
-                let (storage, layout) = value.storage_and_layout();
-                Ok((storage.try_clone(layout)?, value.shape().clone()))
-            }
+            Some(Value(storage, shape)) => Ok((storage, shape)),
             None => bail!("{}: a second forward pass", self.name),
-        }
-    }
-
-    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
-        match self.take()? {
-            (Storage::Cpu(storage), shape) => Ok((storage, shape)),
-            _ => bail!("{}: the inputs are on the CPU, the value is not", self.name),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda(&self) -> Result<(candle_core::CudaStorage, Shape)> {
-        match self.take()? {
-            (Storage::Cuda(storage), shape) => Ok((storage, shape)),
-            _ => bail!("{}: the inputs are on a CUDA device, the value is not", self.name),
-        }
-    }
-
-    #[cfg(feature = "metal")]
-    fn metal(&self) -> Result<(candle_core::MetalStorage, Shape)> {
-        match self.take()? {
-            (Storage::Metal(storage), shape) => Ok((storage, shape)),
-            _ => bail!("{}: the inputs are on a Metal device, the value is not", self.name),
         }
     }
 
@@ -214,25 +174,7 @@ macro_rules! operation {
                 $($storage: &CpuStorage, $layout: &Layout),*
             ) -> Result<(CpuStorage, Shape)> {
                 let _ = ($($storage, $layout),*);
-                self.cpu()
-            }
-
-            #[cfg(feature = "cuda")]
-            fn cuda_fwd(
-                &self,
-                $($storage: &candle_core::CudaStorage, $layout: &Layout),*
-            ) -> Result<(candle_core::CudaStorage, Shape)> {
-                let _ = ($($storage, $layout),*);
-                self.cuda()
-            }
-
-            #[cfg(feature = "metal")]
-            fn metal_fwd(
-                &self,
-                $($storage: &candle_core::MetalStorage, $layout: &Layout),*
-            ) -> Result<(candle_core::MetalStorage, Shape)> {
-                let _ = ($($storage, $layout),*);
-                self.metal()
+                self.take()
             }
 
             fn bwd(&self, $($tensor: &Tensor,)* y: &Tensor, dy: &Tensor) -> Result<$gradients> {

@@ -264,10 +264,11 @@ fn builder(
     constant: bool,
 ) -> Result<Box<dyn Builder>> {
     spec.check_addressable()?;
-    if !constant || !has_kernels(device, dtype) {
-        return Ok(Box::new(plain::BlockBuilder::new(spec, dtype, device)));
-    }
     match device {
+        _ if !has_kernels(device, dtype) || (!constant && !device.is_cpu()) => {
+            Ok(Box::new(plain::BlockBuilder::new(spec, dtype, device)))
+        }
+        _ if !constant => Ok(Box::new(trained::BlockBuilder::new(spec))),
         Device::Cpu => Ok(Box::new(cpu::BlockBuilder::new(spec, dtype)?)),
         _ => Ok(Box::new(gpu::BlockBuilder::new(spec, dtype, device))),
     }
@@ -291,7 +292,7 @@ pub(crate) fn projection(weight: Tensor, bias: Option<Tensor>) -> Result<Arc<dyn
 }
 
 /// A gradient is tracked through the tensor.
-pub(crate) fn is_tracked(tensor: &Tensor) -> bool {
+fn is_tracked(tensor: &Tensor) -> bool {
     tensor.is_variable() || tensor.track_op()
 }
 

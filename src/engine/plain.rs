@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Tensor};
 
-use super::{BlockSpec, Projection, has_kernels, trained};
+use super::{BlockSpec, Projection};
 use crate::cpu;
 use crate::error::{Error, Result};
 use crate::forced;
@@ -77,12 +77,7 @@ impl super::Builder for BlockBuilder {
         let Self { spec, dtype, device, down, .. } = *self;
         let down = down.ok_or_else(missing(Which::Down))?;
         let BlockSpec { glu, down_multiplier, .. } = spec;
-        let block = Block { gate_up, down, glu, down_multiplier, dtype, device, kernel };
-        let weights = super::Block::weights(&block)?;
-        if block.device.is_cpu() && has_kernels(&block.device, dtype) && weights.is_tracked() {
-            return Ok(Arc::new(trained::Block::new(&spec, weights, false)?));
-        }
-        Ok(Arc::new(block))
+        Ok(Arc::new(Block { gate_up, down, glu, down_multiplier, dtype, device, kernel }))
     }
 }
 

@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, DType, Device, Layout, Shape, Storage, Tensor, bail};
+use candle_core::{DType, Device, Layout, Shape, Storage, Tensor, bail};
 use half::{bf16, f16};
 
 use super::function::{Value, function, gradient};
 use super::{BlockSpec, Projection, check_addressable, is_tracked, plain};
-use crate::cpu::{self, BlockOperands, BlockWanted, LinearWanted, Operand, Saved, Trained};
-use crate::error::Result;
+use crate::cpu::{self, BlockOperands, BlockWanted, LinearWanted, Operand, SavedGateUp, Trained};
+use crate::error::{Error, Result};
 use crate::load::{FusedOrder, GateUp, Weights, split};
 use crate::which::Which;
 
@@ -17,6 +17,62 @@ const BLOCK: &str = "swiglu block";
 const BLOCK_GRADIENT: &str = "swiglu block gradient";
 const LINEAR: &str = "linear";
 const LINEAR_GRADIENT: &str = "linear gradient";
+
+/// A block of variables while they are collected.
+pub(super) struct BlockBuilder {
+    spec: BlockSpec,
+    gate_up: [Option<Pair>; 2],
+    fused: Option<(Pair, FusedOrder)>,
+    down: Option<Pair>,
+}
+
+/// A weight and its bias.
+type Pair = (Tensor, Option<Tensor>);
+
+impl BlockBuilder {
+    pub(super) fn new(spec: &BlockSpec) -> Self {
+        Self { spec: *spec, gate_up: [None, None], fused: None, down: None }
+    }
+}
+
+impl super::Builder for BlockBuilder {
+    fn set(&mut self, which: Which, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+        let place = match which {
+            Which::Gate | Which::Up => &mut self.gate_up[which as usize],
+            Which::Down => &mut self.down,
+        };
+        *place = Some((weight.clone(), bias.cloned()));
+        Ok(())
+    }
+
+    fn set_gate_up(
+        &mut self,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        order: FusedOrder,
+    ) -> Result<()> {
+        self.fused = Some(((weight.clone(), bias.cloned()), order));
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> Result<Arc<dyn super::Block>> {
+        let missing = |which: Which| move || Error::missing(which.name());
+        let gate_up = match (self.fused, self.gate_up) {
+            (Some(((weight, bias), order)), _) => GateUp::fused(weight, bias, order),
+            (None, [gate, up]) => {
+                let (gate, gate_bias) = gate.ok_or_else(missing(Which::Gate))?;
+                let (up, up_bias) = up.ok_or_else(missing(Which::Up))?;
+                GateUp::separate(gate, up, gate_bias, up_bias)
+            }
+        };
+        let (down, down_bias) = self.down.ok_or_else(missing(Which::Down))?;
+        let weights = Weights::new(gate_up, down, down_bias);
+        let dtype = weights.down_proj.dtype();
+        let kernel = format!("trained-{}", cpu::selected()?.name_of(dtype));
+        let (spec, recompute) = (self.spec, false);
+        Ok(Arc::new(Block(Arc::new(Inner { weights, spec, dtype, kernel, recompute }))))
+    }
+}
 
 /// A block of variables.
 #[derive(Clone, Debug)]
@@ -30,15 +86,6 @@ struct Inner {
     kernel: String,
     /// The backward pass computes gate and up again. Otherwise the forward pass keeps them.
     recompute: bool,
-}
-
-impl Block {
-    /// A block of `weights`, all in one of the dtypes of the CPU kernels.
-    pub(super) fn new(spec: &BlockSpec, weights: Weights, recompute: bool) -> Result<Self> {
-        let dtype = weights.down_proj.dtype();
-        let kernel = format!("trained-{}", cpu::selected()?.name_of(dtype));
-        Ok(Self(Arc::new(Inner { weights, spec: *spec, dtype, kernel, recompute })))
-    }
 }
 
 impl super::Block for Block {
@@ -176,7 +223,7 @@ impl Inner {
         let (y, saved) =
             self.with_operands(|block| T::block_forward(cpu::selected()?, block, operand, save))?;
         drop(storage);
-        let value = Value::Cpu(T::to_cpu_storage_owned(y), x.shape().clone());
+        let value = value(y, x.shape().clone());
         let (this, x) = (self.clone(), x.clone());
         let under = inputs.first().cloned();
         let backward = move |dy: &Tensor| {
@@ -189,9 +236,9 @@ impl Inner {
     fn gradients<T: Trained>(
         &self,
         [x, dy]: [&Tensor; 2],
-        saved: Option<&Saved<T>>,
+        saved: Option<&SavedGateUp<T>>,
         wanted: &BlockWanted,
-    ) -> candle_core::Result<Vec<(CpuStorage, Shape)>> {
+    ) -> candle_core::Result<Vec<Value>> {
         let storages = [x, dy].map(Tensor::storage_and_layout);
         let [x_operand, dy_operand] =
             storages.each_ref().map(|(storage, layout)| (&**storage, *layout));
@@ -199,20 +246,11 @@ impl Inner {
         let gradients = self.with_operands(|block| {
             T::block_backward(cpu::selected()?, block, operands, saved, wanted)
         })?;
-        let (h, i) = (self.spec.hidden_size, self.spec.intermediate_size);
-        let shapes = match wanted.fused {
-            Some(_) => [(2 * i, h), (0, h), (h, i)],
-            None => [(i, h), (i, h), (h, i)],
-        };
         let mut all = vec![];
-        all.extend(gradients.x.map(|dx| (T::to_cpu_storage_owned(dx), x.shape().clone())));
-        for (weight, shape) in gradients.weights.into_iter().zip(shapes) {
-            all.extend(weight.map(|data| (T::to_cpu_storage_owned(data), shape.into())));
-        }
+        all.extend(gradients.x.map(|dx| value(dx, x.shape().clone())));
+        all.extend(gradients.weights.into_iter().flatten().map(|dw| value(dw.data, dw.shape)));
         let biases = fuse(gradients.biases, wanted.fused);
-        for bias in biases.into_iter().flatten() {
-            all.push(bias_storage::<T>(bias)?);
-        }
+        all.extend(biases.into_iter().flatten().map(bias_value::<T>));
         Ok(all)
     }
 }
@@ -220,11 +258,10 @@ impl Inner {
 /// Gradients as tensors.
 fn gradients_of(
     name: &'static str,
-    gradients: Vec<(CpuStorage, Shape)>,
+    gradients: Vec<Value>,
     under: Option<&Tensor>,
 ) -> candle_core::Result<Vec<Tensor>> {
-    let tensor = |(storage, shape)| gradient(name, Value::Cpu(storage, shape), under);
-    gradients.into_iter().map(tensor).collect()
+    gradients.into_iter().map(|value| gradient(name, value, under)).collect()
 }
 
 /// The gradients of the biases, with that of a fused bias as the first one.
@@ -244,11 +281,14 @@ fn fuse(biases: [Option<Vec<f32>>; 3], fused: Option<FusedOrder>) -> [Option<Vec
     }
 }
 
+fn value<T: Trained>(data: Vec<T>, shape: impl Into<Shape>) -> Value {
+    Value(T::to_cpu_storage_owned(data), shape.into())
+}
+
 /// The gradient of a bias in its dtype.
-fn bias_storage<T: Trained>(values: Vec<f32>) -> candle_core::Result<(CpuStorage, Shape)> {
-    let shape = Shape::from(values.len());
-    let rounded = values.into_iter().map(|value| T::from_f64(f64::from(value))).collect();
-    Ok((T::to_cpu_storage_owned(rounded), shape))
+fn bias_value<T: Trained>(values: Vec<f32>) -> Value {
+    let shape = values.len();
+    value::<T>(values.into_iter().map(|value| T::from_f64(f64::from(value))).collect(), shape)
 }
 
 /// The matrices with a row for each row of x, and the scratch of a chunk of rows, are addressable:
@@ -314,7 +354,7 @@ impl Projection for Linear {
         }
     }
 
-    /// Halves as candle multiplies them: in f32.
+    /// 16-bit weights are multiplied by candle, in f32.
     fn forward_f32(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         if self.dtype() == DType::F32 {
             return self.forward(x);
@@ -361,26 +401,23 @@ impl LinearInner {
             let gradients = this.gradients::<T>([&x, dy], wanted)?;
             gradients_of(LINEAR_GRADIENT, gradients, under.as_ref())
         };
-        function(LINEAR, Value::Cpu(T::to_cpu_storage_owned(y), shape), &inputs, backward)
+        function(LINEAR, value(y, shape), &inputs, backward)
     }
 
     fn gradients<T: Trained>(
         &self,
         [x, dy]: [&Tensor; 2],
         wanted: LinearWanted,
-    ) -> candle_core::Result<Vec<(CpuStorage, Shape)>> {
+    ) -> candle_core::Result<Vec<Value>> {
         let storages = [x, dy, &self.weight].map(Tensor::storage_and_layout);
         let [x_operand, dy, weight] =
             storages.each_ref().map(|(storage, layout)| (&**storage, *layout));
         let (operands, weight) = ([on_cpu(x_operand)?, on_cpu(dy)?], on_cpu(weight)?);
         let gradients = T::linear_backward(cpu::selected()?, weight, operands, wanted)?;
         let mut all = vec![];
-        all.extend(gradients.x.map(|dx| (T::to_cpu_storage_owned(dx), x.shape().clone())));
-        let shape = self.weight.shape();
-        all.extend(gradients.weight.map(|dw| (T::to_cpu_storage_owned(dw), shape.clone())));
-        if let Some(bias) = gradients.bias {
-            all.push(bias_storage::<T>(bias)?);
-        }
+        all.extend(gradients.x.map(|dx| value(dx, x.shape().clone())));
+        all.extend(gradients.weight.map(|dw| value(dw, self.weight.shape().clone())));
+        all.extend(gradients.bias.map(bias_value::<T>));
         Ok(all)
     }
 }

@@ -4,7 +4,6 @@ use candle_core::Tensor;
 
 use super::family::{Family, FusedOrder, Names};
 use crate::check::{check_float, check_same};
-use crate::engine::is_tracked;
 use crate::error::{Error, Result};
 use crate::which::Which;
 
@@ -107,19 +106,6 @@ impl Weights {
     /// The gate and up projections, down_proj (H,I) and its bias (H).
     pub fn new(gate_up: GateUp, down_proj: Tensor, down_bias: Option<Tensor>) -> Self {
         Self { gate_up, down_proj, down_bias }
-    }
-
-    /// A gradient is tracked through any of the tensors.
-    pub(crate) fn is_tracked(&self) -> bool {
-        let optional = |bias: &Option<Tensor>| bias.as_ref().is_some_and(is_tracked);
-        let gate_up = match &self.gate_up {
-            GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => {
-                [gate_proj, up_proj].into_iter().any(is_tracked)
-                    || [gate_bias, up_bias].into_iter().any(optional)
-            }
-            GateUp::Fused { gate_up_proj, bias, .. } => is_tracked(gate_up_proj) || optional(bias),
-        };
-        gate_up || is_tracked(&self.down_proj) || optional(&self.down_bias)
     }
 
     /// The weights after `f` was applied to every tensor.

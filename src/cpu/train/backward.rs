@@ -16,7 +16,7 @@
 use std::ops::Range;
 
 use super::arena::{Arena, Memory};
-use super::block::{Block, Saved};
+use super::block::{Block, SavedGateUp};
 use super::chunks;
 use super::column_sums::ColumnSums;
 use super::gemm::{A, B, Own};
@@ -48,7 +48,7 @@ impl<T: Io> Block<'_, T> {
         &self,
         x: Matrix<T>,
         dy: Matrix<T>,
-        saved: Option<&Saved<T>>,
+        saved: Option<&SavedGateUp<T>>,
         targets: &BlockTargets<T>,
     ) -> [Option<Vec<f32>>; 3] {
         [&x, &dy].into_iter().for_each(Matrix::check);

@@ -33,7 +33,7 @@ pub(super) struct Block<'a, T: 'static> {
 }
 
 /// gate and up (M, I), rounded to T, in rows of [`Block::saved_stride`] elements.
-pub(crate) struct Saved<T> {
+pub(crate) struct SavedGateUp<T> {
     pub(super) gate: Vec<T>,
     pub(super) up: Vec<T>,
 }
@@ -124,7 +124,7 @@ impl<'a, T: Io> Block<'a, T> {
     }
 
     /// x (M,H) -> y (M,H), and gate and up with `save`.
-    pub(super) fn forward(&self, x: Matrix<T>, save: bool) -> (Vec<T>, Option<Saved<T>>) {
+    pub(super) fn forward(&self, x: Matrix<T>, save: bool) -> (Vec<T>, Option<SavedGateUp<T>>) {
         x.check();
         let h = self.hidden_size();
         let mut y: Vec<T> = Vec::with_capacity(x.rows * h);
@@ -134,7 +134,7 @@ impl<'a, T: Io> Block<'a, T> {
             pages::advise_huge(rows.as_ptr().cast_mut(), rows.capacity());
             rows
         };
-        let mut saved = save.then(|| Saved { gate: rows(), up: rows() });
+        let mut saved = save.then(|| SavedGateUp { gate: rows(), up: rows() });
         let targets = saved.as_mut().map(|saved| {
             [&mut saved.gate, &mut saved.up].map(|rows| Target::new(rows, self.saved_stride()))
         });

@@ -149,7 +149,8 @@ impl<T: Copy> Gemm<T> {
         }
     }
 
-    /// Packs some k of some panels, whose columns from the given ones on are rows of the matrices.
+    /// Packs some k of some panels. Rows of each matrix become the columns of a panel from the given
+    /// one on.
     ///
     /// # Safety
     /// `to` has [`Gemm::packed_bytes`].

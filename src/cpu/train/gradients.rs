@@ -2,7 +2,7 @@
 //! wants costs neither time nor memory.
 
 use super::backward::BlockTargets;
-use super::block::{Block, Saved};
+use super::block::{Block, SavedGateUp};
 use super::linear::{Linear, LinearTargets};
 use super::products::Target;
 use crate::cpu::kernels::Io;
@@ -26,8 +26,14 @@ pub(crate) struct BlockGradients<T> {
     /// (M,H)
     pub(crate) x: Option<Vec<T>>,
     /// gate, up (I,H) and down (H,I). That of fused weights (2I,H) is gate's.
-    pub(crate) weights: [Option<Vec<T>>; 3],
+    pub(crate) weights: [Option<BlockWeightGradient<T>>; 3],
     pub(crate) biases: [Option<Vec<f32>>; 3],
+}
+
+/// The gradient of a weight, with its shape.
+pub(crate) struct BlockWeightGradient<T> {
+    pub(crate) data: Vec<T>,
+    pub(crate) shape: (usize, usize),
 }
 
 /// The wanted gradients of a linear layer.
@@ -84,7 +90,7 @@ impl<T: Io> Block<'_, T> {
         &self,
         x: Matrix<T>,
         dy: Matrix<T>,
-        saved: Option<&Saved<T>>,
+        saved: Option<&SavedGateUp<T>>,
         wanted: &BlockWanted,
     ) -> BlockGradients<T> {
         let (h, i, rows) = (self.hidden_size(), self.intermediate_size(), x.rows);
@@ -112,7 +118,12 @@ impl<T: Io> Block<'_, T> {
         unsafe {
             BlockGradients {
                 x: dx.map(|output| output.finish(rows)),
-                weights: outputs.map(|output| output.map(|output| output.finish(rows))),
+                weights: outputs.map(|output| {
+                    output.map(|output| {
+                        let shape = (output.rows, output.columns);
+                        BlockWeightGradient { data: output.finish(rows), shape }
+                    })
+                }),
                 biases,
             }
         }

@@ -45,7 +45,7 @@ use super::threads;
 use crate::error::{Error, Result};
 use crate::gate::activation::Glu;
 
-pub(crate) use self::block::Saved;
+pub(crate) use self::block::SavedGateUp;
 pub(crate) use self::gradients::{BlockGradients, BlockWanted, LinearGradients, LinearWanted};
 
 /// A tensor of rank 2 on the CPU.
@@ -101,14 +101,14 @@ pub(crate) trait Trained: WithDType {
         block: BlockOperands,
         x: Operand,
         save: bool,
-    ) -> Result<(Vec<Self>, Option<Saved<Self>>)>;
+    ) -> Result<(Vec<Self>, Option<SavedGateUp<Self>>)>;
 
     /// The gradients under dy (M,H).
     fn block_backward(
         kernels: &'static CpuKernels,
         block: BlockOperands,
         x_dy: [Operand; 2],
-        saved: Option<&Saved<Self>>,
+        saved: Option<&SavedGateUp<Self>>,
         wanted: &BlockWanted,
     ) -> Result<BlockGradients<Self>>;
 
@@ -135,7 +135,7 @@ impl<T: Io> Trained for T {
         block: BlockOperands,
         x: Operand,
         save: bool,
-    ) -> Result<(Vec<Self>, Option<Saved<Self>>)> {
+    ) -> Result<(Vec<Self>, Option<SavedGateUp<Self>>)> {
         Ok(make_block(kernels, block)?.forward(matrix(x.0, x.1)?, save))
     }
 
@@ -143,7 +143,7 @@ impl<T: Io> Trained for T {
         kernels: &'static CpuKernels,
         block: BlockOperands,
         [x, dy]: [Operand; 2],
-        saved: Option<&Saved<Self>>,
+        saved: Option<&SavedGateUp<Self>>,
         wanted: &BlockWanted,
     ) -> Result<BlockGradients<Self>> {
         let (x, dy) = (matrix(x.0, x.1)?, matrix(dy.0, dy.1)?);
