@@ -7,10 +7,12 @@
 //! | `gpu` | constant weights in a dtype that the device has kernels for | gate and up in one matrix |
 //! | `trained` | variables in the same dtypes on the CPU | the tensors themselves |
 //! | `plain` | everything else | the tensors themselves, in candle's matmuls |
+//! | `adapted` | low-rank pairs without kernels | those of the layer without pairs |
 //!
 //! The choice is made once, when a layer is built. A weight is constant if no gradient is tracked
 //! through it. `cpu` and `gpu` layers are differentiable in x (`backward`).
 
+pub(crate) mod adapted;
 mod backward;
 mod cpu;
 mod direct;
@@ -32,6 +34,7 @@ use crate::error::{Error, Result};
 use crate::forced;
 use crate::gate::activation::Glu;
 use crate::load::{FusedOrder, GateUp, Piece, Weights, split};
+use crate::lora::Lora;
 use crate::which::Which;
 
 /// A SwiGLU block, ready to run on its device.
@@ -69,6 +72,11 @@ pub(crate) trait Block: fmt::Debug + Send + Sync {
         None
     }
 
+    /// The block with low-rank pairs added by its kernels; none if it has no such kernels.
+    fn with_lora(&self, _pairs: &adapted::Pairs) -> Result<Option<Arc<dyn Block>>> {
+        Ok(None)
+    }
+
     /// The memory that holds packed weights; empty where nothing is packed on the CPU.
     fn packed_bytes(&self) -> Vec<&[u8]> {
         vec![]
@@ -94,6 +102,11 @@ pub(crate) trait Projection: fmt::Debug + Send + Sync {
 
     /// The same with y in f32. On the CPU the sums are not rounded to the dtype of the weight.
     fn forward_f32(&self, x: &Tensor) -> candle_core::Result<Tensor>;
+
+    /// The layer with a low-rank pair added by its kernels; none if it has no such kernels.
+    fn with_lora(&self, _pair: &Lora) -> Result<Option<Arc<dyn Projection>>> {
+        Ok(None)
+    }
 
     /// The weight (out, in), bit for bit as it was loaded.
     fn weight(&self) -> candle_core::Result<Tensor>;
