@@ -212,13 +212,13 @@ trait Forward {
 
 impl Forward for dyn BlockLayer {
     fn y(&self, storage: &CpuStorage, layout: &Layout) -> CpuStorage {
-        self.forward(storage, layout).unwrap()
+        self.forward((storage, layout), [None; 2]).unwrap()
     }
 }
 
 impl Forward for dyn LinearLayer {
     fn y(&self, storage: &CpuStorage, layout: &Layout) -> CpuStorage {
-        self.forward(storage, layout).unwrap()
+        self.forward((storage, layout), None).unwrap()
     }
 }
 
@@ -384,7 +384,7 @@ macro_rules! per_dtype {
                         (0..m * h).map(|at| data.data[o + at / h * s[0] + at % h * s[1]]).collect();
                     let layer = case.layer::<T>(kernel);
                     let copied = run::<T>(&*layer, &Matrix { rows: m, columns: h, data: copy });
-                    let strided = values::<T>(layer.forward(&storage, layout).unwrap());
+                    let strided = values::<T>(layer.forward((&storage, layout), [None; 2]).unwrap());
                     assert_eq!(strided, copied, "{} {layout:?}", kernel.name);
                 }
             }

@@ -135,6 +135,31 @@ pub(super) struct Edges<T: 'static> {
     pub(super) gate_gradients: unsafe fn(&GateGradients<T>),
 }
 
+impl<T> Edges<T> {
+    /// The sums of a panel -> A: first element and stride of A, columns, and bytes of an element.
+    /// With 2 of them A is bf16, and so is T.
+    ///
+    /// # Safety
+    /// As [`Edges::output`].
+    pub(super) unsafe fn output_a(
+        &self,
+        sums: PanelSums,
+        a: *mut u8,
+        stride: usize,
+        columns: usize,
+        a_bytes: usize,
+    ) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            if a_bytes == size_of::<f32>() {
+                (self.output_f32)(sums, 1.0, a.cast(), stride, columns);
+            } else {
+                (self.output)(sums, 1.0, a.cast(), stride, columns);
+            }
+        }
+    }
+}
+
 /// Writes y from the sums of a panel: sums, factor, first element and stride of y, columns.
 pub(super) type OutputFn<Y> = unsafe fn(PanelSums, f32, *mut Y, usize, usize);
 

@@ -5,10 +5,12 @@ use half::{bf16, f16};
 
 use super::format::{Format, Stored};
 use super::kernels::{CpuKernels, Io};
+use super::low_rank::LowRank;
 use super::matrix::Matrix;
 use super::panels::Columns;
 use super::pass::{Block, Linear};
 use super::projection::Projection;
+use super::train::Operand;
 use crate::error::{Error, Result};
 use crate::gate::activation::Glu;
 use crate::which::Which;
@@ -23,10 +25,12 @@ pub(crate) trait LinearLayer: Send + Sync {
     fn rows(&self, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage;
     /// The bias (columns), if one was set.
     fn bias(&self) -> Option<Vec<f32>>;
+    /// Packs a low-rank pair A (r, k) and B (columns, r), with its scale, in the dtype of the weight.
+    fn low_rank(&self, a: Operand, b: Operand) -> Result<LowRank>;
     /// x (M, k) of any layout -> y (M, columns)
-    fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage>;
+    fn forward(&self, x: Operand, low_rank: Option<&LowRank>) -> Result<CpuStorage>;
     /// x (M, k) of any layout -> y (M, columns) in f32, not rounded to the dtype of the weight
-    fn forward_f32(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage>;
+    fn forward_f32(&self, x: Operand, low_rank: Option<&LowRank>) -> Result<CpuStorage>;
 }
 
 /// A block with packed weights. Weights and biases are zero until they are set.
@@ -40,8 +44,11 @@ pub(crate) trait BlockLayer: Send + Sync {
     /// The bias (rows) of a weight. gate and up share a buffer: if one of them has a bias, the
     /// other's is zero.
     fn bias(&self, which: Which) -> Option<Vec<f32>>;
-    /// x (M, H) of any layout -> y (M, H)
-    fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage>;
+    /// Packs a low-rank pair in the dtype of the weights, with its scale: A (r, H), B of gate (I, r)
+    /// and of up (I, r); or A (r, I) and B of down (H, r).
+    fn low_rank(&self, a: Operand, b: &[Operand]) -> Result<LowRank>;
+    /// x (M, H) of any layout -> y (M, H), with the pairs of gate and up, and of down.
+    fn forward(&self, x: Operand, low_rank: [Option<&LowRank>; 2]) -> Result<CpuStorage>;
     /// The memory of gate and up, and of down.
     fn bytes(&self) -> [&[u8]; 2];
 }
@@ -125,12 +132,16 @@ impl<T: Io + Stored> LinearLayer for Linear<T> {
         self.projection.bias(Columns::All)
     }
 
-    fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
-        Ok(T::to_cpu_storage_owned(Linear::forward(self, matrix(storage, layout)?)))
+    fn low_rank(&self, a: Operand, b: Operand) -> Result<LowRank> {
+        LowRank::new::<T>(&self.projection, a, &[b])
     }
 
-    fn forward_f32(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
-        Ok(CpuStorage::F32(Linear::forward_f32(self, matrix(storage, layout)?)))
+    fn forward(&self, (x, layout): Operand, low_rank: Option<&LowRank>) -> Result<CpuStorage> {
+        Ok(T::to_cpu_storage_owned(Linear::forward(self, matrix(x, layout)?, low_rank)))
+    }
+
+    fn forward_f32(&self, (x, layout): Operand, low_rank: Option<&LowRank>) -> Result<CpuStorage> {
+        Ok(CpuStorage::F32(Linear::forward_f32(self, matrix(x, layout)?, low_rank)))
     }
 }
 
@@ -171,8 +182,13 @@ impl<T: Io + Stored> BlockLayer for Block<T> {
         self.projection(which).bias(columns(which))
     }
 
-    fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
-        Ok(T::to_cpu_storage_owned(Block::forward(self, matrix(storage, layout)?)))
+    fn low_rank(&self, a: Operand, b: &[Operand]) -> Result<LowRank> {
+        let base = if b.len() == 1 { &self.down } else { &self.gate_up };
+        LowRank::new::<T>(base, a, b)
+    }
+
+    fn forward(&self, (x, layout): Operand, low_rank: [Option<&LowRank>; 2]) -> Result<CpuStorage> {
+        Ok(T::to_cpu_storage_owned(Block::forward(self, matrix(x, layout)?, low_rank)))
     }
 
     fn bytes(&self) -> [&[u8]; 2] {

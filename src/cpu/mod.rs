@@ -13,6 +13,7 @@ mod glu;
 mod isa;
 mod kernels;
 mod layer;
+mod low_rank;
 mod matrix;
 mod micro;
 mod pages;
@@ -42,6 +43,7 @@ use std::sync::OnceLock;
 pub(crate) use gate::{gate_backward, gate_forward};
 pub(crate) use kernels::CpuKernels;
 pub(crate) use layer::{BlockLayer, LinearLayer, block, linear};
+pub(crate) use low_rank::LowRank;
 pub(crate) use train::{BlockOperands, BlockWanted, LinearWanted, Operand, SavedGateUp, Trained};
 
 use self::tuning::CpuFamily;

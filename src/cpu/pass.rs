@@ -8,17 +8,21 @@
 //! 3. An epilogue turns the sums into h or y while they are in cache. gate and up are never
 //!    written.
 //! 4. A thread starts the down projection when all of h is complete.
+//!
+//! A low-rank addend (`low_rank.rs`) is a product of its own before each stage, and one more k-block
+//! in each unit of the stage.
 
 use std::ops::Range;
 
 use super::buffer::Scratch;
 use super::epilogue::PanelSums;
 use super::kernels::{Edges, Io, OutputFn};
+use super::low_rank::LowRank;
 use super::matrix::Matrix;
 use super::pages;
 use super::partition::Partition;
 use super::projection::Projection;
-use super::sweep::{Rows, Sums};
+use super::sweep::{Rows, Sums, Sweep};
 use super::threads::{self, Phase, SendPtr};
 use crate::gate::activation::Glu;
 
@@ -48,17 +52,19 @@ impl<T: Io> Linear<T> {
     }
 
     /// x (M, k) -> y (M, columns)
-    pub(super) fn forward(&self, x: Matrix<T>) -> Vec<T> {
-        forward(self.edges, self.edges.output, &[self.stage()], x, self.projection.columns)
+    pub(super) fn forward(&self, x: Matrix<T>, low_rank: Option<&LowRank>) -> Vec<T> {
+        let stages = [self.stage(low_rank)];
+        forward(self.edges, self.edges.output, &stages, x, self.projection.columns)
     }
 
     /// x (M, k) -> y (M, columns) in f32: the sums, without rounding to T.
-    pub(super) fn forward_f32(&self, x: Matrix<T>) -> Vec<f32> {
-        forward(self.edges, self.edges.output_f32, &[self.stage()], x, self.projection.columns)
+    pub(super) fn forward_f32(&self, x: Matrix<T>, low_rank: Option<&LowRank>) -> Vec<f32> {
+        let stages = [self.stage(low_rank)];
+        forward(self.edges, self.edges.output_f32, &stages, x, self.projection.columns)
     }
 
-    fn stage(&self) -> Stage<'_> {
-        Stage { projection: &self.projection, glu: None, factor: 1.0 }
+    fn stage<'a>(&'a self, low_rank: Option<&'a LowRank>) -> Stage<'a> {
+        Stage { projection: &self.projection, low_rank, glu: None, factor: 1.0 }
     }
 }
 
@@ -86,10 +92,21 @@ impl<T: Io> Block<T> {
     }
 
     /// x (M, H) -> y (M, H)
-    pub(super) fn forward(&self, x: Matrix<T>) -> Vec<T> {
+    pub(super) fn forward(&self, x: Matrix<T>, low_rank: [Option<&LowRank>; 2]) -> Vec<T> {
+        let [gate_up, down] = low_rank;
         let stages = [
-            Stage { projection: &self.gate_up, glu: Some(&self.glu), factor: 1.0 },
-            Stage { projection: &self.down, glu: None, factor: self.down_multiplier },
+            Stage {
+                projection: &self.gate_up,
+                low_rank: gate_up,
+                glu: Some(&self.glu),
+                factor: 1.0,
+            },
+            Stage {
+                projection: &self.down,
+                low_rank: down,
+                glu: None,
+                factor: self.down_multiplier,
+            },
         ];
         forward(self.edges, self.edges.output, &stages, x, self.down.columns)
     }
@@ -99,6 +116,7 @@ impl<T: Io> Block<T> {
 #[derive(Clone, Copy)]
 struct Stage<'a> {
     projection: &'a Projection,
+    low_rank: Option<&'a LowRank>,
     /// The columns are gate and up, and become h. Otherwise they become y, times `factor`.
     glu: Option<&'a Glu>,
     factor: f32,
@@ -146,10 +164,14 @@ struct Pass<'a, T: 'static, Y> {
     threads: usize,
     /// The units of each stage.
     partitions: [Partition; 2],
+    /// The units of each stage's low-rank product.
+    low_rank: [Partition; 2],
     scratch: Scratch,
-    /// A of the first stage, A of the second, then each thread's own: sums and a rewritten k-block.
-    offsets: [usize; 3],
-    a_strides: [usize; 2],
+    /// A of the first stage and of the second, u of the first and of the second, then each thread's
+    /// own: sums and a rewritten k-block.
+    offsets: [usize; 5],
+    /// Elements from one row of these operands to the next.
+    strides: [usize; 4],
     thread_bytes: usize,
 }
 
@@ -160,34 +182,35 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
                 * x.rows;
         let threads = if multiply_adds < SERIAL { 1 } else { threads::count() };
         let stage = |i: usize| stages.get(i).map(|s| s.projection);
-        let nr = stages[0].projection.sweep().nr;
+        let low_rank = |i: usize| stages.get(i).and_then(|s| s.low_rank);
+        let sweep = stages[0].projection.sweep();
         // h is written in whole panels of the first stage.
-        let a_strides =
-            [0, 1].map(|i| stage(i).map_or(0, |p| p.weight.layout.k().next_multiple_of(nr) + PAD));
-        let a_sizes = [0, 1].map(|i| {
-            stage(i).map_or(0, |p| {
-                (x.rows + p.sweep().row_padding()) * a_strides[i] * p.sweep().a_bytes
-            })
-        });
-        let offsets =
-            [0, a_sizes[0], a_sizes[0] + a_sizes[1]].map(|offset| offset.next_multiple_of(64));
-        let partitions = [0, 1].map(|i| match stage(i) {
+        let a_stride = |p: &Projection| p.weight.layout.k().next_multiple_of(sweep.nr) + PAD;
+        let strides = [
+            stage(0).map_or(0, a_stride),
+            stage(1).map_or(0, a_stride),
+            low_rank(0).map_or(0, LowRank::u_stride),
+            low_rank(1).map_or(0, LowRank::u_stride),
+        ];
+        let mut offsets = [0; 5];
+        for (i, stride) in strides.into_iter().enumerate() {
+            let bytes = (x.rows + sweep.row_padding()) * stride * sweep.a_bytes;
+            offsets[i + 1] = (offsets[i] + bytes).next_multiple_of(64);
+        }
+        let partition = |projection: Option<&Projection>| match projection {
             Some(p) => {
                 let adjacent = p.sweep().panels_at_once(x.rows, p.weight.layout.bytes());
                 Partition::new(x.rows, p.weight.layout.count(), threads, adjacent)
             }
             None => Partition::new(x.rows, 0, threads, 1),
-        });
-        let own = |i: usize| {
-            let bytes = |p: &Projection| {
-                let rows = x.rows + p.sweep().row_padding();
-                let sums = rows * p.sweep().nr * partitions[i].adjacent() * size_of::<f32>();
-                sums + p.sweep().rewritten_bytes(x.rows)
-            };
-            stage(i).map_or(0, bytes)
         };
-        let thread_bytes = own(0).max(own(1)).next_multiple_of(64);
-        let scratch = Scratch::borrow(offsets[2] + threads * thread_bytes);
+        let partitions = [0, 1].map(|i| partition(stage(i)));
+        let of_low_rank = [0, 1].map(|i| partition(low_rank(i).map(|pair| &pair.a)));
+        let most = partitions.iter().chain(&of_low_rank).map(Partition::adjacent).max();
+        let rows = x.rows + sweep.row_padding();
+        let sums = rows * sweep.nr * most.unwrap_or(1) * size_of::<f32>();
+        let thread_bytes = (sums + sweep.rewritten_bytes(x.rows)).next_multiple_of(64);
+        let scratch = Scratch::borrow(offsets[4] + threads * thread_bytes);
         Self {
             edges,
             stages,
@@ -195,9 +218,10 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
             out,
             threads,
             partitions,
+            low_rank: of_low_rank,
             scratch,
             offsets,
-            a_strides,
+            strides,
             thread_bytes,
         }
     }
@@ -206,23 +230,44 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         let scratch = SendPtr(self.scratch.as_mut_ptr());
         let copy = Phase::new(self.x.rows.div_ceil(COPY_ROWS));
         let phases = self.partitions.map(|partition| Phase::new(partition.units()));
+        let low_rank = self.low_rank.map(|partition| Phase::new(partition.units()));
         let work = |thread: usize| {
             // SAFETY: scratch has `threads` pieces of this size from the last offset on.
-            let own = unsafe { scratch.at(self.offsets[2] + thread * self.thread_bytes) };
-            // SAFETY: units of a phase write disjoint parts of A, h and y, and a phase begins when
+            let own = unsafe { scratch.at(self.offsets[4] + thread * self.thread_bytes) };
+            // SAFETY: units of a phase write disjoint parts of A, u, h and y, and a phase begins when
             // the one it reads is done.
             unsafe {
                 copy.work(|unit, _| self.copy_rows(&scratch, unit));
                 copy.wait();
-                for (i, phase) in phases.iter().enumerate().take(self.stages.len()) {
-                    phase.work(|unit, next| self.unit(i, &scratch, own, unit, next));
+                for (i, stage) in self.stages.iter().enumerate() {
+                    if let Some(pair) = stage.low_rank {
+                        low_rank[i].work(|unit, _| self.low_rank(i, pair, &scratch, own, unit));
+                        low_rank[i].wait();
+                    }
+                    phases[i].work(|unit, next| self.unit(i, &scratch, own, unit, next));
                     if i + 1 < self.stages.len() {
-                        phase.wait();
+                        phases[i].wait();
                     }
                 }
             }
         };
         threads::run_on(self.threads, work);
+    }
+
+    /// Rows of an operand from this one on.
+    ///
+    /// # Safety
+    /// `scratch` is this pass's, and the operand has these rows.
+    unsafe fn rows(
+        &self,
+        scratch: &SendPtr<u8>,
+        operand: usize,
+        Range { start, end }: Range<usize>,
+    ) -> Rows {
+        let (a_stride, a_bytes) = (self.strides[operand], self.a_bytes());
+        // SAFETY: the caller's contract.
+        let a = unsafe { scratch.at(self.offsets[operand] + start * a_stride * a_bytes) };
+        Rows { a, a_stride, rows: end - start }
     }
 
     /// Copies some rows of x into A.
@@ -232,7 +277,7 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
     unsafe fn copy_rows(&self, scratch: &SendPtr<u8>, unit: usize) {
         let (k, stride) = (self.x.k, self.x.strides.1);
         let projection = self.stages[0].projection;
-        let (a_bytes, padded_k) = (projection.sweep().a_bytes, projection.weight.layout.padded_k());
+        let (a_bytes, padded_k) = (self.a_bytes(), projection.weight.layout.padded_k());
         let mut gathered: Vec<T> = Vec::new();
         for row in unit * COPY_ROWS..self.x.rows.min((unit + 1) * COPY_ROWS) {
             let source = &self.x.data[row * self.x.strides.0..];
@@ -245,7 +290,7 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
             };
             // SAFETY: A has room for k elements and the padding in every row.
             unsafe {
-                let a = scratch.at(row * self.a_strides[0] * a_bytes);
+                let a = scratch.at(row * self.strides[0] * a_bytes);
                 (self.edges.take_x)(source.as_ptr(), k, a);
                 a.add(k * a_bytes).write_bytes(0, (padded_k - k) * a_bytes);
             }
@@ -265,30 +310,78 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         unit: usize,
         next: usize,
     ) {
-        let (panels, Range { start, end }) = self.partitions[stage].unit(unit);
-        let rows = end - start;
-        let projection = self.stages[stage].projection;
-        let (sweep, weight, a_stride) =
-            (projection.sweep(), projection.weight.view(), self.a_strides[stage]);
-        let sums = own.cast::<f32>();
+        let (panels, rows) = self.partitions[stage].unit(unit);
+        let Stage { projection, low_rank, .. } = self.stages[stage];
+        let (sweep, sums) = (projection.sweep(), own.cast::<f32>());
         // SAFETY: the pieces lie within scratch as `new` laid it out; y has this chunk's rows.
         unsafe {
-            let a = Rows {
-                a: scratch.at(self.offsets[stage] + start * a_stride * sweep.a_bytes),
-                a_stride,
-                rows,
-            };
-            let most = self.partitions[stage].adjacent();
-            let most_rows = self.x.rows + sweep.row_padding();
-            let rewritten = own.add(most_rows * sweep.nr * most * size_of::<f32>());
+            let a = self.rows(scratch, stage, rows.clone());
+            let rewritten = self.rewritten(own, sweep, self.partitions[stage]);
             let after = self.first_byte(stage, next);
+            let weight = projection.weight.view();
             sweep.panels(weight, panels.clone(), a, Sums::new(sums), rewritten, after);
-            let panel_sums = sweep.padded_rows(rows) * sweep.nr;
+            if let Some(LowRank { b, .. }) = low_rank {
+                let u = self.rows(scratch, 2 + stage, rows.clone());
+                let sums = Sums { to: sums, accumulate: true };
+                sweep.panels(b.weight.view(), panels.clone(), u, sums, rewritten, after);
+            }
+            let panel_sums = sweep.padded_rows(rows.len()) * sweep.nr;
             for (i, panel) in panels.enumerate() {
-                let sums = projection.sums(panel, rows, sums.add(i * panel_sums));
-                self.write(stage, scratch, panel, start, sums);
+                let sums = projection.sums(panel, rows.len(), sums.add(i * panel_sums));
+                self.write(stage, scratch, panel, rows.start, sums);
             }
         }
+    }
+
+    /// Some panels of u, or some rows of them.
+    ///
+    /// # Safety
+    /// As [`Pass::unit`].
+    unsafe fn low_rank(
+        &self,
+        stage: usize,
+        LowRank { a, b }: &LowRank,
+        scratch: &SendPtr<u8>,
+        own: *mut u8,
+        unit: usize,
+    ) {
+        let (panels, rows) = self.low_rank[stage].unit(unit);
+        let (sweep, sums) = (a.sweep(), own.cast::<f32>());
+        let padded_k = b.weight.layout.padded_k();
+        // SAFETY: as there; u has room for the padded k in every row.
+        unsafe {
+            let x = self.rows(scratch, stage, rows.clone());
+            let u = self.rows(scratch, 2 + stage, rows.clone());
+            let rewritten = self.rewritten(own, sweep, self.low_rank[stage]);
+            let after = self.first_byte(stage, 0);
+            let weight = a.weight.view();
+            sweep.panels(weight, panels.clone(), x, Sums::new(sums), rewritten, after);
+            let panel_sums = sweep.padded_rows(rows.len()) * sweep.nr;
+            for (i, panel) in panels.enumerate() {
+                let first = panel * sweep.nr;
+                let columns = sweep.nr.min(a.columns - first);
+                let sums = a.sums(panel, rows.len(), sums.add(i * panel_sums));
+                let to = u.a.cast_mut().add(first * sweep.a_bytes);
+                self.edges.output_a(sums, to, u.a_stride, columns, sweep.a_bytes);
+                if first + columns == a.columns {
+                    for row in 0..rows.len() {
+                        let end = row * u.a_stride + a.columns;
+                        let zeros = (padded_k - a.columns) * sweep.a_bytes;
+                        u.a.cast_mut().add(end * sweep.a_bytes).write_bytes(0, zeros);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A thread's scratch for a rewritten k-block, behind its sums.
+    ///
+    /// # Safety
+    /// `own` is a thread's piece of the scratch.
+    unsafe fn rewritten(&self, own: *mut u8, sweep: &Sweep, partition: Partition) -> *mut u8 {
+        let rows = self.x.rows + sweep.row_padding();
+        // SAFETY: the caller's contract.
+        unsafe { own.add(rows * sweep.nr * partition.adjacent() * size_of::<f32>()) }
     }
 
     /// The sums of one panel and the rows from `start` on -> h or y.
@@ -303,15 +396,15 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         start: usize,
         sums: PanelSums,
     ) {
-        let (rows, Stage { projection, glu, factor }) = (sums.rows, self.stages[stage]);
+        let (rows, Stage { projection, glu, factor, .. }) = (sums.rows, self.stages[stage]);
         let nr = projection.sweep().nr;
         // SAFETY: as there.
         unsafe {
             match glu {
                 Some(glu) => {
-                    let (width, stride) = (nr / 2, self.a_strides[1]);
+                    let (width, stride) = (nr / 2, self.strides[1]);
                     let h = scratch
-                        .at(self.offsets[1] + (start * stride + panel * width) * self.h_bytes());
+                        .at(self.offsets[1] + (start * stride + panel * width) * self.a_bytes());
                     (self.edges.gate)(glu, sums, h, stride);
                     self.pad(scratch, panel, start..start + rows);
                 }
@@ -341,22 +434,22 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
     /// As [`Pass::unit`], which has just written these rows of h.
     unsafe fn pad(&self, scratch: &SendPtr<u8>, panel: usize, rows: Range<usize>) {
         let weight = self.stages[1].projection.weight.layout;
-        let (k, h_bytes, width) =
-            (weight.k(), self.h_bytes(), self.stages[0].projection.sweep().nr / 2);
+        let (k, a_bytes, width) =
+            (weight.k(), self.a_bytes(), self.stages[0].projection.sweep().nr / 2);
         let padding = weight.padded_k() - k;
         if padding > 0 && panel == (k - 1) / width {
             for row in rows {
                 // SAFETY: a row of h has room for whole panels and PAD.
                 unsafe {
-                    let end = scratch.at(self.offsets[1] + (row * self.a_strides[1] + k) * h_bytes);
-                    end.write_bytes(0, padding * h_bytes);
+                    let end = scratch.at(self.offsets[1] + (row * self.strides[1] + k) * a_bytes);
+                    end.write_bytes(0, padding * a_bytes);
                 }
             }
         }
     }
 
-    /// Bytes of an element of h, which is A of the second stage.
-    fn h_bytes(&self) -> usize {
-        self.stages[1].projection.sweep().a_bytes
+    /// Bytes of an element of A, of u and of h.
+    fn a_bytes(&self) -> usize {
+        self.stages[0].projection.sweep().a_bytes
     }
 }

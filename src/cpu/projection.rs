@@ -42,6 +42,15 @@ impl Projection {
         Self { columns: intermediate_size, ..Self::new(kernels, format, columns, k) }
     }
 
+    /// Panels that were packed before, without a bias.
+    pub(super) fn from_panels(
+        kernels: &'static FormatKernels,
+        weight: Panels,
+        columns: usize,
+    ) -> Self {
+        Self { kernels, weight, bias: None, columns }
+    }
+
     pub(super) fn set_bias(&mut self, columns: Columns, bias: &[f32]) {
         let len = self.weight.layout.count() * self.weight.layout.nr();
         let buffer = self.bias.get_or_insert_with(|| Buffer::zeroed(len * size_of::<f32>()));

@@ -23,7 +23,16 @@ pub(crate) fn block(
     if let Some(block) = base.with_lora(&pairs)? {
         return Ok(block);
     }
-    Ok(Arc::new(Block { base: base.clone(), spec: *spec, pairs }))
+    Ok(composed_block(base, spec, pairs))
+}
+
+/// [`block`] in candle's matmuls.
+pub(super) fn composed_block(
+    base: &Arc<dyn super::Block>,
+    spec: &BlockSpec,
+    pairs: Pairs,
+) -> Arc<dyn super::Block> {
+    Arc::new(Block { base: base.clone(), spec: *spec, pairs })
 }
 
 /// The linear layer with a low-rank pair, as [`block`].

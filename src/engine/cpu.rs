@@ -8,10 +8,14 @@ use candle_core::{
 };
 use half::{bf16, f16};
 
+use super::adapted::Pairs;
+use super::low_rank::Addend;
+use super::trained::on_cpu;
 use super::{BlockSpec, Projection, backward, check_addressable, run, set_views};
-use crate::cpu::{self, BlockLayer, LinearLayer};
+use crate::cpu::{self, BlockLayer, LinearLayer, LowRank, Operand};
 use crate::error::{Error, Result};
 use crate::load::FusedOrder;
+use crate::lora::Lora;
 use crate::which::Which;
 
 /// A block while its weights are packed.
@@ -65,7 +69,7 @@ impl super::Builder for BlockBuilder {
 
 /// A packed block. Clones share the weights.
 #[derive(Clone)]
-struct Block(Arc<Inner>);
+pub(super) struct Block(Arc<Inner>);
 
 struct Inner {
     layer: Box<dyn BlockLayer>,
@@ -115,6 +119,10 @@ impl super::Block for Block {
         bias.map(|bias| bias_tensor(bias, self.0.dtype)).transpose()
     }
 
+    fn with_lora(&self, pairs: &Pairs) -> Result<Option<Arc<dyn super::Block>>> {
+        Ok(Some(Arc::new(AdaptedBlock::new(self.clone(), pairs)?)))
+    }
+
     fn packed_bytes(&self) -> Vec<&[u8]> {
         self.0.layer.bytes().into()
     }
@@ -127,12 +135,99 @@ impl CustomOp1 for Block {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let shape = output_shape(layout, self.0.spec.hidden_size)?;
-        Ok((self.0.layer.forward(x, layout)?, shape))
+        Ok((self.0.layer.forward((x, layout), [None; 2])?, shape))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         backward::block(self, &self.0.spec, x, dy).map(Some)
     }
+}
+
+/// A packed block with low-rank pairs. Clones share the weights and the pairs.
+#[derive(Clone)]
+struct AdaptedBlock(Arc<AdaptedInner>);
+
+struct AdaptedInner {
+    base: Block,
+    pairs: Pairs,
+    /// The packed pairs of gate and up, and of down, if they are constants.
+    low_rank: [Option<LowRank>; 2],
+}
+
+impl AdaptedBlock {
+    fn new(base: Block, pairs: &Pairs) -> Result<Self> {
+        let (inner, dtype) = (&*base.0, base.0.dtype);
+        let BlockSpec { hidden_size, intermediate_size, .. } = inner.spec;
+        let pack = |pairs: &[Option<Lora>], rows| {
+            let addend = Addend::new(pairs, rows, dtype, 1.0)?;
+            addend.map(|addend| pack(&addend, |a, b| inner.layer.low_rank(a, b))).transpose()
+        };
+        let low_rank = [pack(&pairs[..2], intermediate_size)?, pack(&pairs[2..], hidden_size)?];
+        Ok(Self(Arc::new(AdaptedInner { base, pairs: pairs.clone(), low_rank })))
+    }
+}
+
+impl fmt::Debug for AdaptedBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("cpu::AdaptedBlock").field(&self.0.base).field(&self.0.pairs).finish()
+    }
+}
+
+impl super::Block for AdaptedBlock {
+    fn dtype(&self) -> DType {
+        self.0.base.dtype()
+    }
+
+    fn device(&self) -> &Device {
+        &Device::Cpu
+    }
+
+    fn kernel(&self) -> &str {
+        self.0.base.kernel()
+    }
+
+    fn is_packed(&self) -> bool {
+        true
+    }
+
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        run(self, x)
+    }
+
+    fn weight(&self, which: Which) -> candle_core::Result<Tensor> {
+        self.0.base.weight(which)
+    }
+
+    fn bias(&self, which: Which) -> candle_core::Result<Option<Tensor>> {
+        self.0.base.bias(which)
+    }
+
+    fn packed_bytes(&self) -> Vec<&[u8]> {
+        self.0.base.packed_bytes()
+    }
+}
+
+impl CustomOp1 for AdaptedBlock {
+    fn name(&self) -> &'static str {
+        "swiglu block with LoRA"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let base = &*self.0.base.0;
+        let shape = output_shape(layout, base.spec.hidden_size)?;
+        Ok((base.layer.forward((x, layout), self.0.low_rank.each_ref().map(Option::as_ref))?, shape))
+    }
+}
+
+/// Calls `f` with the storages of an addend.
+fn pack<R>(
+    Addend { a, b }: &Addend,
+    f: impl FnOnce(Operand, &[Operand]) -> Result<R>,
+) -> candle_core::Result<R> {
+    let a = a.storage_and_layout();
+    let b: Vec<_> = b.iter().map(Tensor::storage_and_layout).collect();
+    let b = b.iter().map(|(b, layout)| on_cpu((&**b, *layout))).collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(f(on_cpu((&*a.0, a.1))?, &b)?)
 }
 
 /// A packed linear layer. Clones share the weight.
@@ -217,7 +312,7 @@ impl CustomOp1 for Linear {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let shape = output_shape(layout, self.0.shape.0)?;
-        Ok((self.0.layer.forward(x, layout)?, shape))
+        Ok((self.0.layer.forward((x, layout), None)?, shape))
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
@@ -237,7 +332,7 @@ impl CustomOp1 for OutputF32 {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let Self(Linear(inner)) = self;
         let shape = output_shape(layout, inner.shape.0)?;
-        Ok((inner.layer.forward_f32(x, layout)?, shape))
+        Ok((inner.layer.forward_f32((x, layout), None)?, shape))
     }
 
     /// dx = dy·W, with dy rounded to the dtype of W

@@ -18,6 +18,7 @@ mod cpu;
 mod direct;
 mod function;
 mod gpu;
+mod low_rank;
 mod plain;
 mod trained;
 
@@ -341,6 +342,8 @@ fn run<L: CustomOp1 + Clone + Send + Sync + 'static>(
     if x.track_op() { x.apply_op1(layer.clone()) } else { x.apply_op1_no_bwd(layer) }
 }
 
+#[cfg(test)]
+mod lora_tests;
 #[cfg(test)]
 mod tests;
 

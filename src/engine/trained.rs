@@ -303,7 +303,7 @@ fn check_rows(x: &Tensor, columns: [usize; 2]) -> Result<()> {
 }
 
 /// The storage on the CPU, with its layout.
-fn on_cpu<'a>((storage, layout): (&'a Storage, &'a Layout)) -> candle_core::Result<Operand<'a>> {
+pub(super) fn on_cpu<'a>((storage, layout): (&'a Storage, &'a Layout)) -> candle_core::Result<Operand<'a>> {
     match storage {
         Storage::Cpu(storage) => Ok((storage, layout)),
         _ => bail!("a tensor of a trained layer is not on the CPU"),
