@@ -384,7 +384,8 @@ macro_rules! per_dtype {
                         (0..m * h).map(|at| data.data[o + at / h * s[0] + at % h * s[1]]).collect();
                     let layer = case.layer::<T>(kernel);
                     let copied = run::<T>(&*layer, &Matrix { rows: m, columns: h, data: copy });
-                    let strided = values::<T>(layer.forward((&storage, layout), [None; 2]).unwrap());
+                    let strided =
+                        values::<T>(layer.forward((&storage, layout), [None; 2]).unwrap());
                     assert_eq!(strided, copied, "{} {layout:?}", kernel.name);
                 }
             }

@@ -7,7 +7,7 @@ use super::format::{Format, Stored};
 use super::kernels::{CpuKernels, Io};
 use super::low_rank::LowRank;
 use super::matrix::Matrix;
-use super::panels::Columns;
+use super::panels::{Columns, PackedMatrix};
 use super::pass::{Block, Linear};
 use super::projection::Projection;
 use super::train::Operand;
@@ -27,6 +27,8 @@ pub(crate) trait LinearLayer: Send + Sync {
     fn bias(&self) -> Option<Vec<f32>>;
     /// Packs a low-rank pair A (r, k) and B (columns, r), with its scale, in the dtype of the weight.
     fn low_rank(&self, a: Operand, b: Operand) -> Result<LowRank>;
+    /// The weight (columns, k), valid as long as the layer.
+    fn matrix(&self) -> PackedMatrix;
     /// x (M, k) of any layout -> y (M, columns)
     fn forward(&self, x: Operand, low_rank: Option<&LowRank>) -> Result<CpuStorage>;
     /// x (M, k) of any layout -> y (M, columns) in f32, not rounded to the dtype of the weight
@@ -47,6 +49,8 @@ pub(crate) trait BlockLayer: Send + Sync {
     /// Packs a low-rank pair in the dtype of the weights, with its scale: A (r, H), B of gate (I, r)
     /// and of up (I, r); or A (r, I) and B of down (H, r).
     fn low_rank(&self, a: Operand, b: &[Operand]) -> Result<LowRank>;
+    /// gate, up (I, H) and down (H, I), valid as long as the layer.
+    fn matrices(&self) -> [PackedMatrix; 3];
     /// x (M, H) of any layout -> y (M, H), with the pairs of gate and up, and of down.
     fn forward(&self, x: Operand, low_rank: [Option<&LowRank>; 2]) -> Result<CpuStorage>;
     /// The memory of gate and up, and of down.
@@ -136,6 +140,10 @@ impl<T: Io + Stored> LinearLayer for Linear<T> {
         LowRank::new::<T>(&self.projection, a, &[b])
     }
 
+    fn matrix(&self) -> PackedMatrix {
+        self.projection.matrix(Columns::All)
+    }
+
     fn forward(&self, (x, layout): Operand, low_rank: Option<&LowRank>) -> Result<CpuStorage> {
         Ok(T::to_cpu_storage_owned(Linear::forward(self, matrix(x, layout)?, low_rank)))
     }
@@ -185,6 +193,10 @@ impl<T: Io + Stored> BlockLayer for Block<T> {
     fn low_rank(&self, a: Operand, b: &[Operand]) -> Result<LowRank> {
         let base = if b.len() == 1 { &self.down } else { &self.gate_up };
         LowRank::new::<T>(base, a, b)
+    }
+
+    fn matrices(&self) -> [PackedMatrix; 3] {
+        Which::ALL.map(|which| self.projection(which).matrix(columns(which)))
     }
 
     fn forward(&self, (x, layout): Operand, low_rank: [Option<&LowRank>; 2]) -> Result<CpuStorage> {

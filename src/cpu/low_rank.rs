@@ -24,7 +24,11 @@ pub(crate) struct LowRank {
 impl LowRank {
     /// The addend of `base`. `a` (r, k) and `b` (rows, r) are matrices of any layout in T; `b` has
     /// one matrix for the columns of the base, or one for each half of them.
-    pub(super) fn new<T: Io + Stored>(base: &Projection, a: Operand, b: &[Operand]) -> Result<Self> {
+    pub(super) fn new<T: Io + Stored>(
+        base: &Projection,
+        a: Operand,
+        b: &[Operand],
+    ) -> Result<Self> {
         let a = matrix::<T>(a.0, a.1)?;
         let kernels = base.kernels();
         let panels = |columns, k| Panels::zeroed(PanelLayout::new(&kernels.sweep, columns, k));

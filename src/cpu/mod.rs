@@ -44,7 +44,10 @@ pub(crate) use gate::{gate_backward, gate_forward};
 pub(crate) use kernels::CpuKernels;
 pub(crate) use layer::{BlockLayer, LinearLayer, block, linear};
 pub(crate) use low_rank::LowRank;
-pub(crate) use train::{BlockOperands, BlockWanted, LinearWanted, Operand, SavedGateUp, Trained};
+pub(crate) use train::{
+    BlockOperands, BlockWanted, Dropout, LinearWanted, LowRankGradients, LowRankOperands, Operand,
+    Saved, Trained, WeightOperand,
+};
 
 use self::tuning::CpuFamily;
 use crate::error::{Error, Result};

@@ -21,7 +21,7 @@ use super::threads::{self, Phase, SendPtr};
 
 /// The columns of each panel that a matrix fills.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Columns {
+pub(crate) enum Columns {
     /// All of them: row n of W becomes column n.
     All,
     /// The first half: gate_proj.
@@ -32,7 +32,7 @@ pub(super) enum Columns {
 
 /// How a matrix is divided into panels, streams and steps.
 #[derive(Clone, Copy)]
-pub(super) struct PanelLayout {
+pub(crate) struct PanelLayout {
     format: Format,
     /// K
     k: usize,
@@ -111,6 +111,11 @@ impl PanelLayout {
     /// Multiply-adds of one row of A, padding included.
     pub(super) fn multiply_adds(&self) -> usize {
         self.count * self.panel_stride() / self.format.column_bytes() * self.format.k_step()
+    }
+
+    /// How the columns are stored.
+    pub(super) fn format(&self) -> Format {
+        self.format
     }
 
     /// Values of k in a step.
@@ -211,7 +216,7 @@ impl PanelLayout {
 
 /// Panels in memory that outlives the view.
 #[derive(Clone, Copy)]
-pub(super) struct PanelsRef {
+pub(crate) struct PanelsRef {
     pub(super) layout: PanelLayout,
     data: *const u8,
 }
@@ -227,6 +232,69 @@ impl PanelsRef {
         assert!(panel < self.layout.count);
         // SAFETY: there are `count` panels of this size.
         unsafe { self.data.add(panel * self.layout.panel_stride()) }
+    }
+}
+
+/// A matrix (rows, k) within panels that outlive the view.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedMatrix {
+    pub(super) panels: PanelsRef,
+    pub(super) columns: Columns,
+    pub(super) rows: usize,
+}
+
+impl PackedMatrix {
+    pub(super) fn k(&self) -> usize {
+        self.panels.layout.k
+    }
+
+    /// Writes some rows and values of k side by side, row by row, as they were packed.
+    ///
+    /// # Safety
+    /// The matrix has them; `to` has room for them.
+    pub(super) unsafe fn read(&self, rows: Range<usize>, k: Range<usize>, to: *mut u8) {
+        debug_assert!(rows.end <= self.rows && k.end <= self.k());
+        // SAFETY: the caller's contract; elements of these formats have these sizes.
+        unsafe {
+            match self.panels.layout.format {
+                Format::F32 => self.read_as::<u32, 1>(rows, k, to.cast()),
+                Format::F16 => self.read_as::<u16, 1>(rows, k, to.cast()),
+                Format::Bf16 if k.start.is_multiple_of(2) && k.len().is_multiple_of(2) => {
+                    let pairs = k.start / 2..k.end / 2;
+                    self.read_as::<u32, 1>(rows, pairs, to.cast());
+                }
+                Format::Bf16 => self.read_as::<u16, 2>(rows, k, to.cast()),
+            }
+        }
+    }
+
+    /// [`PackedMatrix::read`] with K_STEP elements E in a column of a step.
+    unsafe fn read_as<E: Copy, const K_STEP: usize>(
+        &self,
+        rows: Range<usize>,
+        k: Range<usize>,
+        to: *mut E,
+    ) {
+        let layout = &self.panels.layout;
+        let (width, first) = layout.share(self.columns);
+        let mut row = rows.start;
+        while row < rows.end {
+            let (panel, column) = (row / width, row % width);
+            let count = (width - column).min(rows.end - row);
+            // SAFETY: the caller's contract; a panel has all steps of its columns.
+            unsafe {
+                let from = self.panels.panel(panel).add((first + column) * layout.column_bytes());
+                let to = to.add((row - rows.start) * k.len());
+                for at in k.clone() {
+                    let from = from.add(layout.step_offset(at / K_STEP)).cast::<E>();
+                    let (from, to) = (from.add(at % K_STEP), to.add(at - k.start));
+                    for i in 0..count {
+                        to.add(i * k.len()).write_unaligned(*from.add(i * K_STEP));
+                    }
+                }
+            }
+            row += count;
+        }
     }
 }
 

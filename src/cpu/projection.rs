@@ -4,7 +4,7 @@ use super::buffer::Buffer;
 use super::epilogue::PanelSums;
 use super::format::Format;
 use super::kernels::{CpuKernels, FormatKernels};
-use super::panels::{Columns, PanelLayout, Panels};
+use super::panels::{Columns, PackedMatrix, PanelLayout, Panels};
 use super::sweep::Sweep;
 
 /// A projection's packed weight and bias, and the kernels for its format.
@@ -80,6 +80,11 @@ impl Projection {
             None => std::ptr::null(),
         };
         PanelSums { sums, rows, bias }
+    }
+
+    /// The rows of `columns`.
+    pub(super) fn matrix(&self, columns: Columns) -> PackedMatrix {
+        PackedMatrix { panels: self.weight.view(), columns, rows: self.columns }
     }
 
     pub(super) fn kernels(&self) -> &'static FormatKernels {

@@ -9,10 +9,13 @@ use candle_core::{
 use half::{bf16, f16};
 
 use super::adapted::Pairs;
-use super::low_rank::Addend;
-use super::trained::on_cpu;
-use super::{BlockSpec, Projection, backward, check_addressable, run, set_views};
-use crate::cpu::{self, BlockLayer, LinearLayer, LowRank, Operand};
+use super::function::{Value, gradient};
+use super::trained::{check_rows, on_cpu, value};
+use super::{BlockSpec, Projection, check_addressable, cpu_lora, run, set_views};
+use crate::cpu::{
+    self, BlockLayer, BlockOperands, BlockWanted, LinearLayer, LinearWanted, LowRankOperands,
+    Operand, Saved, Trained, WeightOperand,
+};
 use crate::error::{Error, Result};
 use crate::load::FusedOrder;
 use crate::lora::Lora;
@@ -69,12 +72,12 @@ impl super::Builder for BlockBuilder {
 
 /// A packed block. Clones share the weights.
 #[derive(Clone)]
-pub(super) struct Block(Arc<Inner>);
+pub(super) struct Block(pub(super) Arc<Inner>);
 
-struct Inner {
-    layer: Box<dyn BlockLayer>,
-    spec: BlockSpec,
-    dtype: DType,
+pub(super) struct Inner {
+    pub(super) layer: Box<dyn BlockLayer>,
+    pub(super) spec: BlockSpec,
+    pub(super) dtype: DType,
     kernel: &'static str,
     /// Whether each matrix has a bias. The packed biases of gate and up are one buffer, which is
     /// zero where only the other has a bias.
@@ -120,7 +123,7 @@ impl super::Block for Block {
     }
 
     fn with_lora(&self, pairs: &Pairs) -> Result<Option<Arc<dyn super::Block>>> {
-        Ok(Some(Arc::new(AdaptedBlock::new(self.clone(), pairs)?)))
+        Ok(Some(Arc::new(cpu_lora::Block::new(self.clone(), pairs)?)))
     }
 
     fn packed_bytes(&self) -> Vec<&[u8]> {
@@ -139,106 +142,71 @@ impl CustomOp1 for Block {
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        backward::block(self, &self.0.spec, x, dy).map(Some)
-    }
-}
-
-/// A packed block with low-rank pairs. Clones share the weights and the pairs.
-#[derive(Clone)]
-struct AdaptedBlock(Arc<AdaptedInner>);
-
-struct AdaptedInner {
-    base: Block,
-    pairs: Pairs,
-    /// The packed pairs of gate and up, and of down, if they are constants.
-    low_rank: [Option<LowRank>; 2],
-}
-
-impl AdaptedBlock {
-    fn new(base: Block, pairs: &Pairs) -> Result<Self> {
-        let (inner, dtype) = (&*base.0, base.0.dtype);
-        let BlockSpec { hidden_size, intermediate_size, .. } = inner.spec;
-        let pack = |pairs: &[Option<Lora>], rows| {
-            let addend = Addend::new(pairs, rows, dtype, 1.0)?;
-            addend.map(|addend| pack(&addend, |a, b| inner.layer.low_rank(a, b))).transpose()
+        let dx = match self.0.dtype {
+            DType::F32 => self.0.dx::<f32>(x, dy),
+            DType::BF16 => self.0.dx::<bf16>(x, dy),
+            _ => self.0.dx::<f16>(x, dy),
         };
-        let low_rank = [pack(&pairs[..2], intermediate_size)?, pack(&pairs[2..], hidden_size)?];
-        Ok(Self(Arc::new(AdaptedInner { base, pairs: pairs.clone(), low_rank })))
+        gradient("swiglu block gradient", dx?, Some(x)).map(Some)
     }
 }
 
-impl fmt::Debug for AdaptedBlock {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("cpu::AdaptedBlock").field(&self.0.base).field(&self.0.pairs).finish()
+impl Inner {
+    /// Calls `f` with the block's operands and these addends.
+    pub(super) fn with_operands<R>(
+        &self,
+        low_rank: [Option<LowRankOperands>; 2],
+        f: impl FnOnce(BlockOperands) -> Result<R>,
+    ) -> Result<R> {
+        let biases = Which::ALL.map(|which| self.layer.bias(which));
+        f(BlockOperands {
+            glu: self.spec.glu,
+            down_multiplier: self.spec.down_multiplier,
+            weights: self.layer.matrices().map(WeightOperand::Packed),
+            biases: biases.each_ref().map(Option::as_deref),
+            low_rank,
+        })
+    }
+
+    /// dx, with gate and up computed again.
+    fn dx<T: Trained>(&self, x: &Tensor, dy: &Tensor) -> candle_core::Result<Value> {
+        let BlockSpec { hidden_size, intermediate_size, .. } = self.spec;
+        check_rows(x, [hidden_size, intermediate_size])?;
+        let wanted = BlockWanted { x: true, ..BlockWanted::default() };
+        let gradients = with_storages([x, dy], |operands| {
+            self.with_operands([None; 2], |block| {
+                T::block_backward(cpu::selected()?, block, operands, &Saved::nothing(), &wanted)
+            })
+        })?;
+        Ok(value(gradients.x.unwrap_or_default(), x.shape().clone()))
     }
 }
 
-impl super::Block for AdaptedBlock {
-    fn dtype(&self) -> DType {
-        self.0.base.dtype()
-    }
-
-    fn device(&self) -> &Device {
-        &Device::Cpu
-    }
-
-    fn kernel(&self) -> &str {
-        self.0.base.kernel()
-    }
-
-    fn is_packed(&self) -> bool {
-        true
-    }
-
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        run(self, x)
-    }
-
-    fn weight(&self, which: Which) -> candle_core::Result<Tensor> {
-        self.0.base.weight(which)
-    }
-
-    fn bias(&self, which: Which) -> candle_core::Result<Option<Tensor>> {
-        self.0.base.bias(which)
-    }
-
-    fn packed_bytes(&self) -> Vec<&[u8]> {
-        self.0.base.packed_bytes()
-    }
-}
-
-impl CustomOp1 for AdaptedBlock {
-    fn name(&self) -> &'static str {
-        "swiglu block with LoRA"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let base = &*self.0.base.0;
-        let shape = output_shape(layout, base.spec.hidden_size)?;
-        Ok((base.layer.forward((x, layout), self.0.low_rank.each_ref().map(Option::as_ref))?, shape))
-    }
-}
-
-/// Calls `f` with the storages of an addend.
-fn pack<R>(
-    Addend { a, b }: &Addend,
-    f: impl FnOnce(Operand, &[Operand]) -> Result<R>,
+/// Calls `f` with the storages of tensors on the CPU.
+pub(super) fn with_storages<R, const N: usize>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([Operand; N]) -> Result<R>,
 ) -> candle_core::Result<R> {
-    let a = a.storage_and_layout();
-    let b: Vec<_> = b.iter().map(Tensor::storage_and_layout).collect();
-    let b = b.iter().map(|(b, layout)| on_cpu((&**b, *layout))).collect::<candle_core::Result<Vec<_>>>()?;
-    Ok(f(on_cpu((&*a.0, a.1))?, &b)?)
+    let storages = tensors.map(Tensor::storage_and_layout);
+    let mut operands = Vec::with_capacity(N);
+    for (storage, layout) in &storages {
+        operands.push(on_cpu((&**storage, *layout))?);
+    }
+    match operands.try_into() {
+        Ok(operands) => Ok(f(operands)?),
+        Err(_) => candle_core::bail!("a tensor without storage"),
+    }
 }
 
 /// A packed linear layer. Clones share the weight.
 #[derive(Clone)]
-pub(super) struct Linear(Arc<LinearInner>);
+pub(super) struct Linear(pub(super) Arc<LinearInner>);
 
-struct LinearInner {
-    layer: Box<dyn LinearLayer>,
+pub(super) struct LinearInner {
+    pub(super) layer: Box<dyn LinearLayer>,
     /// (out, in)
-    shape: (usize, usize),
-    dtype: DType,
+    pub(super) shape: (usize, usize),
+    pub(super) dtype: DType,
     kernel: &'static str,
 }
 
@@ -287,6 +255,10 @@ impl Projection for Linear {
         run(&OutputF32(self.clone()), x)
     }
 
+    fn with_lora(&self, pair: &Lora) -> Result<Option<Arc<dyn Projection>>> {
+        Ok(Some(Arc::new(cpu_lora::Linear::new(self.clone(), pair)?)))
+    }
+
     fn weight(&self) -> candle_core::Result<Tensor> {
         let (rows, k) = self.0.shape;
         tensor(self.0.layer.rows(&mut (0..rows)), k)
@@ -315,8 +287,26 @@ impl CustomOp1 for Linear {
         Ok((self.0.layer.forward((x, layout), None)?, shape))
     }
 
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        backward::projection(self, dy).map(Some)
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let dx = match self.0.dtype {
+            DType::F32 => self.0.dx::<f32>(x, dy),
+            DType::BF16 => self.0.dx::<bf16>(x, dy),
+            _ => self.0.dx::<f16>(x, dy),
+        };
+        gradient("packed linear gradient", dx?, Some(x)).map(Some)
+    }
+}
+
+impl LinearInner {
+    /// dx = dy·W
+    fn dx<T: Trained>(&self, x: &Tensor, dy: &Tensor) -> candle_core::Result<Value> {
+        check_rows(x, [self.shape.0, self.shape.1])?;
+        let wanted = LinearWanted { x: true, ..LinearWanted::default() };
+        let gradients = with_storages([x, dy], |operands| {
+            let weight = WeightOperand::Packed(self.layer.matrix());
+            T::linear_backward(cpu::selected()?, weight, operands, wanted)
+        })?;
+        Ok(value(gradients.x.unwrap_or_default(), x.shape().clone()))
     }
 }
 
@@ -336,13 +326,13 @@ impl CustomOp1 for OutputF32 {
     }
 
     /// dx = dy·W, with dy rounded to the dtype of W
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        backward::projection(&self.0, &dy.to_dtype(x.dtype())?).map(Some)
+    fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.0.bwd(x, y, &dy.to_dtype(x.dtype())?)
     }
 }
 
 /// (M, columns), if y is addressable: x may be a broadcast view with more rows than fit in memory.
-fn output_shape(x: &Layout, columns: usize) -> Result<Shape> {
+pub(super) fn output_shape(x: &Layout, columns: usize) -> Result<Shape> {
     let rows = x.dims()[0];
     check_addressable("y", rows, columns)?;
     Ok(Shape::from((rows, columns)))

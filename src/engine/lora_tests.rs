@@ -42,7 +42,8 @@ fn case(dtype: DType, pair_dtype: DType, ranks: [usize; 3], dropout: f32) -> Res
     let (mut pairs, mut wide_pairs) = ([None, None, None], [None, None, None]);
     for (i, r) in ranks.into_iter().enumerate().filter(|(_, r)| *r > 0) {
         let (rows, k) = if i == 2 { (H, I) } else { (I, H) };
-        let ([a, a64], [b, b64]) = (normal((r, k), 0.2, pair_dtype)?, normal((rows, r), 0.2, pair_dtype)?);
+        let ([a, a64], [b, b64]) =
+            (normal((r, k), 0.2, pair_dtype)?, normal((rows, r), 0.2, pair_dtype)?);
         let scale = [0.5, 1.7, 2.0][i];
         pairs[i] = Some(Lora::new(a, b, scale, dropout)?);
         wide_pairs[i] = Some(Lora::new(a64, b64, scale, dropout)?);
@@ -85,5 +86,129 @@ fn pairs_of_packed_blocks() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// The gradients of x and of the pairs have at most twice the error of candle's matmuls, with gate
+/// and up kept and computed again.
+#[test]
+fn gradients_of_packed_blocks_with_pairs() -> Result<()> {
+    for (dtype, pair_dtype) in [
+        (DType::F32, DType::F32),
+        (DType::BF16, DType::BF16),
+        (DType::BF16, DType::F32),
+        (DType::F16, DType::F16),
+    ] {
+        for (ranks, rows) in RANKS.into_iter().zip([33, 600, 1, 7, 130]) {
+            let case = case(dtype, pair_dtype, ranks, 0.0)?;
+            let (pairs, vars) = variables(&case.pairs)?;
+            let (wide_pairs, wide_vars) = variables(&case.wide_pairs)?;
+            let fused = adapted::block(&case.block, &spec(), pairs.clone())?;
+            let wide = adapted::block(&case.wide, &spec(), wide_pairs)?;
+            let composed = adapted::composed_block(&case.block, &spec(), pairs);
+            let ([x, x64], [dy, dy64]) =
+                (normal((rows, H), 1.0, dtype)?, normal((rows, H), 1.0, dtype)?);
+            let (x, x64) = (Var::from_tensor(&x)?, Var::from_tensor(&x64)?);
+            let (inputs, wide_inputs) =
+                ([vec![x.clone()], vars].concat(), [vec![x64.clone()], wide_vars].concat());
+            let expected = gradients(&*wide, &x64, &dy64, &wide_inputs)?;
+            let naive = gradients(&*composed, &x, &dy, &inputs)?;
+            for recompute in [false, true] {
+                let block = fused.with_recompute(recompute).ok_or_else(no_choice)?;
+                let found = gradients(&*block, &x, &dy, &inputs)?;
+                for (i, ((found, naive), expected)) in
+                    found.iter().zip(&naive).zip(&expected).enumerate()
+                {
+                    assert_eq!(found.dtype(), inputs[i].dtype());
+                    let (found, naive) = (distance(found, expected)?, distance(naive, expected)?);
+                    let size = expected.sqr()?.mean_all()?.to_scalar::<f64>()?.sqrt();
+                    let bound = if dtype == DType::F32 { 2e-6 * size } else { 2.0 * naive };
+                    let what = format!("{dtype:?} {pair_dtype:?} {ranks:?} {rows} input {i}");
+                    assert!(found <= bound, "{what}: {found} {naive} {size}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn no_choice() -> candle_core::Error {
+    candle_core::Error::Msg("no choice".into())
+}
+
+/// The pairs as variables.
+fn variables(pairs: &Pairs) -> Result<(Pairs, Vec<Var>)> {
+    let (mut all, mut vars) = ([None, None, None], vec![]);
+    for (to, pair) in all.iter_mut().zip(pairs) {
+        let Some(pair) = pair else { continue };
+        let (a, b) = (Var::from_tensor(pair.a())?, Var::from_tensor(pair.b())?);
+        *to = Some(Lora::new(
+            a.as_tensor().clone(),
+            b.as_tensor().clone(),
+            pair.scale(),
+            pair.dropout(),
+        )?);
+        vars.extend([a, b]);
+    }
+    Ok((all, vars))
+}
+
+fn gradients(block: &dyn Block, x: &Tensor, dy: &Tensor, inputs: &[Var]) -> Result<Vec<Tensor>> {
+    let store = super::backward(&(block.forward(x)? * dy)?.sum_all()?)?;
+    let gradient = |var: &Var| store.get(var).cloned().ok_or_else(no_choice);
+    inputs.iter().map(gradient).collect()
+}
+
+/// The base has no gradient, and x has none if nobody asks for it.
+#[test]
+fn only_pairs_have_gradients() -> Result<()> {
+    let case = case(DType::F32, DType::F32, [4, 0, 2], 0.3)?;
+    let (pairs, vars) = variables(&case.pairs)?;
+    let block = adapted::block(&case.block, &spec(), pairs)?;
+    let [x, _] = normal((5, H), 1.0, DType::F32)?;
+    let store = super::backward(&block.forward(&x)?.sqr()?.sum_all()?)?;
+    assert!(vars.iter().all(|var| store.get(var).is_some()));
+    assert!(store.get(&x).is_none());
+    Ok(())
+}
+
+/// With p = 1 the pairs have no effect and no gradients but zeros.
+#[test]
+fn everything_is_dropped() -> Result<()> {
+    let case = case(DType::F32, DType::F32, [4, 3, 2], 1.0)?;
+    let (pairs, vars) = variables(&case.pairs)?;
+    let block = adapted::block(&case.block, &spec(), pairs)?;
+    let [x, _] = normal((5, H), 1.0, DType::F32)?;
+    let y = block.forward(&x)?;
+    assert!(distance(&y, &case.block.forward(&x)?)? == 0.0);
+    let store = super::backward(&y.sqr()?.sum_all()?)?;
+    for var in &vars {
+        let gradient = store.get(var).ok_or_else(no_choice)?;
+        assert_eq!(gradient.abs()?.max_all()?.to_scalar::<f32>()?, 0.0);
+    }
+    Ok(())
+}
+
+/// The mean over many masks is the result without dropout, to first order: gate and up are linear
+/// in the masked x, and `Identity` without a gate's product keeps y linear in one pair.
+#[test]
+fn dropout_is_unbiased() -> Result<()> {
+    let case = case(DType::F32, DType::F32, [0, 3, 0], 0.5)?;
+    let (pairs, _) = variables(&case.pairs)?;
+    let block = adapted::block(&case.block, &spec(), pairs)?;
+    let [x, x64] = normal((3, H), 1.0, DType::F32)?;
+    let wide_pairs = case.wide_pairs.map(|pair| pair.map(|p| Lora { dropout: 0.0, ..p }));
+    let expected = adapted::block(&case.wide, &spec(), wide_pairs)?.forward(&x64)?;
+    let calls = 2000;
+    let (mut sum, mut squares) = (expected.zeros_like()?, expected.zeros_like()?);
+    for _ in 0..calls {
+        let y = (block.forward(&x)?.detach().to_dtype(DType::F64)? - &expected)?;
+        (sum, squares) = ((sum + &y)?, (squares + y.sqr()?)?);
+    }
+    // y is linear in up, so the mean of the differences is 0 within some standard errors.
+    let error = (squares / calls as f64)?.sqrt()?;
+    let deviations = ((sum / calls as f64)?.abs()? / (error / f64::from(calls).sqrt())?)?;
+    let most = deviations.max_all()?.to_scalar::<f64>()?;
+    assert!(most < 5.0, "{most} standard errors");
     Ok(())
 }

@@ -28,7 +28,10 @@ impl Addend {
         let all: Vec<&Lora> = pairs.iter().flatten().collect();
         let Some(first) = all.first() else { return Ok(None) };
         let device = first.a().device().clone();
-        let a: Vec<Tensor> = all.iter().map(|pair| pair.a().detach().to_dtype(dtype)).collect::<candle_core::Result<_>>()?;
+        let a: Vec<Tensor> = all
+            .iter()
+            .map(|pair| pair.a().detach().to_dtype(dtype))
+            .collect::<candle_core::Result<_>>()?;
         let ranks: usize = all.iter().map(|pair| rank(pair)).sum();
         let (mut b, mut start) = (vec![], 0);
         for pair in pairs {

@@ -15,6 +15,7 @@
 pub(crate) mod adapted;
 mod backward;
 mod cpu;
+mod cpu_lora;
 mod direct;
 mod function;
 mod gpu;

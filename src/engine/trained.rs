@@ -8,7 +8,9 @@ use half::{bf16, f16};
 
 use super::function::{Value, function, gradient};
 use super::{BlockSpec, Projection, check_addressable, is_tracked, plain};
-use crate::cpu::{self, BlockOperands, BlockWanted, LinearWanted, Operand, SavedGateUp, Trained};
+use crate::cpu::{
+    self, BlockOperands, BlockWanted, LinearWanted, Operand, Saved, Trained, WeightOperand,
+};
 use crate::error::{Error, Result};
 use crate::load::{FusedOrder, GateUp, Weights, split};
 use crate::which::Which;
@@ -188,6 +190,7 @@ impl Inner {
             weights: [gate_up[0], gate_up[1], is_tracked(&self.weights.down_proj)],
             biases: [gate_bias, up_bias, tracked(&self.weights.down_bias)],
             fused,
+            low_rank: [false; 2],
         }
     }
 
@@ -206,8 +209,9 @@ impl Inner {
         Ok(f(BlockOperands {
             glu: self.spec.glu,
             down_multiplier: self.spec.down_multiplier,
-            weights: [on_cpu(gate)?, on_cpu(up)?, on_cpu(down)?],
+            weights: [on_cpu(gate)?, on_cpu(up)?, on_cpu(down)?].map(WeightOperand::Tensor),
             biases: biases.each_ref().map(Option::as_deref),
+            low_rank: [None; 2],
         })?)
     }
 
@@ -227,7 +231,7 @@ impl Inner {
         let (this, x) = (self.clone(), x.clone());
         let under = inputs.first().cloned();
         let backward = move |dy: &Tensor| {
-            let gradients = this.gradients::<T>([&x, dy], saved.as_ref(), &wanted)?;
+            let gradients = this.gradients::<T>([&x, dy], &saved, &wanted)?;
             gradients_of(BLOCK_GRADIENT, gradients, under.as_ref())
         };
         function(BLOCK, value, &inputs, backward)
@@ -236,7 +240,7 @@ impl Inner {
     fn gradients<T: Trained>(
         &self,
         [x, dy]: [&Tensor; 2],
-        saved: Option<&SavedGateUp<T>>,
+        saved: &Saved<T>,
         wanted: &BlockWanted,
     ) -> candle_core::Result<Vec<Value>> {
         let storages = [x, dy].map(Tensor::storage_and_layout);
@@ -281,7 +285,7 @@ fn fuse(biases: [Option<Vec<f32>>; 3], fused: Option<FusedOrder>) -> [Option<Vec
     }
 }
 
-fn value<T: Trained>(data: Vec<T>, shape: impl Into<Shape>) -> Value {
+pub(super) fn value<T: Trained>(data: Vec<T>, shape: impl Into<Shape>) -> Value {
     Value(T::to_cpu_storage_owned(data), shape.into())
 }
 
@@ -293,7 +297,7 @@ fn bias_value<T: Trained>(values: Vec<f32>) -> Value {
 
 /// The matrices with a row for each row of x, and the scratch of a chunk of rows, are addressable:
 /// x may be a broadcast view with more rows than fit in memory.
-fn check_rows(x: &Tensor, columns: [usize; 2]) -> Result<()> {
+pub(super) fn check_rows(x: &Tensor, columns: [usize; 2]) -> Result<()> {
     const CHUNK: usize = 512;
     const PADDING: usize = 128; // columns of panels and strides
     let rows = x.dims().first().copied().unwrap_or_default().max(CHUNK);
@@ -303,7 +307,9 @@ fn check_rows(x: &Tensor, columns: [usize; 2]) -> Result<()> {
 }
 
 /// The storage on the CPU, with its layout.
-pub(super) fn on_cpu<'a>((storage, layout): (&'a Storage, &'a Layout)) -> candle_core::Result<Operand<'a>> {
+pub(super) fn on_cpu<'a>(
+    (storage, layout): (&'a Storage, &'a Layout),
+) -> candle_core::Result<Operand<'a>> {
     match storage {
         Storage::Cpu(storage) => Ok((storage, layout)),
         _ => bail!("a tensor of a trained layer is not on the CPU"),
@@ -393,7 +399,8 @@ impl LinearInner {
         let [x_operand, weight] =
             storages.each_ref().map(|(storage, layout)| (&**storage, *layout));
         let (x_operand, weight) = (on_cpu(x_operand)?, on_cpu(weight)?);
-        let y = T::linear_forward(cpu::selected()?, weight, values, x_operand)?;
+        let y =
+            T::linear_forward(cpu::selected()?, WeightOperand::Tensor(weight), values, x_operand)?;
         let shape = Shape::from((x.dim(0)?, self.weight.dim(0)?));
         let (this, x) = (self.clone(), x.clone());
         let under = inputs.first().cloned();
@@ -412,7 +419,8 @@ impl LinearInner {
         let storages = [x, dy, &self.weight].map(Tensor::storage_and_layout);
         let [x_operand, dy, weight] =
             storages.each_ref().map(|(storage, layout)| (&**storage, *layout));
-        let (operands, weight) = ([on_cpu(x_operand)?, on_cpu(dy)?], on_cpu(weight)?);
+        let operands = [on_cpu(x_operand)?, on_cpu(dy)?];
+        let weight = WeightOperand::Tensor(on_cpu(weight)?);
         let gradients = T::linear_backward(cpu::selected()?, weight, operands, wanted)?;
         let mut all = vec![];
         all.extend(gradients.x.map(|dx| value(dx, x.shape().clone())));

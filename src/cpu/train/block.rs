@@ -4,15 +4,17 @@
 //! gate = x·Wgᵀ + bg   up = x·Wuᵀ + bu   h = act(gate) ⊙ up   y = m·(h·Wdᵀ + bd)
 //! ```
 //!
-//! `backward.rs` has the gradients.
+//! gate, up and down may have low-rank addends (`low_rank.rs`). `backward.rs` has the gradients.
 
 use std::ops::Range;
 
 use super::arena::{Arena, Memory};
-use super::gemm::{A, B, Gemm, Own};
+use super::gemm::{A, B, Gemm, Own, Source};
 use super::grid::Grid;
 use super::intake::Intake;
-use super::products::{RowProduct, Target};
+use super::low_rank::{LowRank, Mask, RankRows};
+use super::products::{RowProduct, Rows, Target};
+use super::scratch::{Needs, OwnOffsets};
 use super::{chunks, padded_bias, threads_for};
 use crate::cpu::epilogue::PanelSums;
 use crate::cpu::kernels::Io;
@@ -23,30 +25,42 @@ use crate::cpu::sweep::Sums;
 use crate::cpu::threads::{self, Phase};
 use crate::gate::activation::Glu;
 
-/// The formula, the weights gate and up (I,H), down (H,I), and their biases.
+/// The formula, the weights gate and up (I,H), down (H,I), their biases, and the addends of gate and
+/// up, and of down.
 pub(super) struct Block<'a, T: 'static> {
     pub(super) gemm: Gemm<T>,
     pub(super) glu: Glu,
     pub(super) down_multiplier: f32,
-    pub(super) weights: [Matrix<'a, T>; 3],
+    pub(super) weights: [Source<'a, T>; 3],
     pub(super) biases: [Option<Vec<f32>>; 3],
+    pub(super) low_rank: [Option<LowRank<'a, T>>; 2],
 }
 
-/// gate and up (M, I), rounded to T, in rows of [`Block::saved_stride`] elements.
-pub(crate) struct SavedGateUp<T> {
-    pub(super) gate: Vec<T>,
-    pub(super) up: Vec<T>,
+/// What the forward pass keeps for the backward pass.
+pub(crate) struct Saved<T> {
+    /// gate and up (M, I), rounded to T, in rows of [`Block::saved_stride`] elements. Without them
+    /// they are computed again.
+    pub(super) gate_up: Option<[Vec<T>; 2]>,
+    /// u of each addend.
+    pub(super) u: [Option<RankRows>; 2],
+}
+
+impl<T> Saved<T> {
+    /// Nothing: gate and up are computed again, of a block without addends.
+    pub(crate) fn nothing() -> Self {
+        Self { gate_up: None, u: [None, None] }
+    }
 }
 
 impl<'a, T: Io> Block<'a, T> {
     /// H
     pub(super) fn hidden_size(&self) -> usize {
-        self.weights[0].k
+        self.weights[0].k()
     }
 
     /// I
     pub(super) fn intermediate_size(&self) -> usize {
-        self.weights[0].rows
+        self.weights[0].rows()
     }
 
     pub(super) fn threads(&self, rows: usize) -> usize {
@@ -64,7 +78,17 @@ impl<'a, T: Io> Block<'a, T> {
     }
 
     pub(super) fn gate_up(&self) -> B<'a, T> {
-        B::Pair([self.weights[0], self.weights[1]])
+        match self.weights[0] {
+            Source::Packed(packed) if self.gemm.reads(&packed.panels) => B::Panels(packed.panels),
+            gate => B::Pair([gate, self.weights[1]]),
+        }
+    }
+
+    fn down(&self) -> B<'a, T> {
+        match self.weights[2] {
+            Source::Packed(packed) if self.gemm.reads(&packed.panels) => B::Panels(packed.panels),
+            down => B::Matrix(down),
+        }
     }
 
     /// The biases of gate and up in the order of the panels, if there is one.
@@ -123,8 +147,8 @@ impl<'a, T: Io> Block<'a, T> {
         unsafe { saved.set_len(rows * stride) };
     }
 
-    /// x (M,H) -> y (M,H), and gate and up with `save`.
-    pub(super) fn forward(&self, x: Matrix<T>, save: bool) -> (Vec<T>, Option<SavedGateUp<T>>) {
+    /// x (M,H) -> y (M,H), and what the backward pass reads; gate and up are kept with `save`.
+    pub(super) fn forward(&self, x: Matrix<T>, save: bool) -> (Vec<T>, Saved<T>) {
         x.check();
         let h = self.hidden_size();
         let mut y: Vec<T> = Vec::with_capacity(x.rows * h);
@@ -134,25 +158,44 @@ impl<'a, T: Io> Block<'a, T> {
             pages::advise_huge(rows.as_ptr().cast_mut(), rows.capacity());
             rows
         };
-        let mut saved = save.then(|| SavedGateUp { gate: rows(), up: rows() });
-        let targets = saved.as_mut().map(|saved| {
-            [&mut saved.gate, &mut saved.up].map(|rows| Target::new(rows, self.saved_stride()))
+        let mut gate_up = save.then(|| [rows(), rows()]);
+        let targets = gate_up
+            .as_mut()
+            .map(|saved| saved.each_mut().map(|rows| Target::new(rows, self.saved_stride())));
+        let u = self.low_rank.each_ref().map(|addend| {
+            addend.as_ref().map(|addend| RankRows::new(&self.gemm, x.rows, addend.rank()))
         });
         let to = Target::new(&mut y, h);
         let biases = [self.gate_up_bias(), padded_bias(self.biases[2].as_deref(), self.gemm.nr())];
         for rows in chunks(x.rows) {
-            let targets = targets.map(|targets| targets.map(|target| target.row(rows.start)));
-            let y = to.row(rows.start);
-            Forward::new(self, x.rows(rows), targets, &biases, y).run();
+            let chunk = Chunk {
+                x: x.rows(rows.clone()),
+                first_row: rows.start,
+                saved: targets.map(|targets| targets.map(|target| target.row(rows.start))),
+                u: u.each_ref().map(|u| u.as_ref().map(|u| u.a(self.gemm.a_bytes(), rows.start))),
+                y: to.row(rows.start),
+            };
+            Forward::new(self, chunk, &biases).run();
         }
         // SAFETY: every chunk has written all its rows.
         unsafe { y.set_len(x.rows * h) };
-        for rows in saved.iter_mut().flat_map(|saved| [&mut saved.gate, &mut saved.up]) {
+        for rows in gate_up.iter_mut().flatten() {
             // SAFETY: as above, but for the columns beyond gate's and up's panels.
             unsafe { self.finish_saved(rows, x.rows) };
         }
-        (y, saved)
+        (y, Saved { gate_up, u })
     }
+}
+
+/// The rows of one chunk.
+struct Chunk<'a, T> {
+    x: Matrix<'a, T>,
+    first_row: usize,
+    /// Rows of gate and of up.
+    saved: Option<[Target<T>; 2]>,
+    /// Rows of u of each addend.
+    u: [Option<A>; 2],
+    y: Target<T>,
 }
 
 /// The forward pass of one chunk.
@@ -160,13 +203,20 @@ struct Forward<'a, T: 'static> {
     block: &'a Block<'a, T>,
     threads: usize,
     memory: Memory,
-    sums: usize,
-    own: [usize; 2],
+    own: OwnOffsets,
     intake: Intake<'a, T>,
+    /// x with dropped elements, if there is a dropout.
+    dropped_x: Option<Intake<'a, T>>,
     h: A,
+    /// h with dropped elements.
+    dropped_h: Option<(A, Mask)>,
     gate: Grid,
     gate_up_bias: *const f32,
     saved: Option<[Target<T>; 2]>,
+    /// u of each addend.
+    u: [Option<RowProduct<'a, T>>; 2],
+    /// u of gate and up.
+    gate_up_u: Option<(A, B<'a, T>)>,
     down: RowProduct<'a, T>,
 }
 
@@ -176,45 +226,76 @@ unsafe impl<T: Io> Sync for Forward<'_, T> {}
 impl<'a, T: Io> Forward<'a, T> {
     fn new(
         block: &'a Block<'a, T>,
-        x: Matrix<'a, T>,
-        saved: Option<[Target<T>; 2]>,
+        chunk: Chunk<'a, T>,
         [gate_up_bias, down_bias]: &'a [Option<Vec<f32>>; 2],
-        y: Target<T>,
     ) -> Self {
-        let (gemm, rows, threads) = (block.gemm, x.rows, block.threads(x.rows));
+        let (gemm, rows, threads) = (block.gemm, chunk.x.rows, block.threads(chunk.x.rows));
+        let [gate_up_addend, down_addend] = &block.low_rank;
+        let mask = |addend: &Option<LowRank<T>>| addend.as_ref()?.mask(chunk.first_row);
+        let [x_mask, h_mask] = [mask(gate_up_addend), mask(down_addend)];
         let bytes = |stride: usize| (rows + gemm.sweep.row_padding()) * stride * gemm.a_bytes();
         let mut shared = Arena::default();
-        let [xa, h] = [block.x_stride(), block.h_stride()]
-            .map(|stride| (shared.piece(bytes(stride)), stride));
+        let mut piece = |stride| (shared.piece(bytes(stride)), stride);
+        let (xa, h) = (piece(block.x_stride()), piece(block.h_stride()));
+        let dropped_x = x_mask.map(|mask| (piece(block.x_stride()), mask));
+        let dropped_h = h_mask.map(|mask| (piece(block.h_stride()), mask));
         let gate = RowProduct::grid(&gemm, rows, block.gate_up_panels() * gemm.nr(), threads);
         let down = RowProduct::grid(&gemm, rows, block.hidden_size(), threads);
-        let sums = [gate, down].map(|grid| grid.group() * gemm.panel_sums(grid.row_block()));
+        let rank_grid = |addend: &LowRank<T>| RowProduct::grid(&gemm, rows, addend.rank(), threads);
+        let rank_grids = block.low_rank.each_ref().map(|addend| addend.as_ref().map(rank_grid));
+        let mut needs = Needs::default();
+        for grid in [gate, down].into_iter().chain(rank_grids.into_iter().flatten()) {
+            needs.add(&gemm, grid, (1, 1));
+        }
         let mut own = Arena::default();
-        let sums = own.piece(sums[0].max(sums[1]) * size_of::<f32>());
-        let pieces = [
-            own.piece(gemm.packed_bytes(gate.group().max(down.group()))),
-            own.piece(gemm.rewritten_bytes(rows)),
-        ];
+        let own_offsets = OwnOffsets::new(&gemm, needs, &mut own);
         let memory = Memory::new(shared, &own, threads);
+
         let a = |(offset, stride)| A { data: memory.at(offset), stride };
+        let (xa, h) = (a(xa), a(h));
         let bias = |bias: &Option<Vec<f32>>| bias.as_ref().map_or(std::ptr::null(), |b| b.as_ptr());
         let padded_k = gemm.layout(1, block.hidden_size()).padded_k();
+        let intake =
+            |a, mask| Intake { a: Some((a, padded_k)), mask, ..Intake::new(gemm, chunk.x) };
+        let dropped_x = dropped_x.map(|(piece, mask)| (a(piece), mask));
+        let dropped_h = dropped_h.map(|(piece, mask)| (a(piece), mask));
+        let inputs = [dropped_x.map_or(xa, |(a, _)| a), dropped_h.map_or(h, |(a, _)| a)];
+        let u = [0, 1].map(|i| {
+            let (addend, u) = (block.low_rank[i].as_ref()?, chunk.u[i]?);
+            Some(RowProduct {
+                gemm,
+                terms: vec![(inputs[i], addend.down())],
+                mask: None,
+                bias: std::ptr::null(),
+                factor: 1.0,
+                y: Rows::of_a(u, gemm.a_bytes()),
+                transposed: None,
+                columns: addend.rank(),
+                grid: rank_grids[i]?,
+            })
+        });
+        let addend = |i: usize| Some((chunk.u[i]?, block.low_rank[i].as_ref()?.up()));
         Self {
             block,
             threads,
-            sums,
-            own: pieces,
-            intake: Intake { gemm, from: x, a: Some((a(xa), padded_k)), transposed: None, b: None },
-            h: a(h),
+            own: own_offsets,
+            intake: intake(xa, None),
+            dropped_x: dropped_x.map(|(a, mask)| intake(a, Some(mask))),
+            h,
+            dropped_h,
             gate,
             gate_up_bias: bias(gate_up_bias),
-            saved,
+            saved: chunk.saved,
+            u,
+            gate_up_u: addend(0),
             down: RowProduct {
                 gemm,
-                terms: vec![(a(h), B::Matrix(block.weights[2]))],
+                terms: [(h, block.down())].into_iter().chain(addend(1)).collect(),
+                mask: None,
                 bias: bias(down_bias),
                 factor: block.down_multiplier,
-                y,
+                y: Rows::Io(chunk.y),
+                transposed: None,
                 columns: block.hidden_size(),
                 grid: down,
             },
@@ -223,25 +304,41 @@ impl<'a, T: Io> Forward<'a, T> {
     }
 
     fn run(self) {
-        let intake = self.intake.phase();
-        let [gate, down] = [self.gate, self.down.grid].map(|grid| Phase::new(grid.units()));
-        threads::run_on(self.threads, |thread| self.work(thread, [&intake, &gate, &down]));
+        let u = |u: &Option<RowProduct<T>>| Phase::new(u.as_ref().map_or(0, |u| u.grid.units()));
+        let phases = Phases {
+            intake: self.intake.phase(),
+            dropped_x: self.dropped_x.as_ref().map_or_else(|| Phase::new(0), Intake::phase),
+            u: self.u.each_ref().map(u),
+            gate: Phase::new(self.gate.units()),
+            down: Phase::new(self.down.grid.units()),
+        };
+        threads::run_on(self.threads, |thread| self.work(thread, &phases));
     }
 
     /// What a thread does.
-    fn work(&self, thread: usize, [intake, gate, down]: [&Phase; 3]) {
-        let own = self.memory.own(thread);
-        let sums = own.wrapping_add(self.sums).cast::<f32>();
-        let [packed, rewritten] = self.own.map(|offset| own.wrapping_add(offset));
-        let own = Own { packed, rewritten };
-        // SAFETY: units of a phase write disjoint parts, a phase begins when the one before it is
+    fn work(&self, thread: usize, phases: &Phases) {
+        let (sums, own) = self.own.at(self.memory.own(thread));
+        let u = |which: usize| {
+            if let Some(u) = &self.u[which] {
+                // SAFETY: as below.
+                phases.u[which].work(|unit, _| unsafe { u.unit(unit, sums, own) });
+                phases.u[which].wait();
+            }
+        };
+        // SAFETY: units of a phase write disjoint parts, a phase begins when the one it reads is
         // done, and each thread has scratch of its own.
         unsafe {
-            intake.work(|unit, _| self.intake.unit(unit));
-            intake.wait();
-            gate.work(|unit, _| self.gate_unit(unit, sums, own));
-            gate.wait();
-            down.work(|unit, _| self.down.unit(unit, sums, own));
+            phases.intake.work(|unit, _| self.intake.unit(unit));
+            if let Some(dropped_x) = &self.dropped_x {
+                phases.dropped_x.work(|unit, _| dropped_x.unit(unit));
+                phases.dropped_x.wait();
+            }
+            phases.intake.wait();
+            u(0);
+            phases.gate.work(|unit, _| self.gate_unit(unit, sums, own));
+            phases.gate.wait();
+            u(1);
+            phases.down.work(|unit, _| self.down.unit(unit, sums, own));
         }
     }
 
@@ -253,35 +350,61 @@ impl<'a, T: Io> Forward<'a, T> {
         let (block, gemm) = (self.block, self.block.gemm);
         let (panels, rows) = self.gate.unit(unit);
         let Some((x, _)) = self.intake.a else { return };
-        let half = gemm.nr() / 2;
         // SAFETY: the caller's contract.
         unsafe {
             let part = (panels.clone(), rows.clone());
-            gemm.add(x, &block.gate_up(), part, Sums::new(sums), own);
+            gemm.add(x, &block.gate_up(), part.clone(), Sums::new(sums), own);
+            if let Some((u, b)) = &self.gate_up_u {
+                gemm.add(*u, b, part, Sums { to: sums, accumulate: true }, own);
+            }
             for (i, panel) in panels.enumerate() {
                 let bias = match self.gate_up_bias {
                     bias if bias.is_null() => bias,
                     bias => bias.add(panel * gemm.nr()),
                 };
                 let sums = sums.add(i * gemm.panel_sums(rows.len()));
-                let sums = PanelSums { sums, rows: rows.len(), bias };
-                let to = self.h.at(gemm.a_bytes(), rows.start, panel * half);
-                (gemm.edges.gate)(&block.glu, sums, to, self.h.stride);
-                for (side, target) in self.saved.iter().flatten().enumerate() {
-                    let target = target.row(rows.start);
-                    let to = target.to.add(panel * half);
-                    (gemm.edges.output)(
-                        sums.skip_columns(side * half),
-                        1.0,
-                        to,
-                        target.stride,
-                        half,
-                    );
-                }
-                if panel + 1 == block.gate_up_panels() {
-                    block.pad_h(self.h, rows.clone());
-                }
+                self.gate_panel(panel, rows.clone(), PanelSums { sums, rows: rows.len(), bias });
             }
         }
     }
+
+    /// One panel of gate and up.
+    unsafe fn gate_panel(&self, panel: usize, rows: Range<usize>, sums: PanelSums) {
+        let (block, gemm) = (self.block, self.block.gemm);
+        let (half, a_bytes) = (gemm.nr() / 2, gemm.a_bytes());
+        let is_last = panel + 1 == block.gate_up_panels();
+        // SAFETY: the caller's contract.
+        unsafe {
+            let to = self.h.at(a_bytes, rows.start, panel * half);
+            (gemm.edges.gate)(&block.glu, sums, to, self.h.stride);
+            for (side, target) in self.saved.iter().flatten().enumerate() {
+                let target = target.row(rows.start);
+                let (to, side) = (target.to.add(panel * half), sums.skip_columns(side * half));
+                (gemm.edges.output)(side, 1.0, to, target.stride, half);
+            }
+            if is_last {
+                block.pad_h(self.h, rows.clone());
+            }
+            let Some((dropped, mask)) = self.dropped_h else { return };
+            for row in rows.clone() {
+                let at = |a: A| a.at(a_bytes, row, panel * half);
+                at(dropped).copy_from_nonoverlapping(at(self.h), half * a_bytes);
+            }
+            let at = dropped.at(a_bytes, rows.start, panel * half);
+            let columns = panel * half..(panel + 1) * half;
+            mask.apply_to_a(a_bytes, rows.clone(), columns, at, dropped.stride);
+            if is_last {
+                block.pad_h(dropped, rows);
+            }
+        }
+    }
+}
+
+/// The units of one chunk.
+struct Phases {
+    intake: Phase,
+    dropped_x: Phase,
+    u: [Phase; 2],
+    gate: Phase,
+    down: Phase,
 }

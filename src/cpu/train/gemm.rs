@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
+use super::low_rank::Mask;
 use super::pack::PackArgs;
 use crate::cpu::kernels::Edges;
 use crate::cpu::matrix::Matrix;
-use crate::cpu::panels::{PanelLayout, PanelsRef};
+use crate::cpu::panels::{PackedMatrix, PanelLayout, PanelsRef};
 use crate::cpu::sweep::{Rows, Sums, Sweep};
 
 /// Bytes of B that a unit packs at a time. They stay in L2 beside the rows of A and the sums.
@@ -29,18 +30,87 @@ impl A {
     }
 }
 
+/// A matrix (rows, k) that a unit packs.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'a, T> {
+    Tensor(Matrix<'a, T>),
+    /// Unpacked on the way.
+    Packed(PackedMatrix),
+    /// Its transpose.
+    PackedTransposed(PackedMatrix),
+}
+
+impl<T: Copy> Source<'_, T> {
+    pub(super) fn rows(&self) -> usize {
+        match self {
+            Self::Tensor(matrix) => matrix.rows,
+            Self::Packed(packed) => packed.rows,
+            Self::PackedTransposed(packed) => packed.k(),
+        }
+    }
+
+    pub(super) fn k(&self) -> usize {
+        match self {
+            Self::Tensor(matrix) => matrix.k,
+            Self::Packed(packed) => packed.k(),
+            Self::PackedTransposed(packed) => packed.rows,
+        }
+    }
+
+    /// The same elements as (k, rows).
+    pub(super) fn transposed(self) -> Self {
+        match self {
+            Self::Tensor(matrix) => Self::Tensor(matrix.transposed()),
+            Self::Packed(packed) => Self::PackedTransposed(packed),
+            Self::PackedTransposed(packed) => Self::Packed(packed),
+        }
+    }
+
+    /// The first element of some rows and values of k, and the distances between values of k and
+    /// between rows. Packed elements are written to `unpacked` first.
+    ///
+    /// # Safety
+    /// The matrix has them, and `unpacked` has room for them.
+    unsafe fn elements(
+        &self,
+        rows: Range<usize>,
+        k: Range<usize>,
+        unpacked: *mut u8,
+    ) -> (*const u8, (usize, usize)) {
+        match self {
+            Self::Tensor(matrix) => {
+                let (row_stride, k_stride) = matrix.strides;
+                let first = rows.start * row_stride + k.start * k_stride;
+                (matrix.data.as_ptr().wrapping_add(first).cast(), (k_stride, row_stride))
+            }
+            Self::Packed(packed) => {
+                let strides = (1, k.len());
+                // SAFETY: the caller's contract.
+                unsafe { packed.read(rows, k, unpacked) };
+                (unpacked, strides)
+            }
+            Self::PackedTransposed(packed) => {
+                let strides = (rows.len(), 1);
+                // SAFETY: as above.
+                unsafe { packed.read(k, rows, unpacked) };
+                (unpacked, strides)
+            }
+        }
+    }
+}
+
 /// B (k, columns): the columns are rows of the matrices.
 pub(super) enum B<'a, T> {
-    Matrix(Matrix<'a, T>),
+    Matrix(Source<'a, T>),
     /// Half of a panel's columns are of the first matrix, the others of the second.
-    Pair([Matrix<'a, T>; 2]),
+    Pair([Source<'a, T>; 2]),
     Panels(PanelsRef),
 }
 
-impl<T> B<'_, T> {
+impl<T: Copy> B<'_, T> {
     fn k(&self) -> usize {
         match self {
-            Self::Matrix(matrix) | Self::Pair([matrix, _]) => matrix.k,
+            Self::Matrix(matrix) | Self::Pair([matrix, _]) => matrix.k(),
             Self::Panels(panels) => panels.layout.k(),
         }
     }
@@ -51,6 +121,8 @@ impl<T> B<'_, T> {
 pub(super) struct Own {
     /// [`Gemm::packed_bytes`]
     pub(super) packed: *mut u8,
+    /// As many, for the elements of packed panels.
+    pub(super) unpacked: *mut u8,
     /// [`Gemm::rewritten_bytes`]
     pub(super) rewritten: *mut u8,
 }
@@ -80,6 +152,11 @@ impl<T: Copy> Gemm<T> {
 
     pub(super) fn layout(&self, columns: usize, k: usize) -> PanelLayout {
         PanelLayout::new(self.sweep, columns, k)
+    }
+
+    /// The kernels read these panels as they are.
+    pub(super) fn reads(&self, panels: &PanelsRef) -> bool {
+        panels.layout.format() == self.sweep.format
     }
 
     /// f32 of the sums of a panel.
@@ -135,11 +212,11 @@ impl<T: Copy> Gemm<T> {
                     B::Panels(view) => (*view, panels.clone()),
                     B::Matrix(matrix) => {
                         let matrices = [(matrix, 0)];
-                        (self.pack(&matrices, part, &panels, own.packed), 0..panels.len())
+                        (self.pack(&matrices, part, &panels, own), 0..panels.len())
                     }
                     B::Pair([first, second]) => {
                         let matrices = [(first, 0), (second, self.nr() / 2)];
-                        (self.pack(&matrices, part, &panels, own.packed), 0..panels.len())
+                        (self.pack(&matrices, part, &panels, own), 0..panels.len())
                     }
                 };
                 let after = view.panel(panels.start);
@@ -149,23 +226,45 @@ impl<T: Copy> Gemm<T> {
         }
     }
 
+    /// Sets dropped elements of the sums of some panels to 0.
+    ///
+    /// # Safety
+    /// `sums` has them.
+    pub(super) unsafe fn mask(
+        &self,
+        mask: &Mask,
+        sums: *mut f32,
+        panels: &Range<usize>,
+        rows: &Range<usize>,
+    ) {
+        let nr = self.nr();
+        for (i, panel) in panels.clone().enumerate() {
+            let columns = panel * nr..(panel + 1) * nr;
+            // SAFETY: the caller's contract.
+            unsafe {
+                let sums = sums.add(i * self.panel_sums(rows.len()));
+                mask.apply(rows.clone(), columns, sums, nr);
+            }
+        }
+    }
+
     /// Packs some k of some panels. Rows of each matrix become the columns of a panel from the given
     /// one on.
     ///
     /// # Safety
-    /// `to` has [`Gemm::packed_bytes`].
+    /// `own` is this thread's.
     unsafe fn pack(
         &self,
-        matrices: &[(&Matrix<T>, usize)],
+        matrices: &[(&Source<T>, usize)],
         k: Range<usize>,
         panels: &Range<usize>,
-        to: *mut u8,
+        Own { packed: to, unpacked, .. }: Own,
     ) -> PanelsRef {
         let width = self.nr() / matrices.len();
         let layout = self.layout(panels.len() * self.nr(), k.len());
         // SAFETY: the caller's contract; the matrices were checked.
         unsafe {
-            let rows = matrices[0].0.rows;
+            let rows = matrices[0].0.rows();
             if layout.padded_k() > layout.k() || panels.end * width > rows {
                 to.write_bytes(0, layout.bytes());
             }
@@ -173,10 +272,10 @@ impl<T: Copy> Gemm<T> {
                 let row = (panel * width).min(rows);
                 let columns = width.min(rows - row);
                 for &(matrix, first) in matrices.iter().filter(|_| columns > 0) {
-                    let from = row * matrix.strides.0 + k.start * matrix.strides.1;
+                    let (from, strides) = matrix.elements(row..row + columns, k.clone(), unpacked);
                     (self.edges.pack)(&PackArgs {
-                        from: matrix.data.as_ptr().wrapping_add(from).cast(),
-                        strides: (matrix.strides.1, matrix.strides.0),
+                        from,
+                        strides,
                         k: k.len(),
                         columns,
                         to: to.add(i * layout.panel_stride() + first * layout.column_bytes()),

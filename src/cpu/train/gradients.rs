@@ -2,8 +2,9 @@
 //! wants costs neither time nor memory.
 
 use super::backward::BlockTargets;
-use super::block::{Block, SavedGateUp};
+use super::block::{Block, Saved};
 use super::linear::{Linear, LinearTargets};
+use super::low_rank::{LowRank, LowRankTargets};
 use super::products::Target;
 use crate::cpu::kernels::Io;
 use crate::cpu::matrix::Matrix;
@@ -19,6 +20,8 @@ pub(crate) struct BlockWanted {
     pub(crate) biases: [bool; 3],
     /// gate and up are rows of one matrix (2I,H) and get one gradient.
     pub(crate) fused: Option<FusedOrder>,
+    /// Those of the addends of gate and up, and of down.
+    pub(crate) low_rank: [bool; 2],
 }
 
 /// The gradients of a block; those of biases in f32.
@@ -28,6 +31,13 @@ pub(crate) struct BlockGradients<T> {
     /// gate, up (I,H) and down (H,I). That of fused weights (2I,H) is gate's.
     pub(crate) weights: [Option<BlockWeightGradient<T>>; 3],
     pub(crate) biases: [Option<Vec<f32>>; 3],
+    pub(crate) low_rank: [Option<LowRankGradients>; 2],
+}
+
+/// The gradients of an addend: of A (r,in), and of each B (out,r).
+pub(crate) struct LowRankGradients {
+    pub(crate) a: Vec<f32>,
+    pub(crate) b: Vec<Vec<f32>>,
 }
 
 /// The gradient of a weight, with its shape.
@@ -90,7 +100,7 @@ impl<T: Io> Block<'_, T> {
         &self,
         x: Matrix<T>,
         dy: Matrix<T>,
-        saved: Option<&SavedGateUp<T>>,
+        saved: &Saved<T>,
         wanted: &BlockWanted,
     ) -> BlockGradients<T> {
         let (h, i, rows) = (self.hidden_size(), self.intermediate_size(), x.rows);
@@ -108,10 +118,15 @@ impl<T: Io> Block<'_, T> {
             (Some(order), Some(fused)) => halves(fused, order, i),
             _ => [gate, up],
         };
+        let mut low_rank = [0, 1].map(|i| {
+            let addend = self.low_rank[i].as_ref().filter(|_| wanted.low_rank[i] && rows > 0)?;
+            Some(LowRankOutput::new(addend))
+        });
         let targets = BlockTargets {
             x: dx.as_mut().map(Output::target),
             weights: [gate, up, down],
             biases: wanted.biases,
+            low_rank: low_rank.each_mut().map(|output| output.as_mut().map(LowRankOutput::targets)),
         };
         let biases = self.backward(x, dy, saved, &targets);
         // SAFETY: the targets were written: all rows of dx, and every weight's gradient.
@@ -125,8 +140,34 @@ impl<T: Io> Block<'_, T> {
                     })
                 }),
                 biases,
+                low_rank: low_rank.map(|output| Some(output?.finish())),
             }
         }
+    }
+}
+
+/// The gradients of an addend while they are written.
+struct LowRankOutput {
+    a: Output<f32>,
+    b: Vec<Output<f32>>,
+}
+
+impl LowRankOutput {
+    fn new<T: Copy>(addend: &LowRank<T>) -> Self {
+        let b = addend.b.iter().map(|b| Output::new(b.rows, b.k));
+        Self { a: Output::new(addend.a.rows, addend.a.k), b: b.collect() }
+    }
+
+    fn targets(&mut self) -> LowRankTargets {
+        LowRankTargets { a: self.a.target(), b: self.b.iter_mut().map(Output::target).collect() }
+    }
+
+    /// # Safety
+    /// Every element was written.
+    unsafe fn finish(self) -> LowRankGradients {
+        // SAFETY: the caller's contract.
+        let finish = |output: Output<f32>| unsafe { output.finish(usize::MAX) };
+        LowRankGradients { a: finish(self.a), b: self.b.into_iter().map(finish).collect() }
     }
 }
 
@@ -151,8 +192,8 @@ impl<T: Io> Linear<'_, T> {
         wanted: LinearWanted,
     ) -> LinearGradients<T> {
         let rows = x.rows;
-        let mut dx = wanted.x.then(|| Output::new(rows, self.weight.k));
-        let mut weight = wanted.weight.then(|| Output::new(self.weight.rows, self.weight.k));
+        let mut dx = wanted.x.then(|| Output::new(rows, self.weight.k()));
+        let mut weight = wanted.weight.then(|| Output::new(self.weight.rows(), self.weight.k()));
         let targets = LinearTargets {
             x: dx.as_mut().map(Output::target),
             weight: weight.as_mut().map(Output::target),

@@ -4,10 +4,11 @@ use std::ops::Range;
 
 use super::gemm::{A, Gemm};
 use super::grid::ROWS;
+use super::low_rank::{Mask, PackRows};
 use super::pack::{PackArgs, transpose};
+use crate::cpu::kernels::Io;
 use crate::cpu::matrix::Matrix;
 use crate::cpu::panels::PanelLayout;
-use crate::cpu::simd::Element;
 use crate::cpu::threads::Phase;
 
 /// A matrix (rows, k) of dtype T, and where its forms are written.
@@ -16,6 +17,8 @@ pub(super) struct Intake<'a, T: 'static> {
     pub(super) from: Matrix<'a, T>,
     /// A (rows, k), padded with zeros to this many k.
     pub(super) a: Option<(A, usize)>,
+    /// Applied to A, and with it to the transpose and the panels. Needs `a`.
+    pub(super) mask: Option<Mask>,
     /// The transpose of A (k, rows), padded with zeros. Needs `a`.
     pub(super) transposed: Option<Transposed>,
     /// Panels of B (rows, k): the rows are its k, and its columns are k.
@@ -25,7 +28,12 @@ pub(super) struct Intake<'a, T: 'static> {
 // SAFETY: units write disjoint rows of each form.
 unsafe impl<T: Sync> Sync for Intake<'_, T> {}
 
-impl<T: Element> Intake<'_, T> {
+impl<'a, T: Io> Intake<'a, T> {
+    /// Without any forms.
+    pub(super) fn new(gemm: Gemm<T>, from: Matrix<'a, T>) -> Self {
+        Self { gemm, from, a: None, mask: None, transposed: None, b: None }
+    }
+
     /// Its units.
     pub(super) fn phase(&self) -> Phase {
         let any = self.a.is_some() || self.b.is_some();
@@ -40,12 +48,22 @@ impl<T: Element> Intake<'_, T> {
         unsafe {
             if let Some((a, padded_k)) = self.a {
                 rows.clone().for_each(|row| self.take_row(a, padded_k, row));
+                if let Some(mask) = self.mask {
+                    let (a_bytes, columns) = (self.gemm.a_bytes(), 0..self.from.k);
+                    let at = a.at(a_bytes, rows.start, 0);
+                    mask.apply_to_a(a_bytes, rows.clone(), columns, at, a.stride);
+                }
                 if let Some(transposed) = self.transposed {
                     transposed.write(self.gemm.a_bytes(), a, rows.clone(), 0..self.from.k);
                 }
             }
-            if let Some((layout, to)) = self.b {
-                self.pack_rows(layout, to, rows);
+            match (self.b, self.a) {
+                (Some((layout, to)), Some((from, _))) if self.mask.is_some() => {
+                    let (gemm, columns) = (self.gemm, self.from.k);
+                    PackRows { gemm, from, layout, columns, to }.rows(rows);
+                }
+                (Some((layout, to)), _) => self.pack_rows(layout, to, rows),
+                (None, _) => {}
             }
         }
     }

@@ -6,9 +6,10 @@
 
 use super::arena::{Arena, Memory};
 use super::column_sums::ColumnSums;
-use super::gemm::{A, B, Gemm, Own};
+use super::gemm::{A, B, Gemm, Source};
 use super::intake::{Intake, Transposed};
-use super::products::{ChunkOperands, RowProduct, Target, WeightGradient};
+use super::products::{ChunkOperands, RowProduct, Rows, Target, WeightGradient};
+use super::scratch::{Needs, OwnOffsets};
 use super::{chunks, padded_bias, threads_for};
 use crate::cpu::kernels::Io;
 use crate::cpu::matrix::Matrix;
@@ -19,7 +20,7 @@ use crate::cpu::threads::{self, Phase};
 /// W (out, in) and b (out).
 pub(super) struct Linear<'a, T: 'static> {
     pub(super) gemm: Gemm<T>,
-    pub(super) weight: Matrix<'a, T>,
+    pub(super) weight: Source<'a, T>,
     pub(super) bias: Option<Vec<f32>>,
 }
 
@@ -36,7 +37,7 @@ impl<T: Io> Linear<'_, T> {
     /// x (M, in) -> y (M, out)
     pub(super) fn forward(&self, x: Matrix<T>) -> Vec<T> {
         x.check();
-        let out = self.weight.rows;
+        let out = self.weight.rows();
         let mut y: Vec<T> = Vec::with_capacity(x.rows * out);
         pages::advise_huge(y.as_mut_ptr(), y.capacity());
         let to = Target::new(&mut y, out);
@@ -61,11 +62,11 @@ impl<T: Io> Linear<'_, T> {
         targets: &LinearTargets<T>,
     ) -> Option<Vec<f32>> {
         [&x, &dy].into_iter().for_each(Matrix::check);
-        let (out, k) = (self.weight.rows, self.weight.k);
+        let (out, k) = (self.weight.rows(), self.weight.k());
         let (threads, count) = (self.threads(x.rows), chunks(x.rows).count());
-        let gradient = targets
-            .weight
-            .map(|to| WeightGradient::new(self.gemm, (out, k), 1.0, to, (threads, count)));
+        let gradient = targets.weight.map(|to| {
+            WeightGradient::new(self.gemm, (out, k), 1.0, Rows::Io(to), (threads, count))
+        });
         let sums = targets.bias.then(|| ColumnSums::new(out, 1.0));
         for (number, rows) in chunks(x.rows).enumerate() {
             let b = self.weight.transposed();
@@ -85,13 +86,13 @@ impl<T: Io> Linear<'_, T> {
     }
 
     fn threads(&self, rows: usize) -> usize {
-        threads_for(self.weight.rows * self.weight.k * rows)
+        threads_for(self.weight.rows() * self.weight.k() * rows)
     }
 }
 
 /// A·B + bias -> y
 struct Product<'a, T> {
-    b: Matrix<'a, T>,
+    b: Source<'a, T>,
     bias: *const f32,
     y: Target<T>,
 }
@@ -120,8 +121,7 @@ impl<'a, T> Job<'a, T> {
 struct Chunk<'a, T: 'static> {
     threads: usize,
     memory: Memory,
-    /// Sums, a packed and a rewritten k-block.
-    own: [usize; 3],
+    own: OwnOffsets,
     intakes: Vec<Intake<'a, T>>,
     a: A,
     product: Option<RowProduct<'a, T>>,
@@ -152,30 +152,25 @@ impl<'a, T: Io> Chunk<'a, T> {
         });
 
         let product = job.product.map(|product| {
-            let grid = RowProduct::grid(&gemm, rows, product.b.rows, threads);
+            let grid = RowProduct::grid(&gemm, rows, product.b.rows(), threads);
             (product, grid)
         });
         let grids = product.iter().map(|(_, grid)| *grid);
         let grids = grids.chain(gradient.iter().map(|(gradient, ..)| gradient.grid()));
-        let (mut sums, mut packed, mut rewritten) = (0, 0, 0);
-        for grid in grids {
-            sums = sums.max(grid.group() * gemm.panel_sums(grid.row_block()));
-            packed = packed.max(gemm.packed_bytes(grid.group()));
-            rewritten = rewritten.max(gemm.rewritten_bytes(grid.row_block()));
-        }
+        let mut needs = Needs::default();
+        grids.for_each(|grid| needs.add(&gemm, grid, (1, 1)));
         let mut own = Arena::default();
-        let own_offsets =
-            [sums * size_of::<f32>(), packed, rewritten].map(|bytes| own.piece(bytes));
+        let own_offsets = OwnOffsets::new(&gemm, needs, &mut own);
         let memory = Memory::new(shared, &own, threads);
 
         let at = |(offset, stride)| A { data: memory.at(offset), stride };
         let a = at(a);
-        let mut take = Intake { gemm, from, a: Some((a, padded_k)), transposed: None, b: None };
+        let mut take = Intake { a: Some((a, padded_k)), ..Intake::new(gemm, from) };
         let mut intakes = vec![];
         let gradient = gradient.map(|(gradient, x, transposed, b)| {
             let b = (by_rows(x.k), memory.at(b));
             take.transposed = Some(Transposed { to: at(transposed), rows, padded_rows });
-            intakes.push(Intake { gemm, from: x, a: None, transposed: None, b: Some(b) });
+            intakes.push(Intake { b: Some(b), ..Intake::new(gemm, x) });
             let b = (b.0, b.1.cast_const());
             let (is_first, is_last) = (job.is_first, job.is_last);
             (gradient, ChunkOperands { a: at(transposed), b, is_first, is_last })
@@ -184,10 +179,12 @@ impl<'a, T: Io> Chunk<'a, T> {
         let product = product.map(|(Product { b, bias, y }, grid)| RowProduct {
             gemm,
             terms: vec![(a, B::Matrix(b))],
+            mask: None,
             bias,
             factor: 1.0,
-            y,
-            columns: b.rows,
+            y: Rows::Io(y),
+            transposed: None,
+            columns: b.rows(),
             grid,
         });
         Self { threads, own: own_offsets, intakes, a, product, gradient, sums: job.sums, memory }
@@ -205,9 +202,7 @@ impl<'a, T: Io> Chunk<'a, T> {
 
     /// What a thread does.
     fn work(&self, thread: usize, phases: &Phases) {
-        let own = self.memory.own(thread);
-        let [sums, packed, rewritten] = self.own.map(|offset| own.wrapping_add(offset));
-        let (sums, own) = (sums.cast(), Own { packed, rewritten });
+        let (sums, own) = self.own.at(self.memory.own(thread));
         // SAFETY: units of a phase write disjoint parts, a phase begins when the ones that it reads
         // are done, and each thread has scratch of its own.
         unsafe {

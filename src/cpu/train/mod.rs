@@ -6,10 +6,11 @@
 //! | `block.rs`, `backward.rs` | the block, and its gradients |
 //! | `linear.rs` | a linear layer, and its gradients |
 //! | `gradients.rs` | which gradients are computed, and their memory |
+//! | `low_rank.rs` | low-rank addends (LoRA), and their dropout |
 //! | `products.rs` | rows of y and dx; gradients of weights |
 //! | `gemm.rs`, `pack.rs` | one unit of a product, whose B is packed on the way |
 //! | `intake.rs` | x and dy become operands |
-//! | `grid.rs`, `arena.rs` | units of work; pieces of scratch |
+//! | `grid.rs`, `arena.rs`, `scratch.rs` | units of work; pieces of scratch; each thread's pieces |
 //! | `column_sums.rs` | gradients of biases |
 //!
 //! The microkernels, the epilogues and the order of the sums are those of packed layers. bf16 is
@@ -24,8 +25,12 @@ mod gradients;
 mod grid;
 mod intake;
 mod linear;
+mod low_rank;
+#[cfg(test)]
+mod low_rank_tests;
 pub(super) mod pack;
 mod products;
+mod scratch;
 #[cfg(test)]
 mod tests;
 
@@ -35,18 +40,23 @@ use candle_core::{CpuStorage, DType, Layout, WithDType};
 use half::bf16;
 
 use self::block::Block;
-use self::gemm::Gemm;
+use self::gemm::{Gemm, Source};
 use self::linear::Linear;
+use self::low_rank::LowRank;
 use super::kernels::{CpuKernels, Io};
 use super::layer::matrix;
 use super::matrix::Matrix;
+use super::panels::PackedMatrix;
 use super::pass::{CHUNK_ROWS, SERIAL};
 use super::threads;
 use crate::error::{Error, Result};
 use crate::gate::activation::Glu;
 
-pub(crate) use self::block::SavedGateUp;
-pub(crate) use self::gradients::{BlockGradients, BlockWanted, LinearGradients, LinearWanted};
+pub(crate) use self::block::Saved;
+pub(crate) use self::gradients::{
+    BlockGradients, BlockWanted, LinearGradients, LinearWanted, LowRankGradients,
+};
+pub(crate) use self::low_rank::Dropout;
 
 /// A tensor of rank 2 on the CPU.
 pub(crate) type Operand<'a> = (&'a CpuStorage, &'a Layout);
@@ -83,39 +93,59 @@ fn padded_bias(bias: Option<&[f32]>, nr: usize) -> Option<Vec<f32>> {
     })
 }
 
-/// A block, whose weights are gate and up (I,H) and down (H,I) in any layout.
+/// The weight of a layer.
+#[derive(Clone, Copy)]
+pub(crate) enum WeightOperand<'a> {
+    /// In any layout.
+    Tensor(Operand<'a>),
+    /// Of a packed layer, which outlives the call.
+    Packed(PackedMatrix),
+}
+
+/// A low-rank addend of a product, in the dtype of x: A (r,in), and for each matrix of the product B
+/// (out,r), with the scale and, if there is a dropout p, the factor 1/(1-p).
+#[derive(Clone, Copy)]
+pub(crate) struct LowRankOperands<'a> {
+    pub(crate) a: Operand<'a>,
+    pub(crate) b: &'a [Operand<'a>],
+    pub(crate) dropout: Option<Dropout>,
+}
+
+/// A block, whose weights are gate and up (I,H) and down (H,I).
 #[derive(Clone, Copy)]
 pub(crate) struct BlockOperands<'a> {
     pub(crate) glu: Glu,
     pub(crate) down_multiplier: f32,
-    pub(crate) weights: [Operand<'a>; 3],
+    pub(crate) weights: [WeightOperand<'a>; 3],
     /// In f32.
     pub(crate) biases: [Option<&'a [f32]>; 3],
+    /// Of gate and up, and of down.
+    pub(crate) low_rank: [Option<LowRankOperands<'a>>; 2],
 }
 
 /// The functions of one dtype.
 pub(crate) trait Trained: WithDType {
-    /// x (M,H) -> y (M,H), and gate and up with `save`.
+    /// x (M,H) -> y (M,H), and what the backward pass reads; gate and up are kept with `save`.
     fn block_forward(
         kernels: &'static CpuKernels,
         block: BlockOperands,
         x: Operand,
         save: bool,
-    ) -> Result<(Vec<Self>, Option<SavedGateUp<Self>>)>;
+    ) -> Result<(Vec<Self>, Saved<Self>)>;
 
     /// The gradients under dy (M,H).
     fn block_backward(
         kernels: &'static CpuKernels,
         block: BlockOperands,
         x_dy: [Operand; 2],
-        saved: Option<&SavedGateUp<Self>>,
+        saved: &Saved<Self>,
         wanted: &BlockWanted,
     ) -> Result<BlockGradients<Self>>;
 
     /// x (M, in) -> x·Wᵀ + b (M, out)
     fn linear_forward(
         kernels: &'static CpuKernels,
-        weight: Operand,
+        weight: WeightOperand,
         bias: Option<Vec<f32>>,
         x: Operand,
     ) -> Result<Vec<Self>>;
@@ -123,7 +153,7 @@ pub(crate) trait Trained: WithDType {
     /// The gradients under dy (M, out).
     fn linear_backward(
         kernels: &'static CpuKernels,
-        weight: Operand,
+        weight: WeightOperand,
         x_dy: [Operand; 2],
         wanted: LinearWanted,
     ) -> Result<LinearGradients<Self>>;
@@ -135,7 +165,7 @@ impl<T: Io> Trained for T {
         block: BlockOperands,
         x: Operand,
         save: bool,
-    ) -> Result<(Vec<Self>, Option<SavedGateUp<Self>>)> {
+    ) -> Result<(Vec<Self>, Saved<Self>)> {
         Ok(make_block(kernels, block)?.forward(matrix(x.0, x.1)?, save))
     }
 
@@ -143,7 +173,7 @@ impl<T: Io> Trained for T {
         kernels: &'static CpuKernels,
         block: BlockOperands,
         [x, dy]: [Operand; 2],
-        saved: Option<&SavedGateUp<Self>>,
+        saved: &Saved<Self>,
         wanted: &BlockWanted,
     ) -> Result<BlockGradients<Self>> {
         let (x, dy) = (matrix(x.0, x.1)?, matrix(dy.0, dy.1)?);
@@ -152,7 +182,7 @@ impl<T: Io> Trained for T {
 
     fn linear_forward(
         kernels: &'static CpuKernels,
-        weight: Operand,
+        weight: WeightOperand,
         bias: Option<Vec<f32>>,
         x: Operand,
     ) -> Result<Vec<Self>> {
@@ -161,7 +191,7 @@ impl<T: Io> Trained for T {
 
     fn linear_backward(
         kernels: &'static CpuKernels,
-        weight: Operand,
+        weight: WeightOperand,
         [x, dy]: [Operand; 2],
         wanted: LinearWanted,
     ) -> Result<LinearGradients<Self>> {
@@ -175,21 +205,36 @@ fn make_block<'a, T: Io>(
     block: BlockOperands<'a>,
 ) -> Result<Block<'a, T>> {
     let [gate, up, down] = block.weights;
+    let [gate_up_addend, down_addend] = block.low_rank;
     Ok(Block {
         gemm: gemm(kernels)?,
         glu: block.glu,
         down_multiplier: block.down_multiplier,
-        weights: [checked(gate)?, checked(up)?, checked(down)?],
+        weights: [source(gate)?, source(up)?, source(down)?],
         biases: block.biases.map(|bias| bias.map(<[f32]>::to_vec)),
+        low_rank: [low_rank(gate_up_addend)?, low_rank(down_addend)?],
     })
 }
 
 fn make_linear<'a, T: Io>(
     kernels: &'static CpuKernels,
-    weight: Operand<'a>,
+    weight: WeightOperand<'a>,
     bias: Option<Vec<f32>>,
 ) -> Result<Linear<'a, T>> {
-    Ok(Linear { gemm: gemm(kernels)?, weight: checked(weight)?, bias })
+    Ok(Linear { gemm: gemm(kernels)?, weight: source(weight)?, bias })
+}
+
+fn source<'a, T: Io>(weight: WeightOperand<'a>) -> Result<Source<'a, T>> {
+    Ok(match weight {
+        WeightOperand::Tensor(operand) => Source::Tensor(checked(operand)?),
+        WeightOperand::Packed(packed) => Source::Packed(packed),
+    })
+}
+
+fn low_rank<'a, T: Io>(addend: Option<LowRankOperands<'a>>) -> Result<Option<LowRank<'a, T>>> {
+    let Some(LowRankOperands { a, b, dropout }) = addend else { return Ok(None) };
+    let b = b.iter().map(|b| checked(*b)).collect::<Result<_>>()?;
+    Ok(Some(LowRank { a: checked(a)?, b, dropout }))
 }
 
 /// A matrix that lies within its storage.

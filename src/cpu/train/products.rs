@@ -3,8 +3,11 @@
 
 use super::gemm::{A, B, Gemm, Own};
 use super::grid::Grid;
+use super::intake::Transposed;
+use super::low_rank::Mask;
 use crate::cpu::buffer::Buffer;
 use crate::cpu::epilogue::PanelSums;
+use crate::cpu::kernels::Edges;
 use crate::cpu::panels::PanelLayout;
 use crate::cpu::sweep::Sums;
 use crate::cpu::threads::SendPtr;
@@ -45,14 +48,70 @@ impl<T> Target<T> {
     }
 }
 
+/// A matrix that is written in T or in f32.
+pub(super) enum Rows<T> {
+    Io(Target<T>),
+    F32(Target<f32>),
+}
+
+// Not derived, which would ask for the same of T.
+impl<T> Clone for Rows<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Rows<T> {}
+
+impl<T> Rows<T> {
+    /// A, whose elements are f32, or bf16 beside T = bf16.
+    pub(super) fn of_a(a: A, a_bytes: usize) -> Self {
+        if a_bytes == size_of::<f32>() {
+            Self::F32(Target { to: a.data.cast(), stride: a.stride })
+        } else {
+            Self::Io(Target { to: a.data.cast(), stride: a.stride })
+        }
+    }
+
+    /// Writes the sums of a panel times a factor.
+    ///
+    /// # Safety
+    /// The matrix has the rows from `row` and the columns from `column` on.
+    unsafe fn write(
+        &self,
+        edges: &Edges<T>,
+        (sums, factor): (PanelSums, f32),
+        (row, column): (usize, usize),
+        columns: usize,
+    ) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match self {
+                Self::Io(target) => {
+                    let to = target.row(row).to.add(column);
+                    (edges.output)(sums, factor, to, target.stride, columns);
+                }
+                Self::F32(target) => {
+                    let to = target.row(row).to.add(column);
+                    (edges.output_f32)(sums, factor, to, target.stride, columns);
+                }
+            }
+        }
+    }
+}
+
 /// Rows of y = (Σ A·B + bias)·factor.
 pub(super) struct RowProduct<'a, T: 'static> {
     pub(super) gemm: Gemm<T>,
     pub(super) terms: Vec<(A, B<'a, T>)>,
+    /// Applied to the first term.
+    pub(super) mask: Option<Mask>,
     /// As wide as all panels, or null.
     pub(super) bias: *const f32,
     pub(super) factor: f32,
-    pub(super) y: Target<T>,
+    pub(super) y: Rows<T>,
+    /// y as A, and its transpose.
+    pub(super) transposed: Option<(A, Transposed)>,
     pub(super) columns: usize,
     pub(super) grid: Grid,
 }
@@ -70,10 +129,15 @@ impl<'a, T: Copy> RowProduct<'a, T> {
         for (i, (a, b)) in self.terms.iter().enumerate() {
             let sums = Sums { to: sums, accumulate: i > 0 };
             // SAFETY: the caller's contract.
-            unsafe { self.gemm.add(*a, b, (panels.clone(), rows.clone()), sums, own) };
+            unsafe {
+                self.gemm.add(*a, b, (panels.clone(), rows.clone()), sums, own);
+                if let Some(mask) = self.mask.filter(|_| i == 0) {
+                    self.gemm.mask(&mask, sums.to, &panels, &rows);
+                }
+            }
         }
-        let (nr, y) = (self.gemm.nr(), self.y.row(rows.start));
-        for (i, panel) in panels.enumerate() {
+        let nr = self.gemm.nr();
+        for (i, panel) in panels.clone().enumerate() {
             // SAFETY: as above.
             unsafe {
                 let bias = match self.bias {
@@ -83,9 +147,14 @@ impl<'a, T: Copy> RowProduct<'a, T> {
                 let sums = sums.add(i * self.gemm.panel_sums(rows.len()));
                 let sums = PanelSums { sums, rows: rows.len(), bias };
                 let columns = nr.min(self.columns - panel * nr);
-                let to = y.to.add(panel * nr);
-                (self.gemm.edges.output)(sums, self.factor, to, y.stride, columns);
+                let at = (rows.start, panel * nr);
+                self.y.write(self.gemm.edges, (sums, self.factor), at, columns);
             }
+        }
+        if let Some((a, transposed)) = self.transposed {
+            let columns = panels.start * nr..self.columns.min(panels.end * nr);
+            // SAFETY: as above.
+            unsafe { transposed.write(self.gemm.a_bytes(), a, rows, columns) };
         }
     }
 }
@@ -96,7 +165,7 @@ pub(super) struct WeightGradient<T: 'static> {
     grid: Grid,
     columns: usize,
     factor: f32,
-    to: Target<T>,
+    to: Rows<T>,
     /// With several chunks: the sums of each unit.
     sums: Option<(Buffer, SendPtr<f32>)>,
 }
@@ -117,7 +186,7 @@ impl<T: Copy> WeightGradient<T> {
         gemm: Gemm<T>,
         (rows, columns): (usize, usize),
         factor: f32,
-        to: Target<T>,
+        to: Rows<T>,
         (threads, chunks): (usize, usize),
     ) -> Self {
         let grid = RowProduct::grid(&gemm, rows, columns, threads);
@@ -163,13 +232,12 @@ impl<T: Copy> WeightGradient<T> {
             if !chunk.is_last {
                 return;
             }
-            let to = self.to.row(rows.start);
             for (i, panel) in panels.enumerate() {
                 let sums = sums.add(i * self.gemm.panel_sums(rows.len()));
                 let sums = PanelSums { sums, rows: rows.len(), bias: std::ptr::null() };
                 let columns = nr.min(self.columns - panel * nr);
-                let first = to.to.add(panel * nr);
-                (self.gemm.edges.output)(sums, self.factor, first, to.stride, columns);
+                let at = (rows.start, panel * nr);
+                self.to.write(self.gemm.edges, (sums, self.factor), at, columns);
             }
         }
     }

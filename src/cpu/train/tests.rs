@@ -5,7 +5,7 @@
 use candle_core::{CpuStorage, Layout, Shape, WithDType};
 use half::{bf16, f16};
 
-use super::{BlockOperands, BlockWanted, LinearWanted, Operand, Trained};
+use super::{BlockOperands, BlockWanted, LinearWanted, Operand, Trained, WeightOperand};
 use crate::cpu::block_tests::every_kernel;
 use crate::cpu::kernels::CpuKernels;
 use crate::cpu::twin;
@@ -13,15 +13,15 @@ use crate::gate::activation::{Glu, GluActivation};
 
 /// A matrix (rows, columns) of integers.
 #[derive(Clone)]
-struct Integers {
-    rows: usize,
-    columns: usize,
-    values: Vec<i64>,
+pub(super) struct Integers {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) values: Vec<i64>,
 }
 
 impl Integers {
     /// -1, 0 and 1, of which one in `sparsity` is not 0.
-    fn new((rows, columns): (usize, usize), sparsity: u64, seed: &mut u64) -> Self {
+    pub(super) fn new((rows, columns): (usize, usize), sparsity: u64, seed: &mut u64) -> Self {
         let mut value = || {
             *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let bits = *seed >> 33;
@@ -31,18 +31,18 @@ impl Integers {
         Self { rows, columns, values }
     }
 
-    fn at(&self, row: usize, column: usize) -> i64 {
+    pub(super) fn at(&self, row: usize, column: usize) -> i64 {
         self.values[row * self.columns + column]
     }
 
-    fn transposed(&self) -> Self {
+    pub(super) fn transposed(&self) -> Self {
         let at = |i| self.at(i % self.rows, i / self.rows);
         let values = (0..self.values.len()).map(at).collect();
         Self { rows: self.columns, columns: self.rows, values }
     }
 
     /// self · other
-    fn times(&self, other: &Self) -> Self {
+    pub(super) fn times(&self, other: &Self) -> Self {
         let mut values = vec![0; self.rows * other.columns];
         for (row, sums) in values.chunks_exact_mut(other.columns).enumerate() {
             for k in (0..self.columns).filter(|&k| self.at(row, k) != 0) {
@@ -53,17 +53,17 @@ impl Integers {
         Self { rows: self.rows, columns: other.columns, values }
     }
 
-    fn zip(&self, other: &Self, f: impl Fn(i64, i64) -> i64) -> Self {
+    pub(super) fn zip(&self, other: &Self, f: impl Fn(i64, i64) -> i64) -> Self {
         let values = self.values.iter().zip(&other.values).map(|(&a, &b)| f(a, b)).collect();
         Self { values, ..*self }
     }
 
-    fn storage<T: WithDType>(&self) -> (CpuStorage, Layout) {
+    pub(super) fn storage<T: WithDType>(&self) -> (CpuStorage, Layout) {
         let shape = Shape::from((self.rows, self.columns));
         (T::to_cpu_storage_owned(self.rounded::<T>()), Layout::contiguous(shape))
     }
 
-    fn rounded<T: WithDType>(&self) -> Vec<T> {
+    pub(super) fn rounded<T: WithDType>(&self) -> Vec<T> {
         self.values.iter().map(|&value| T::from_f64(value as f64)).collect()
     }
 
@@ -73,11 +73,11 @@ impl Integers {
     }
 }
 
-fn operand((storage, layout): &(CpuStorage, Layout)) -> Operand<'_> {
+pub(super) fn operand((storage, layout): &(CpuStorage, Layout)) -> Operand<'_> {
     (storage, layout)
 }
 
-fn kernels() -> impl Iterator<Item = &'static CpuKernels> {
+pub(super) fn kernels() -> impl Iterator<Item = &'static CpuKernels> {
     every_kernel().iter().chain([twin::kernels()])
 }
 
@@ -109,16 +109,18 @@ fn block<T: Trained + PartialEq>((h, i): (usize, usize), rows: usize) {
     let operands = BlockOperands {
         glu: Glu::new(GluActivation::Relu),
         down_multiplier: 1.0,
-        weights: storages.each_ref().map(operand),
+        weights: storages.each_ref().map(|storage| WeightOperand::Tensor(operand(storage))),
         biases: [None; 3],
+        low_rank: [None; 2],
     };
-    let wanted = BlockWanted { x: true, weights: [true; 3], biases: [true; 3], fused: None };
+    let wanted =
+        BlockWanted { x: true, weights: [true; 3], biases: [true; 3], ..BlockWanted::default() };
     for (kernel, save) in kernels().flat_map(|kernel| [(kernel, false), (kernel, true)]) {
         let case = format!("{} {:?} ({h}, {i}) {rows} rows, saved {save}", kernel.name, T::DTYPE);
         let (found, saved) = T::block_forward(kernel, operands, operand(&x), save).unwrap();
         assert!(found == y.rounded::<T>(), "{case}: y");
         let both = [operand(&x), operand(&dy_storage)];
-        let found = T::block_backward(kernel, operands, both, saved.as_ref(), &wanted).unwrap();
+        let found = T::block_backward(kernel, operands, both, &saved, &wanted).unwrap();
         assert!(found.x.unwrap() == dx.rounded::<T>(), "{case}: dx");
         for (which, (found, expected)) in found.weights.into_iter().zip(&expected).enumerate() {
             assert!(found.unwrap().data == expected.rounded::<T>(), "{case}: weight {which}");
@@ -136,12 +138,13 @@ fn linear<T: Trained + PartialEq>((out, k): (usize, usize), rows: usize) {
     let (dx, dw) = (dy.times(&weight), dy.transposed().times(&x));
     let [weight, x_storage, dy_storage] = [&weight, &x, &dy].map(Integers::storage::<T>);
     let wanted = LinearWanted { x: true, weight: true, bias: true };
+    let weight = WeightOperand::Tensor(operand(&weight));
     for kernel in kernels() {
         let case = format!("{} {:?} ({out}, {k}) {rows} rows", kernel.name, T::DTYPE);
-        let found = T::linear_forward(kernel, operand(&weight), None, operand(&x_storage)).unwrap();
+        let found = T::linear_forward(kernel, weight, None, operand(&x_storage)).unwrap();
         assert!(found == y.rounded::<T>(), "{case}: y");
         let both = [operand(&x_storage), operand(&dy_storage)];
-        let found = T::linear_backward(kernel, operand(&weight), both, wanted).unwrap();
+        let found = T::linear_backward(kernel, weight, both, wanted).unwrap();
         assert!(found.x.unwrap() == dx.rounded::<T>(), "{case}: dx");
         assert!(found.weight.unwrap() == dw.rounded::<T>(), "{case}: dW");
         assert!(found.bias.unwrap() == dy.column_sums(), "{case}: db");
