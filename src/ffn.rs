@@ -31,7 +31,7 @@ use crate::load::{GateUp, Weights, load_each};
 ///
 /// Variables in f32, bf16 or f16 on the CPU (those of a `VarMap`, say) are read where they are, by
 /// the same microkernels. Everything else (variables on a GPU, f64) runs as candle's matmuls around
-/// [`crate::glu_mul`]. [`SwiGluFfn::kernel`] names the implementation.
+/// the fused gate of [`crate::glu_mul`]. [`SwiGluFfn::kernel`] names the implementation.
 ///
 /// # Accuracy
 /// Packed weights and variables on the CPU: products are summed in f32 in the order of k, with
@@ -52,14 +52,16 @@ use crate::load::{GateUp, Weights, load_each};
 /// Every step is differentiable. Weights from a `VarMap` are used without a copy, so that the block
 /// sees an optimizer's steps. Through packed weights x still gets its gradient.
 ///
-/// On the CPU the backward pass of a block with variables is one operation. Gradients are summed in
-/// f32 and rounded once, and have the same bits for any number of threads. h, dgate and dup are
-/// rounded to the dtype. A gradient that the graph does not need (of a frozen weight, or of x) is
-/// not computed.
+/// The backward pass of a block with variables is one operation. A gradient that the graph does not
+/// need (of a frozen weight, or of x) is not computed. In f32, bf16 and f16 on the CPU, gradients
+/// are summed in f32 and rounded once, and have the same bits for any number of threads; h, dgate
+/// and dup are rounded to the dtype. On a GPU and in f64 the products are candle's matmuls, which
+/// also round dh.
 ///
-/// The forward pass keeps gate and up in the graph, `2·M·I` elements with I rounded up to whole
-/// panels ([`SwiGluFfn::with_recompute`] avoids it). Beside the gradients, each pass borrows scratch
-/// memory of at most
+/// The forward pass keeps x, gate and up in the graph: `2·M·I` elements beside x
+/// ([`SwiGluFfn::with_recompute`] avoids them). On a GPU and in f64 the backward pass allocates up
+/// to `5·M·I` elements at a time beside the gradients. With the CPU kernels I is rounded up to whole
+/// panels, and each pass borrows scratch memory of at most
 /// `(rows + 128)·(4H + 5I + 768)·a + threads·((rows + 32)·1792 B + 768 KiB)`, with rows ≤ 512 and
 /// `a` as above. With more than 512 rows, the backward pass also allocates `4·(R + 512)·(C + 64)` B for each wanted
 /// gradient of a weight (R,C): the f32 sums over all chunks. [`fn@crate::backward`] puts gradients
@@ -246,10 +248,11 @@ impl SwiGluFfn {
     /// Sets whether the backward pass computes gate and up again. Without it, the default, the
     /// forward pass keeps them: `2·M·I` elements of the dtype of the weights, until the graph is
     /// dropped. With it the graph keeps x alone, and the backward pass takes about a third longer.
-    /// In f32 the gradients have the same bits either way.
+    /// In f32 and f64 on the CPU the gradients have the same bits either way.
     ///
-    /// This concerns variables in f32, bf16 and f16 on the CPU. Packed weights always compute gate
-    /// and up again. Other variables leave the choice to candle, which keeps gate, up and h.
+    /// This concerns variables. Packed weights always compute gate and up again. Without the fused
+    /// gate (`CANDLE_SWIGLU_KERNEL=plain`, or a GPU that does not have it) candle differentiates
+    /// its own operations, and keeps gate, up and h.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};

@@ -86,8 +86,10 @@ fn main() -> Result<()> {
     if options.step {
         println!("seconds of a step and MiB of peak memory: this crate, candle, ratio");
         let systems = ["ours", "ours-recompute", "candle"];
-        let steps: Vec<[f64; 2]> =
-            systems.iter().map(|system| step::child(system, options.rank)).collect::<Result<_>>()?;
+        let steps: Vec<[f64; 2]> = systems
+            .iter()
+            .map(|system| step::child(system, options.rank))
+            .collect::<Result<_>>()?;
         for (system, step) in systems.iter().zip(&steps).take(2) {
             for (i, what) in ["seconds", "MiB"].into_iter().enumerate() {
                 line("step", system, what, 512, [step[i], steps[2][i]]);
@@ -114,7 +116,8 @@ fn forward(layer: &impl Module, x: &Tensor) -> Tensor {
 }
 
 fn block(dtype: DType, rows: usize, options: &Options) -> Result<[f64; 2]> {
-    let base = SwiGluFfn::from_tensors(normal(I, H, dtype)?, normal(I, H, dtype)?, normal(H, I, dtype)?)?;
+    let base =
+        SwiGluFfn::from_tensors(normal(I, H, dtype)?, normal(I, H, dtype)?, normal(H, I, dtype)?)?;
     let with = adapted(base.clone(), pairs(options.rank, dtype, |tensor| Ok(tensor))?)?;
     let x = normal(rows, H, dtype)?;
     Ok(alternating(options, [&|| forward(&with, &x), &|| forward(&base, &x)]))
@@ -149,7 +152,11 @@ fn training(dtype: DType, options: &Options) -> Result<[f64; 2]> {
 
 /// The pairs' config of a fine-tuning.
 fn config(rank: usize) -> LoraConfig {
-    LoraConfig::new(rank, 2.0 * rank as f64).with_target_modules(["gate_proj", "up_proj", "down_proj"])
+    LoraConfig::new(rank, 2.0 * rank as f64).with_target_modules([
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ])
 }
 
 /// The variables of the pairs on the CPU.

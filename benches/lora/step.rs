@@ -57,8 +57,7 @@ pub(crate) fn child(system: &str, rank: usize) -> Result<[f64; 2]> {
     ensure!(out.status.success(), "{system}: {}", String::from_utf8_lossy(&out.stderr));
     let text = String::from_utf8(out.stdout)?;
     print!("{text}");
-    let numbers: Vec<f64> =
-        text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    let numbers: Vec<f64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
     let [seconds, _, peak] = numbers[..] else { anyhow::bail!("{system}: {text}") };
     Ok([seconds, peak])
 }

@@ -51,7 +51,8 @@ impl CandleMlp {
 fn project(x: &Tensor, weight: &Tensor, pair: Option<&Lora>) -> candle_core::Result<Tensor> {
     let y = candle_nn::Linear::new(weight.clone(), None).forward(x)?;
     let Some(pair) = pair else { return Ok(y) };
-    let through = |weight: &Tensor, x: &Tensor| candle_nn::Linear::new(weight.clone(), None).forward(x);
+    let through =
+        |weight: &Tensor, x: &Tensor| candle_nn::Linear::new(weight.clone(), None).forward(x);
     let u = through(pair.a(), &x.to_dtype(pair.a().dtype())?)?;
     let change = (through(pair.b(), &u)? * pair.scale())?;
     (y.to_dtype(change.dtype())? + change)?.to_dtype(y.dtype())

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
 use half::{bf16, f16};
 
 use super::adapted::Pairs;
@@ -261,25 +261,17 @@ fn of_pairs(
         let Some(pair) = pair else { continue };
         let r = rank(pair);
         if is_tracked(pair.a()) {
-            all.push(tensor_value(&a.narrow(0, start, r)?.to_dtype(pair.a().dtype())?)?);
+            let a = a.narrow(0, start, r)?.to_dtype(pair.a().dtype())?;
+            all.push(Value::Tensor(a.force_contiguous()?));
         }
         if is_tracked(pair.b()) {
             let b = Tensor::from_vec(b, ((), ranks), &Device::Cpu)?.narrow(1, start, r)?;
             let b = (b * (pair.scale() * factor))?;
-            all.push(tensor_value(&b.to_dtype(pair.b().dtype())?)?);
+            all.push(Value::Tensor(b.to_dtype(pair.b().dtype())?.force_contiguous()?));
         }
         start += r;
     }
     Ok(all)
-}
-
-fn tensor_value(tensor: &Tensor) -> candle_core::Result<Value> {
-    let tensor = tensor.force_contiguous()?;
-    let (storage, _) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => Ok(Value(storage.clone(), tensor.shape().clone())),
-        _ => bail!("a gradient is not on the CPU"),
-    }
 }
 
 impl Addend {

@@ -1,4 +1,4 @@
-//! Operations of candle's graph on the CPU with up to nine inputs, whose value was computed before.
+//! Operations of candle's graph with up to nine inputs, whose value was computed before.
 //!
 //! candle's custom operations take at most three tensors. Inputs beyond that are grouped under
 //! tokens: scalars that an operation of three inputs returns, and whose gradient is 0. The backward
@@ -13,7 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{ThreadId, current};
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Storage,
+    Tensor, bail,
 };
 
 use super::direct;
@@ -42,9 +43,8 @@ pub(super) fn function(
     let waiting = Waiting::default();
     let mut children = first.to_vec();
     for (number, group) in rest.chunks(INPUTS).enumerate() {
-        let waiting = waiting.clone();
+        let (zero, waiting) = (Value::Tensor(zero(&group[0])?), waiting.clone());
         let gradients = move |_: &Tensor| waiting.take(name, number);
-        let zero = Value(CpuStorage::F32(vec![0.0]), Shape::from(()));
         children.push(apply(name, zero, group, Arc::new(gradients))?);
     }
     let tokens: Vec<usize> = rest.chunks(INPUTS).map(<[Tensor]>::len).collect();
@@ -53,11 +53,16 @@ pub(super) fn function(
         let mut of_children: Vec<Tensor> = all.by_ref().take(direct).collect();
         for (number, &len) in tokens.iter().enumerate() {
             waiting.put(number, all.by_ref().take(len).collect());
-            of_children.push(Tensor::zeros((), DType::F32, &Device::Cpu)?);
+            of_children.push(zero(dy)?);
         }
         Ok(of_children)
     };
     apply(name, y, &children, Arc::new(gradients))
+}
+
+/// The value and the gradient of a token.
+fn zero(beside: &Tensor) -> Result<Tensor> {
+    Tensor::zeros((), DType::F32, beside.device())
 }
 
 /// A gradient of a function of `input`. If candle keeps the graph of backward passes, it is the
@@ -84,7 +89,7 @@ fn apply(
 ) -> Result<Tensor> {
     let node = Node { name, value: Mutex::new(Some(value)), backward };
     match inputs {
-        [] => Tensor::zeros((), DType::U8, &Device::Cpu)?.apply_op1_no_bwd(&node),
+        [] => node.into_tensor(),
         [a] => a.apply_op1(node),
         [a, b] => a.apply_op2(b, node),
         [a, b, c] => a.apply_op3(b, c, node),
@@ -92,8 +97,13 @@ fn apply(
     }
 }
 
-/// A contiguous value, which is moved into the graph.
-pub(super) struct Value(pub(super) CpuStorage, pub(super) Shape);
+/// A contiguous value.
+pub(super) enum Value {
+    /// Moved into the graph.
+    Cpu(CpuStorage, Shape),
+    /// A tensor of its own storage, on any device. A node with inputs clones the storage.
+    Tensor(Tensor),
+}
 
 /// Gradients on their way from an operation to its tokens. Several threads may differentiate the
 /// same graph.
@@ -133,10 +143,50 @@ impl fmt::Debug for Node {
 }
 
 impl Node {
-    fn take(&self) -> Result<(CpuStorage, Shape)> {
+    /// The value without a graph.
+    fn into_tensor(self) -> Result<Tensor> {
+        let tensor = match &mut *self.value.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(Value::Tensor(tensor)) => Some(tensor.detach()),
+            _ => None,
+        };
+        match tensor {
+            Some(tensor) => Ok(tensor),
+            None => Tensor::zeros((), DType::U8, &Device::Cpu)?.apply_op1_no_bwd(&self),
+        }
+    }
+
+    /// The storage and the shape of the value.
+    fn take(&self) -> Result<(Storage, Shape)> {
         match self.value.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(Value(storage, shape)) => Ok((storage, shape)),
+            Some(Value::Cpu(storage, shape)) => Ok((Storage::Cpu(storage), shape)),
+            Some(Value::Tensor(value)) => {
+                let (storage, layout) = value.storage_and_layout();
+                Ok((storage.try_clone(layout)?, value.shape().clone()))
+            }
             None => bail!("{}: a second forward pass", self.name),
+        }
+    }
+
+    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
+        match self.take()? {
+            (Storage::Cpu(storage), shape) => Ok((storage, shape)),
+            _ => bail!("{}: the inputs are on the CPU, the value is not", self.name),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(&self) -> Result<(candle_core::CudaStorage, Shape)> {
+        match self.take()? {
+            (Storage::Cuda(storage), shape) => Ok((storage, shape)),
+            _ => bail!("{}: the inputs are on a CUDA device, the value is not", self.name),
+        }
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal(&self) -> Result<(candle_core::MetalStorage, Shape)> {
+        match self.take()? {
+            (Storage::Metal(storage), shape) => Ok((storage, shape)),
+            _ => bail!("{}: the inputs are on a Metal device, the value is not", self.name),
         }
     }
 
@@ -174,7 +224,25 @@ macro_rules! operation {
                 $($storage: &CpuStorage, $layout: &Layout),*
             ) -> Result<(CpuStorage, Shape)> {
                 let _ = ($($storage, $layout),*);
-                self.take()
+                self.cpu()
+            }
+
+            #[cfg(feature = "cuda")]
+            fn cuda_fwd(
+                &self,
+                $($storage: &candle_core::CudaStorage, $layout: &Layout),*
+            ) -> Result<(candle_core::CudaStorage, Shape)> {
+                let _ = ($($storage, $layout),*);
+                self.cuda()
+            }
+
+            #[cfg(feature = "metal")]
+            fn metal_fwd(
+                &self,
+                $($storage: &candle_core::MetalStorage, $layout: &Layout),*
+            ) -> Result<(candle_core::MetalStorage, Shape)> {
+                let _ = ($($storage, $layout),*);
+                self.metal()
             }
 
             fn bwd(&self, $($tensor: &Tensor,)* y: &Tensor, dy: &Tensor) -> Result<$gradients> {

@@ -6,7 +6,8 @@
 //! | `cpu` | constant weights in f32, bf16 or f16 on the CPU | packed for its kernels |
 //! | `gpu` | constant weights in a dtype that the device has kernels for | gate and up in one matrix |
 //! | `trained` | variables in the same dtypes on the CPU | the tensors themselves |
-//! | `plain` | everything else | the tensors themselves, in candle's matmuls |
+//! | `composed` | variables in f64, and on a GPU that has the fused gate | the same |
+//! | `plain` | everything else | the same, in candle's operations |
 //! | `adapted` | low-rank pairs without kernels | those of the layer without pairs |
 //!
 //! The choice is made once, when a layer is built. A weight is constant if no gradient is tracked
@@ -14,6 +15,7 @@
 
 pub(crate) mod adapted;
 mod backward;
+mod composed;
 mod cpu;
 mod cpu_lora;
 mod direct;
@@ -22,6 +24,7 @@ mod gpu;
 mod low_rank;
 mod plain;
 mod trained;
+mod unpacked;
 
 pub use direct::backward;
 
@@ -206,7 +209,7 @@ pub(crate) fn build_block(spec: &BlockSpec, weights: Weights) -> Result<Arc<dyn 
 /// Builds a block from a source: `load` calls its argument with one piece after the other. Each
 /// piece is packed before the next is read, so that at most one of them is in memory twice. If a
 /// gradient is tracked through a later piece but not through the first, the packed pieces are
-/// dropped and `load` is called again for a plain block.
+/// dropped and `load` is called again for a block that packs nothing.
 ///
 /// # Errors
 /// Those of `load`; pieces whose dtype or device differs from the first's; a missing piece.
@@ -280,10 +283,9 @@ fn builder(
 ) -> Result<Box<dyn Builder>> {
     spec.check_addressable()?;
     match device {
-        _ if !has_kernels(device, dtype) || (!constant && !device.is_cpu()) => {
-            Ok(Box::new(plain::BlockBuilder::new(spec, dtype, device)))
+        _ if !constant || !has_kernels(device, dtype) => {
+            Ok(Box::new(unpacked::BlockBuilder::new(spec)))
         }
-        _ if !constant => Ok(Box::new(trained::BlockBuilder::new(spec))),
         Device::Cpu => Ok(Box::new(cpu::BlockBuilder::new(spec, dtype)?)),
         _ => Ok(Box::new(gpu::BlockBuilder::new(spec, dtype, device))),
     }
@@ -294,11 +296,8 @@ pub(crate) fn projection(weight: Tensor, bias: Option<Tensor>) -> Result<Arc<dyn
     let (rows, k) = weight.dims2()?;
     check_addressable("weight", rows, k)?;
     let constant = !is_tracked(&weight) && !bias.as_ref().is_some_and(is_tracked);
-    if !has_kernels(weight.device(), weight.dtype()) || (!constant && !weight.device().is_cpu()) {
-        return Ok(Arc::new(plain::Linear::new(weight, bias)?));
-    }
-    if !constant {
-        return Ok(Arc::new(trained::Linear::new(weight, bias)?));
+    if !constant || !has_kernels(weight.device(), weight.dtype()) {
+        return unpacked::projection(weight, bias, constant);
     }
     match weight.device() {
         Device::Cpu => Ok(Arc::new(cpu::Linear::new(&weight, bias.as_ref())?)),

@@ -1,101 +1,62 @@
 //! Layers of candle's matmuls, differentiable in the weights too: for devices and dtypes without
-//! kernels, and for variables on a GPU.
-
-use std::sync::Arc;
+//! kernels. `composed` uses them for variables on GPUs and in f64.
 
 use candle_core::{D, DType, Device, Tensor};
 
 use super::{BlockSpec, Projection};
 use crate::cpu;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::forced;
 use crate::gate::activation::Glu;
 use crate::load::{FusedOrder, GateUp, Weights, split};
 use crate::which::Which;
 
-/// A block while its weights are collected.
-pub(super) struct BlockBuilder {
-    spec: BlockSpec,
-    dtype: DType,
+/// Three matmuls, or two, around the fused gate.
+#[derive(Clone, Debug)]
+pub(super) struct Block {
+    pub(super) gate_up: Projections,
+    pub(super) down: Linear,
+    pub(super) glu: Glu,
+    down_multiplier: f32,
     device: Device,
-    gate: Option<Linear>,
-    up: Option<Linear>,
-    gate_up: Option<(Linear, FusedOrder)>,
-    down: Option<Linear>,
+    kernel: String,
 }
 
-impl BlockBuilder {
-    pub(super) fn new(spec: &BlockSpec, dtype: DType, device: &Device) -> Self {
-        Self {
-            spec: *spec,
-            dtype,
-            device: device.clone(),
-            gate: None,
-            up: None,
-            gate_up: None,
-            down: None,
-        }
-    }
-}
-
-impl super::Builder for BlockBuilder {
-    fn set(&mut self, which: Which, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
-        let layer = Some(Linear::new(weight.clone(), bias.cloned())?);
-        match which {
-            Which::Gate => self.gate = layer,
-            Which::Up => self.up = layer,
-            Which::Down => self.down = layer,
-        }
-        Ok(())
-    }
-
-    fn set_gate_up(
-        &mut self,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-        order: FusedOrder,
-    ) -> Result<()> {
-        self.gate_up = Some((Linear::new(weight.clone(), bias.cloned())?, order));
-        Ok(())
-    }
-
-    fn finish(self: Box<Self>) -> Result<Arc<dyn super::Block>> {
-        let kernel = match self.device {
+impl Block {
+    pub(super) fn new(spec: &BlockSpec, weights: Weights) -> Result<Self> {
+        let BlockSpec { glu, down_multiplier, .. } = *spec;
+        let device = weights.down_proj.device().clone();
+        let kernel = match device {
             Device::Cpu if !forced::is_plain() => {
                 format!("plain-{}", cpu::selected()?.name_of(DType::F32))
             }
             _ => forced::PLAIN.to_string(),
         };
-        let missing = |which: Which| move || Error::missing(which.name());
-        let gate_up = match self.gate_up {
-            Some((layer, order)) => Projections::Fused { layer, order },
-            None => Projections::Separate {
-                gate: self.gate.ok_or_else(missing(Which::Gate))?,
-                up: self.up.ok_or_else(missing(Which::Up))?,
-            },
-        };
-        let Self { spec, dtype, device, down, .. } = *self;
-        let down = down.ok_or_else(missing(Which::Down))?;
-        let BlockSpec { glu, down_multiplier, .. } = spec;
-        Ok(Arc::new(Block { gate_up, down, glu, down_multiplier, dtype, device, kernel }))
+        let gate_up = Projections::new(weights.gate_up)?;
+        let down = Linear::new(weights.down_proj, weights.down_bias)?;
+        Ok(Self { gate_up, down, glu, down_multiplier, device, kernel })
+    }
+
+    /// The same block of constants, which share the memory of the variables.
+    pub(super) fn detached(&self) -> Self {
+        let (gate_up, down) = (self.gate_up.detached(), self.down.detached());
+        Self { gate_up, down, ..self.clone() }
+    }
+
+    /// h (M,I) -> y (M,H)
+    pub(super) fn project_down(&self, h: &Tensor) -> candle_core::Result<Tensor> {
+        self.scale(self.down.forward(h)?)
+    }
+
+    /// The factor of the down projection times `y`.
+    pub(super) fn scale(&self, y: Tensor) -> candle_core::Result<Tensor> {
+        if self.down_multiplier == 1.0 { Ok(y) } else { y * f64::from(self.down_multiplier) }
     }
 }
 
-/// Three matmuls, or two, around the fused gate.
-#[derive(Debug)]
-struct Block {
-    gate_up: Projections,
-    down: Linear,
-    glu: Glu,
-    down_multiplier: f32,
-    dtype: DType,
-    device: Device,
-    kernel: String,
-}
-
 /// gate and up.
-#[derive(Debug)]
-enum Projections {
+#[derive(Clone, Debug)]
+pub(super) enum Projections {
     /// Two tensors, two products.
     Separate { gate: Linear, up: Linear },
     /// Rows of one tensor, one product.
@@ -104,7 +65,7 @@ enum Projections {
 
 impl super::Block for Block {
     fn dtype(&self) -> DType {
-        self.dtype
+        self.down.dtype()
     }
 
     fn device(&self) -> &Device {
@@ -123,8 +84,7 @@ impl super::Block for Block {
         let (gate, up) = self.gate_up.forward(x)?; // (M,I) each
         let h = self.glu.mul(&gate, &up)?;
         drop((gate, up));
-        let y = self.down.forward(&h)?;
-        if self.down_multiplier == 1.0 { Ok(y) } else { y * f64::from(self.down_multiplier) }
+        self.project_down(&h)
     }
 
     fn weight(&self, which: Which) -> candle_core::Result<Tensor> {
@@ -168,8 +128,51 @@ fn half(fused: &Tensor, order: FusedOrder, which: Which) -> candle_core::Result<
 }
 
 impl Projections {
+    fn new(gate_up: GateUp) -> Result<Self> {
+        Ok(match gate_up {
+            GateUp::Separate { gate_proj, up_proj, gate_bias, up_bias } => Self::Separate {
+                gate: Linear::new(gate_proj, gate_bias)?,
+                up: Linear::new(up_proj, up_bias)?,
+            },
+            GateUp::Fused { gate_up_proj, bias, order } => {
+                Self::Fused { layer: Linear::new(gate_up_proj, bias)?, order }
+            }
+        })
+    }
+
+    fn detached(&self) -> Self {
+        match self {
+            Self::Separate { gate, up } => {
+                Self::Separate { gate: gate.detached(), up: up.detached() }
+            }
+            Self::Fused { layer, order } => Self::Fused { layer: layer.detached(), order: *order },
+        }
+    }
+
+    /// gate and up, or the one layer that computes both.
+    pub(super) fn layers(&self) -> Vec<&Linear> {
+        match self {
+            Self::Separate { gate, up } => vec![gate, up],
+            Self::Fused { layer, .. } => vec![layer],
+        }
+    }
+
+    /// dgate (M,I), dup (M,I) -> the gradient of the result of each of [`Projections::layers`]
+    pub(super) fn join(&self, gate: Tensor, up: Tensor) -> candle_core::Result<Vec<Tensor>> {
+        let order = match self {
+            Self::Separate { .. } => return Ok(vec![gate, up]),
+            Self::Fused { order, .. } => order,
+        };
+        let both = match order {
+            FusedOrder::GateFirst => Tensor::cat(&[gate, up], 1)?,
+            FusedOrder::UpFirst => Tensor::cat(&[up, gate], 1)?,
+            FusedOrder::Interleaved => Tensor::stack(&[gate, up], 2)?.flatten(1, 2)?,
+        };
+        Ok(vec![both])
+    }
+
     /// x (M,H) -> gate (M,I), up (M,I). Of one product they are views.
-    fn forward(&self, x: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+    pub(super) fn forward(&self, x: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
         let (both, order) = match self {
             Self::Separate { gate, up } => return Ok((gate.forward(x)?, up.forward(x)?)),
             Self::Fused { layer, order } => (layer.forward(x)?, order), // (M,2I)
@@ -188,12 +191,12 @@ impl Projections {
 }
 
 /// One matmul and an optional bias.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Linear {
     /// (out, in), with strides that candle's matmul takes without a copy unless a gradient is
     /// tracked through it.
-    weight: Tensor,
-    bias: Option<Tensor>,
+    pub(super) weight: Tensor,
+    pub(super) bias: Option<Tensor>,
 }
 
 impl Linear {
@@ -202,6 +205,11 @@ impl Linear {
     pub(super) fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let keep = is_matrix(&weight) || super::is_tracked(&weight);
         Ok(Self { weight: if keep { weight } else { weight.contiguous()? }, bias })
+    }
+
+    /// The same layer of constants, which share the memory of the variables.
+    pub(super) fn detached(&self) -> Self {
+        Self { weight: self.weight.detach(), bias: self.bias.as_ref().map(Tensor::detach) }
     }
 }
 
@@ -260,16 +268,24 @@ impl Projection for Linear {
 ///
 /// On 64-bit ARM's CPU f16 is multiplied in f32: candle's own product sums in f16 there, which is
 /// less accurate and makes the result depend on the layout.
-fn product(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
+pub(super) fn product(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
     if cfg!(target_arch = "aarch64") && x.dtype() == DType::F16 && x.device().is_cpu() {
         let weight = weight.to_dtype(DType::F32)?;
         return x.to_dtype(DType::F32)?.matmul(&weight.t()?)?.to_dtype(DType::F16);
     }
-    if is_matrix(weight) { x.matmul(&weight.t()?) } else { x.matmul(&weight.contiguous()?.t()?) }
+    matrix(x)?.matmul(&matrix(weight)?.t()?)
 }
 
-/// Row-major, possibly with a gap between the rows, or the transpose of that: what a GEMM takes.
-fn is_matrix(weight: &Tensor) -> bool {
-    matches!((weight.stride(), weight.dims()), (&[rows, columns], &[m, n])
-        if (columns == 1 && rows >= n) || (rows == 1 && columns >= m))
+/// The same matrix with strides that candle's matmul takes.
+pub(super) fn matrix(x: &Tensor) -> candle_core::Result<Tensor> {
+    if is_matrix(x) { Ok(x.clone()) } else { x.contiguous() }
+}
+
+/// Row-major, or the transpose of that: what a GEMM takes. candle's GEMM on the CPU also takes a gap
+/// between the rows.
+fn is_matrix(x: &Tensor) -> bool {
+    let gaps = x.device().is_cpu();
+    let fits = |stride, len| stride == len || (gaps && stride > len);
+    matches!((x.stride(), x.dims()), (&[rows, columns], &[m, n])
+        if (columns == 1 && fits(rows, n)) || (rows == 1 && fits(columns, m)))
 }

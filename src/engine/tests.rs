@@ -17,7 +17,7 @@ fn spec() -> BlockSpec {
 /// A builder of each kind. The weights of `gpu` are on the CPU here, where its kernels are not.
 fn builders() -> [(&'static str, Box<dyn Builder>); 3] {
     [
-        ("plain", Box::new(plain::BlockBuilder::new(&spec(), DType::F32, &Device::Cpu))),
+        ("unpacked", Box::new(unpacked::BlockBuilder::new(&spec()))),
         ("cpu", Box::new(cpu::BlockBuilder::new(&spec(), DType::F32).unwrap())),
         ("gpu", Box::new(gpu::BlockBuilder::new(&spec(), DType::F32, &Device::Cpu))),
     ]
@@ -54,7 +54,10 @@ fn build(mut builder: Box<dyn Builder>, biases: Biases) -> Arc<dyn Block> {
 
 fn assert_holds(block: &dyn Block, biases: Biases, case: &str) {
     for which in Which::ALL {
-        let values = |tensor: Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let values = |tensor: Tensor| {
+            let tensor = tensor.to_dtype(DType::F32).unwrap();
+            tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
         assert_eq!(values(block.weight(which).unwrap()), values(weight(which)), "{case} {which:?}");
         let found = block.bias(which).unwrap().map(values);
         assert_eq!(found, bias(which, biases).map(values), "{case} {which:?} {biases:?}");
@@ -141,16 +144,17 @@ fn the_gradient_of_x_is_that_of_the_plain_form() {
     }
 }
 
-/// A source of which some pieces are constants is read again for a plain block.
+/// A source of which some pieces are constants is read again for a block that packs nothing. In f64
+/// nothing is ever packed. A block with a variable has a choice of what it keeps.
 #[test]
-fn constants_and_variables_make_a_plain_block() {
-    let biases = Biases::NONE;
-    for variable in Which::ALL.into_iter().map(Some).chain([None]) {
+fn constants_and_variables_are_not_packed() {
+    let variables = Which::ALL.into_iter().map(Some).chain([None]);
+    for (variable, dtype) in variables.flat_map(|v| [DType::F32, DType::F64].map(|t| (v, t))) {
         let reads = std::cell::Cell::new(0);
         let block = load_block(&spec(), |take| {
             reads.set(reads.get() + 1);
             Which::ALL.into_iter().try_for_each(|which| {
-                let weight = weight(which);
+                let weight = weight(which).to_dtype(dtype)?;
                 let weight = match variable == Some(which) {
                     true => Var::from_tensor(&weight)?.into_inner(),
                     false => weight,
@@ -158,12 +162,13 @@ fn constants_and_variables_make_a_plain_block() {
                 take(Piece::One { which, weight, bias: None })
             })
         });
-        let block = block.unwrap();
-        assert_holds(&*block, biases, "loaded");
-        assert_eq!(block.is_packed(), variable.is_none(), "{variable:?}");
+        let (block, packs) = (block.unwrap(), dtype == DType::F32);
+        assert_holds(&*block, Biases::NONE, "loaded");
+        assert_eq!(block.is_packed(), packs && variable.is_none(), "{variable:?}");
+        assert_eq!(block.with_recompute(true).is_some(), variable.is_some(), "{variable:?}");
         // The first piece decides: if it is a variable, nothing has been packed yet.
-        let expected = if matches!(variable, None | Some(Which::Gate)) { 1 } else { 2 };
-        assert_eq!(reads.get(), expected, "{variable:?}");
+        let once = !packs || matches!(variable, None | Some(Which::Gate));
+        assert_eq!(reads.get(), if once { 1 } else { 2 }, "{variable:?}");
     }
 }
 
@@ -173,26 +178,28 @@ fn a_source_without_pieces_is_an_error() {
     assert!(error.contains("gate_proj.weight"), "{error}");
 }
 
-/// y = Σ nx for inputs x = 1, 2, .., whose gradients are n = 1, 2, ..
+/// y = Σ nx for inputs x = 1, 2, .., whose gradients are n = 1, 2, .. Both kinds of values.
 #[test]
 fn functions_of_any_number_of_inputs() {
     use super::function::{Value, function};
-    for count in 1..=9usize {
-        let inputs: Vec<Var> =
-            (0..count).map(|_| Var::zeros(2, DType::F32, &Device::Cpu).unwrap()).collect();
-        let tensors: Vec<Tensor> = inputs.iter().map(|var| var.as_tensor().clone()).collect();
-        let y = Value(candle_core::CpuStorage::F32(vec![0.0; 2]), 2.into());
+    let storage = || Value::Cpu(candle_core::CpuStorage::F32(vec![1.0, 2.0]), 2.into());
+    let tensor = || Value::Tensor(Tensor::new(&[1f32, 2.0], &Device::Cpu).unwrap());
+    let zeros = |count| vec![Var::zeros(2, DType::F32, &Device::Cpu).unwrap(); count];
+    let tensors = |vars: &[Var]| vars.iter().map(|var| var.as_tensor().clone()).collect::<Vec<_>>();
+    let kinds: [&dyn Fn() -> Value; 2] = [&storage, &tensor];
+    for (count, value) in (0..=9usize).flat_map(|count| kinds.map(|value| (count, value))) {
+        let inputs: Vec<Var> = (0..count).flat_map(|_| zeros(1)).collect();
         let gradients =
             move |dy: &Tensor| (1..=count).map(|n| dy * n as f64).collect::<Result<Vec<_>, _>>();
-        let y = function("sum", y, &tensors, gradients).unwrap();
+        let y = function("sum", value(), &tensors(&inputs), gradients).unwrap();
+        assert_eq!(y.to_vec1::<f32>().unwrap(), [1.0, 2.0], "{count}");
+        assert_eq!(y.track_op(), count > 0, "{count}");
         let store = y.backward().unwrap();
         for (n, input) in (1..).zip(&inputs) {
             let found = store.get(input).unwrap().to_vec1::<f32>().unwrap();
             assert_eq!(found, [n as f32; 2], "input {n} of {count}");
         }
     }
-    let tensors = vec![Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap(); 10];
-    let y = Value(candle_core::CpuStorage::F32(vec![0.0; 2]), 2.into());
-    let error = function("sum", y, &tensors, |_| Ok(vec![])).unwrap_err().to_string();
-    assert!(error.contains("10 inputs, expected at most 9"), "{error}");
+    let error = function("sum", storage(), &tensors(&zeros(10)), |_| Ok(vec![])).unwrap_err();
+    assert!(error.to_string().contains("10 inputs, expected at most 9"), "{error}");
 }

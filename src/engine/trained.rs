@@ -11,7 +11,7 @@ use super::{BlockSpec, Projection, check_addressable, is_tracked, plain};
 use crate::cpu::{
     self, BlockOperands, BlockWanted, LinearWanted, Operand, Saved, Trained, WeightOperand,
 };
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::load::{FusedOrder, GateUp, Weights, split};
 use crate::which::Which;
 
@@ -19,62 +19,6 @@ const BLOCK: &str = "swiglu block";
 const BLOCK_GRADIENT: &str = "swiglu block gradient";
 const LINEAR: &str = "linear";
 const LINEAR_GRADIENT: &str = "linear gradient";
-
-/// A block of variables while they are collected.
-pub(super) struct BlockBuilder {
-    spec: BlockSpec,
-    gate_up: [Option<Pair>; 2],
-    fused: Option<(Pair, FusedOrder)>,
-    down: Option<Pair>,
-}
-
-/// A weight and its bias.
-type Pair = (Tensor, Option<Tensor>);
-
-impl BlockBuilder {
-    pub(super) fn new(spec: &BlockSpec) -> Self {
-        Self { spec: *spec, gate_up: [None, None], fused: None, down: None }
-    }
-}
-
-impl super::Builder for BlockBuilder {
-    fn set(&mut self, which: Which, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
-        let place = match which {
-            Which::Gate | Which::Up => &mut self.gate_up[which as usize],
-            Which::Down => &mut self.down,
-        };
-        *place = Some((weight.clone(), bias.cloned()));
-        Ok(())
-    }
-
-    fn set_gate_up(
-        &mut self,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-        order: FusedOrder,
-    ) -> Result<()> {
-        self.fused = Some(((weight.clone(), bias.cloned()), order));
-        Ok(())
-    }
-
-    fn finish(self: Box<Self>) -> Result<Arc<dyn super::Block>> {
-        let missing = |which: Which| move || Error::missing(which.name());
-        let gate_up = match (self.fused, self.gate_up) {
-            (Some(((weight, bias), order)), _) => GateUp::fused(weight, bias, order),
-            (None, [gate, up]) => {
-                let (gate, gate_bias) = gate.ok_or_else(missing(Which::Gate))?;
-                let (up, up_bias) = up.ok_or_else(missing(Which::Up))?;
-                GateUp::separate(gate, up, gate_bias, up_bias)
-            }
-        };
-        let (down, down_bias) = self.down.ok_or_else(missing(Which::Down))?;
-        let weights = Weights::new(gate_up, down, down_bias);
-        let dtype = weights.down_proj.dtype();
-        let kernel = format!("trained-{}", cpu::selected()?.name_of(dtype));
-        let (spec, recompute) = (self.spec, false);
-        Ok(Arc::new(Block(Arc::new(Inner { weights, spec, dtype, kernel, recompute }))))
-    }
-}
 
 /// A block of variables.
 #[derive(Clone, Debug)]
@@ -88,6 +32,15 @@ struct Inner {
     kernel: String,
     /// The backward pass computes gate and up again. Otherwise the forward pass keeps them.
     recompute: bool,
+}
+
+impl Block {
+    /// A block of tensors in one of the dtypes of the CPU kernels.
+    pub(super) fn new(spec: &BlockSpec, weights: Weights) -> Result<Self> {
+        let dtype = weights.down_proj.dtype();
+        let kernel = format!("trained-{}", cpu::selected()?.name_of(dtype));
+        Ok(Self(Arc::new(Inner { weights, spec: *spec, dtype, kernel, recompute: false })))
+    }
 }
 
 impl super::Block for Block {
@@ -286,7 +239,7 @@ fn fuse(biases: [Option<Vec<f32>>; 3], fused: Option<FusedOrder>) -> [Option<Vec
 }
 
 pub(super) fn value<T: Trained>(data: Vec<T>, shape: impl Into<Shape>) -> Value {
-    Value(T::to_cpu_storage_owned(data), shape.into())
+    Value::Cpu(T::to_cpu_storage_owned(data), shape.into())
 }
 
 /// The gradient of a bias in its dtype.
