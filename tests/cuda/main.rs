@@ -18,7 +18,9 @@ mod common;
 mod debugging;
 mod forward;
 mod gate;
+mod products;
 mod streams;
+mod training;
 
 /// The dtypes that the kernels of the block support.
 const KERNEL_DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];

@@ -265,9 +265,16 @@ Result cublasSetStream_v2(void* handle, void* stream) { return static_cast<Blas*
 static Type type_of(int cuda) {
   return cuda == 0 ? Type::F32 : cuda == 1 ? Type::F64 : cuda == 2 ? Type::F16 : cuda == 14 ? Type::BF16 : (fail("cuBLAS type %d", cuda), Type::F32);
 }
+// Appends a line "rows columns sums" to the file that CUDA_MODEL_PRODUCTS names, for a row-major
+// result.
+static void record(int rows, int columns, int sums) {
+  static FILE* file = getenv("CUDA_MODEL_PRODUCTS") ? fopen(getenv("CUDA_MODEL_PRODUCTS"), "a") : nullptr;
+  if (file) fprintf(file, "%d %d %d\n", rows, columns, sums), fflush(file);
+}
 // C (m,n) = alpha·op(A)·op(B) + beta·C, leading dimensions of columns
 static Work product(int ta, int tb, int m, int n, int k, double alpha, uint64_t a, int lda, uint64_t b, int ldb, double beta, uint64_t c, int ldc,
                     Type type) {
+  record(n, m, k);
   const size_t columns_a = ta ? m : k, columns_b = tb ? k : n;
   REQUIRE(lda >= (ta ? k : m) && ldb >= (tb ? n : k) && ldc >= m, "leading dimensions %d, %d, %d of %d, %d, %d", lda, ldb, ldc, m, n, k);
   return [=] {

@@ -25,5 +25,7 @@ ln -sf libcuda.so.1 "$model/libcurand.so.10"
 
 # An nvcc that generates no code is enough, because the model only uses names.
 export LD_LIBRARY_PATH="$model:$CUDA_HOME/lib/stubs" CANDLE_SWIGLU_REQUIRE_CUDA=1 CUDA_MODEL=1
+export CUDA_MODEL_PRODUCTS=$model/products.txt
+: > "$CUDA_MODEL_PRODUCTS"
 unset CANDLE_SWIGLU_CUDA_SKIP_NVCC
 cargo test --locked --features "${FEATURES:-cuda}" --test cuda -- --test-threads=1 "$@"
