@@ -9,8 +9,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, SGD, VarBuilder, VarMap};
 use candle_swiglu::{
-    Family, FfnConfig, FusedOrder, GateUp, GluActivation, SwiGluFfn, Weights, glu_mul, reference,
-    silu_mul,
+    Family, FfnConfig, FusedOrder, GateUp, GluActivation, Linear, SwiGluFfn, Weights, glu_mul,
+    reference, silu_mul,
 };
 
 mod common;
@@ -292,10 +292,14 @@ fn one_side_may_be_untracked() -> Result<()> {
 /// bit over integers, whose sums are exact.
 #[test]
 fn fused_weights_get_the_same_gradients() -> Result<()> {
+    [DType::F32, DType::F64].into_iter().try_for_each(check_fused)
+}
+
+fn check_fused(dtype: DType) -> Result<()> {
     let cfg = FfnConfig::new(6, 9).with_activation(GluActivation::Relu).with_bias(true);
     let mut numbers = Numbers::new(33);
     let mut var =
-        |dims: &[usize]| anyhow::Ok(Var::from_tensor(&integers(&mut numbers, dims, DType::F32)?)?);
+        |dims: &[usize]| anyhow::Ok(Var::from_tensor(&integers(&mut numbers, dims, dtype)?)?);
     let [gate, up, down] = [var(&[9, 6])?, var(&[9, 6])?, var(&[6, 9])?];
     let [gate_bias, up_bias, down_bias] = [var(&[9])?, var(&[9])?, var(&[6])?];
     let (x, dy) = (var(&[5, 6])?, var(&[5, 6])?.as_detached_tensor());
@@ -316,13 +320,13 @@ fn fused_weights_get_the_same_gradients() -> Result<()> {
         let store = run(GateUp::fused(own(&fused[0]), Some(own(&fused[1])), order))?;
         for (var, [gate, up]) in fused.iter().zip([[&gate, &up], [&gate_bias, &up_bias]]) {
             let expected = pack(gradient(&separate, gate)?, gradient(&separate, up)?)?;
-            assert_eq!(bits(gradient(&store, var)?)?, bits(&expected)?, "{order:?}");
+            assert_eq!(bits(gradient(&store, var)?)?, bits(&expected)?, "{dtype:?} {order:?}");
         }
         for var in [&x, &down, &down_bias] {
             assert_eq!(
                 bits(gradient(&store, var)?)?,
                 bits(gradient(&separate, var)?)?,
-                "{order:?}"
+                "{dtype:?} {order:?}"
             );
         }
     }
@@ -459,12 +463,21 @@ fn a_second_derivative_of_the_block_is_an_error() -> Result<()> {
         ensure!(output.status.success() && stdout.contains("1 passed"), "{stdout}");
         return Ok(());
     }
-    let (cfg, mut numbers) = (FfnConfig::new(4, 6), Numbers::new(52));
-    let (vars, ffn) = tracked(&cfg, &weights(&cfg, &mut numbers, DType::F32)?)?;
-    let x = Var::from_tensor(&numbers.tensor(&[3, 4], 1.0, DType::F32)?)?;
-    let store = ffn.forward(&x)?.sum_all()?.backward()?;
-    for var in [&x, &vars["gate_proj.weight"], &vars["up_proj.weight"]] {
-        assert_refused(gradient(&store, var)?.sqr()?.sum_all()?.backward());
+    for dtype in [DType::F32, DType::F64] {
+        let (cfg, mut numbers) = (FfnConfig::new(4, 6), Numbers::new(52));
+        let (vars, ffn) = tracked(&cfg, &weights(&cfg, &mut numbers, dtype)?)?;
+        let x = Var::from_tensor(&numbers.tensor(&[3, 4], 1.0, dtype)?)?;
+        let store = ffn.forward(&x)?.sum_all()?.backward()?;
+        let down = &vars["down_proj.weight"];
+        for var in [&x, &vars["gate_proj.weight"], &vars["up_proj.weight"], down] {
+            assert_refused(gradient(&store, var)?.sqr()?.sum_all()?.backward());
+        }
+        let layer = Linear::new(down.as_tensor().clone(), None)?;
+        let h = Var::from_tensor(&numbers.tensor(&[3, 6], 1.0, dtype)?)?;
+        let store = layer.forward(&h)?.sum_all()?.backward()?;
+        for var in [&h, down] {
+            assert_refused(gradient(&store, var)?.sqr()?.sum_all()?.backward());
+        }
     }
     Ok(())
 }

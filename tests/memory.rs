@@ -130,7 +130,7 @@ fn training() {
     let is_forced = std::env::var_os("CANDLE_SWIGLU_KERNEL").is_some();
     let (dtypes, rows): (&[DType], &[usize]) = match is_forced {
         true => (&[DType::BF16], &[100]),
-        false => (&[DType::F32, DType::BF16, DType::F16], &[100, 1100]),
+        false => (&[DType::F32, DType::BF16, DType::F16, DType::F64], &[100, 1100]),
     };
     for (dtype, rows, recompute) in dtypes
         .iter()
@@ -158,7 +158,11 @@ fn training() {
             let y = ffn.forward(&x).unwrap();
             let kept = NOW.load(SeqCst) - before;
             let pair = if recompute { 0 } else { 2 * rows * I * size };
-            let scratch = (rows.min(512) + 15) * (H + I + 256) * 4 + (4 << 20);
+            // In f64 it is candle's, which packs blocks of the operands.
+            let scratch = match dtype {
+                DType::F64 => 4 << 20,
+                _ => (rows.min(512) + 15) * (H + I + 256) * 4 + (4 << 20),
+            };
             let bound = rows * H * size + pair + SMALL;
             assert!(kept <= bound + scratch, "{case}: {kept} B are kept, bound {bound}");
 
@@ -173,9 +177,19 @@ fn training() {
             let gradients = (weights * H * I + rows * H) * size;
             let threads = candle_core::utils::get_num_threads();
             let chunk = rows.min(512);
-            let scratch = (chunk + 128) * (4 * H + 5 * I + 768) * 4
-                + threads * ((chunk + 32) * 1792 + (768 << 10));
-            let sums = if rows > 512 { weights * 4 * (I + 512) * (H + 64) } else { 0 };
+            // In f64: gate and up if they are computed again, dh, dgate and dup.
+            let scratch = match dtype {
+                DType::F64 => (if recompute { 5 } else { 3 }) * rows * I * size + (4 << 20),
+                _ => {
+                    (chunk + 128) * (4 * H + 5 * I + 768) * 4
+                        + threads * ((chunk + 32) * 1792 + (768 << 10))
+                }
+            };
+            let sums = if dtype != DType::F64 && rows > 512 {
+                weights * 4 * (I + 512) * (H + 64)
+            } else {
+                0
+            };
             let candle = gradients + H * I * size + 6 * rows * H * size;
             let bound = gradients + scratch + sums + candle + SMALL;
             assert!(peak <= bound, "{case}: {peak} B at the peak of backward, bound {bound}");

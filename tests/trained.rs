@@ -11,6 +11,13 @@ use candle_swiglu::{FfnConfig, FusedOrder, GateUp, GluActivation, Linear, SwiGlu
 mod common;
 use common::{Block, Numbers, bits, check_within, pack, rms_error, unit_roundoff, values, weights};
 
+/// Variables in f64 are multiplied by candle.
+fn ensure_kernel(kernel: &str, dtype: DType) -> Result<()> {
+    let expected = if dtype == DType::F64 { "plain" } else { "trained-" };
+    ensure!(kernel.starts_with(expected), "{kernel} for {dtype:?}");
+    Ok(())
+}
+
 /// Variables of a block, and the block.
 struct Trained {
     vars: HashMap<String, Var>,
@@ -57,7 +64,7 @@ impl Trained {
         };
         let weights = Weights::new(gate_up, down.context("down")?, down_bias);
         let ffn = SwiGluFfn::from_weights(cfg, weights)?;
-        ensure!(ffn.kernel().starts_with("trained-"), "{}", ffn.kernel());
+        ensure_kernel(ffn.kernel(), ffn.dtype())?;
         Ok(Self { vars, ffn })
     }
 
@@ -72,11 +79,16 @@ const SIZES: [(usize, usize); 4] = [(5, 7), (33, 70), (130, 96), (300, 17)];
 /// One row, an odd number, one beyond a unit's rows, and one beyond a chunk.
 const ROWS: [usize; 5] = [1, 3, 33, 64, 513];
 
-/// In f32 every element is within the error bound of sums in any order. The bound is doubled,
-/// because the oracle's bound of the exponential's error is that of the forward pass.
+/// Every element is within the error bound of sums in any order. The bound is doubled, because the
+/// oracle's bound of the exponential's error is that of the forward pass, and in f64 the oracle has
+/// rounding errors of its own.
 #[test]
-fn f32_gradients_are_within_their_bounds() -> Result<()> {
-    let u = unit_roundoff(DType::F32);
+fn gradients_are_within_their_bounds() -> Result<()> {
+    [DType::F32, DType::F64].into_iter().try_for_each(check_gradients)
+}
+
+fn check_gradients(dtype: DType) -> Result<()> {
+    let u = unit_roundoff(dtype);
     let mut worst = 0f64;
     for (n, ((h, i), rows)) in
         SIZES.into_iter().flat_map(|size| ROWS.map(|rows| (size, rows))).enumerate()
@@ -86,9 +98,9 @@ fn f32_gradients_are_within_their_bounds() -> Result<()> {
             cfg = cfg.with_multipliers(-0.7, 0.3).with_limit(0.5).with_up_offset(1.0);
         }
         let mut numbers = Numbers::new(60 + n as u64);
-        let tensors = weights(&cfg, &mut numbers, DType::F32)?;
-        let x = Var::from_tensor(&numbers.tensor(&[rows, h], 1.0, DType::F32)?)?;
-        let dy = numbers.tensor(&[rows, h], 1.0, DType::F32)?;
+        let tensors = weights(&cfg, &mut numbers, dtype)?;
+        let x = Var::from_tensor(&numbers.tensor(&[rows, h], 1.0, dtype)?)?;
+        let dy = numbers.tensor(&[rows, h], 1.0, dtype)?;
         let exact = Block::new(&cfg, &tensors)?.gradients(&x, &dy, u)?;
         let mut trained = Trained::new(&cfg, &tensors)?;
         let store = trained.gradients(&x, &dy)?;
@@ -97,11 +109,11 @@ fn f32_gradients_are_within_their_bounds() -> Result<()> {
             let near = &exact[&format!("d{name}")];
             let doubled: Vec<f64> = near.errors().iter().map(|error| 2.0 * error).collect();
             let found = store.get(var).with_context(|| format!("no gradient of {name}"))?;
-            let what = format!("{h} {i} {rows} {name}");
+            let what = format!("{dtype:?} {h} {i} {rows} {name}");
             worst = worst.max(check_within(&what, found, &near.values(), &doubled)?);
         }
     }
-    eprintln!("{worst:.3} of the bound");
+    eprintln!("{dtype:?}: {worst:.3} of the bound");
     Ok(())
 }
 
@@ -177,6 +189,30 @@ fn recomputation_and_layouts_do_not_change_a_bit() -> Result<()> {
     Ok(())
 }
 
+/// The same in f64, where layouts differ in the order of sums: `gradients_are_within_their_bounds`
+/// and tests/backward.rs compare those.
+#[test]
+fn recomputation_in_f64_does_not_change_a_bit() -> Result<()> {
+    let orders = [FusedOrder::GateFirst, FusedOrder::UpFirst, FusedOrder::Interleaved];
+    for (order, rows) in
+        [None].into_iter().chain(orders.map(Some)).flat_map(|order| [1, 37].map(|m| (order, m)))
+    {
+        let (cfg, mut numbers) = (FfnConfig::new(36, 75).with_bias(true), Numbers::new(82));
+        let tensors = weights(&cfg, &mut numbers, DType::F64)?;
+        let x = Var::from_tensor(&numbers.tensor(&[rows, 36], 1.0, DType::F64)?)?;
+        let dy = numbers.tensor(&[rows, 36], 1.0, DType::F64)?;
+        let mut trained = Trained::with_layout(&cfg, &tensors, order)?;
+        let kept = trained.gradients(&x, &dy)?;
+        trained.ffn = trained.ffn.with_recompute(true);
+        let again = trained.gradients(&x, &dy)?;
+        for (name, var) in trained.vars.iter().chain([(&"x".to_string(), &x)]) {
+            let of = |store: &GradStore| bits(store.get(var).context("no gradient")?);
+            assert_eq!(of(&again)?, of(&kept)?, "{order:?} {name} {rows}");
+        }
+    }
+    Ok(())
+}
+
 /// Operands of other strides have the gradients of contiguous ones.
 #[test]
 fn strides_do_not_change_a_bit() -> Result<()> {
@@ -207,38 +243,43 @@ fn strides_do_not_change_a_bit() -> Result<()> {
     Ok(())
 }
 
-/// A frozen tensor has no gradient, and the others have the one that they have without it.
+/// Frozen tensors have no gradient, and the others have the one that they have if all are
+/// variables. Every set with a variable among the weights and biases is tried.
 #[test]
 fn frozen_parts_get_no_gradient() -> Result<()> {
-    let (cfg, mut numbers) = (FfnConfig::new(20, 50).with_bias(true), Numbers::new(101));
-    let tensors = weights(&cfg, &mut numbers, DType::F32)?;
-    let x = Var::from_tensor(&numbers.tensor(&[9, 20], 1.0, DType::F32)?)?;
-    let dy = numbers.tensor(&[9, 20], 1.0, DType::F32)?;
-    let all = Trained::new(&cfg, &tensors)?;
-    let expected = all.gradients(&x, &dy)?;
-    for trained in tensors.keys() {
-        let var = Var::from_tensor(&tensors[trained])?;
-        let take = |name: &str| match name == trained {
-            true => var.as_tensor().clone(),
-            false => tensors[name].clone(),
+    const NAMES: [&str; 7] = [
+        "x",
+        "gate_proj.weight",
+        "up_proj.weight",
+        "down_proj.weight",
+        "gate_proj.bias",
+        "up_proj.bias",
+        "down_proj.bias",
+    ];
+    for (dtype, set) in
+        [DType::F32, DType::F64].into_iter().flat_map(|t| (2..128).map(move |n| (t, n)))
+    {
+        let (cfg, mut numbers) = (FfnConfig::new(20, 50).with_bias(true), Numbers::new(101));
+        let tensors = weights(&cfg, &mut numbers, dtype)?;
+        let x = Var::from_tensor(&numbers.tensor(&[9, 20], 1.0, dtype)?)?;
+        let dy = numbers.tensor(&[9, 20], 1.0, dtype)?;
+        let mut all = Trained::new(&cfg, &tensors)?;
+        let expected = all.gradients(&x, &dy)?;
+        all.vars.insert("x".into(), x);
+        let take = |n: usize| match set >> n & 1 {
+            1 => all.vars[NAMES[n]].as_tensor().clone(),
+            _ => all.vars[NAMES[n]].as_detached_tensor(),
         };
-        let gate_up = GateUp::separate(
-            take("gate_proj.weight"),
-            take("up_proj.weight"),
-            Some(take("gate_proj.bias")),
-            Some(take("up_proj.bias")),
-        );
-        let weights = Weights::new(gate_up, take("down_proj.weight"), Some(take("down_proj.bias")));
-        let ffn = SwiGluFfn::from_weights(&cfg, weights)?;
-        let store = (ffn.forward(&x.as_detached_tensor())? * &dy)?.sum_all()?.backward()?;
-        assert!(store.get(&x).is_none(), "{trained}: x has a gradient");
-        for (name, frozen) in tensors.iter().filter(|(name, _)| *name != trained) {
-            assert!(store.get(frozen).is_none(), "{trained}: {name} has a gradient");
+        let gate_up = GateUp::separate(take(1), take(2), Some(take(4)), Some(take(5)));
+        let ffn = SwiGluFfn::from_weights(&cfg, Weights::new(gate_up, take(3), Some(take(6))))?;
+        let ffn = ffn.with_recompute(set % 3 == 0);
+        let store = (ffn.forward(&take(0))? * &dy)?.sum_all()?.backward()?;
+        for (n, name) in NAMES.into_iter().enumerate() {
+            let found = store.get(&all.vars[name]).map(bits).transpose()?;
+            let expected = (set >> n & 1 == 1).then(|| expected.get(&all.vars[name]));
+            let expected = expected.map(|d| bits(d.context("no gradient")?)).transpose()?;
+            assert_eq!(found, expected, "{dtype:?} {name}, variables {set:b}");
         }
-        let gradient = |store: &GradStore, var: &Var| -> Result<_> {
-            bits(store.get(var).with_context(|| format!("no gradient of {trained}"))?)
-        };
-        assert_eq!(gradient(&store, &var)?, gradient(&expected, &all.vars[trained])?, "{trained}");
     }
     Ok(())
 }
@@ -247,7 +288,7 @@ fn frozen_parts_get_no_gradient() -> Result<()> {
 #[test]
 fn no_rows() -> Result<()> {
     let (cfg, mut numbers) = (FfnConfig::new(6, 10).with_bias(true), Numbers::new(111));
-    for dtype in [DType::F32, DType::BF16, DType::F16] {
+    for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
         let trained = Trained::new(&cfg, &weights(&cfg, &mut numbers, dtype)?)?;
         for dims in [vec![0, 6], vec![2, 0, 6]] {
             let x = Var::zeros(dims.as_slice(), dtype, &Device::Cpu)?;
@@ -291,10 +332,11 @@ fn several_threads_differentiate_one_graph() -> Result<()> {
     })
 }
 
-/// dx = dy·W, dW = dyᵀ·x and db within the bounds of sums in any order.
+/// dx = dy·W, dW = dyᵀ·x and db within the bounds of sums in any order. The operands are multiples
+/// of 2⁻¹⁵, so that the products in f64 are exact.
 #[test]
 fn linear_layers() -> Result<()> {
-    for (dtype, (out, k), rows) in [DType::F32, DType::BF16, DType::F16]
+    for (dtype, (out, k), rows) in [DType::F64, DType::F32, DType::BF16, DType::F16]
         .into_iter()
         .flat_map(|dtype| SIZES.into_iter().flat_map(move |s| ROWS.map(|rows| (dtype, s, rows))))
     {
@@ -305,13 +347,15 @@ fn linear_layers() -> Result<()> {
         let (weight, bias, x) = (var(&[out, k])?, var(&[out])?, var(&[rows, k])?);
         let dy = var(&[rows, out])?.as_detached_tensor();
         let layer = Linear::new(weight.as_tensor().clone(), Some(bias.as_tensor().clone()))?;
-        ensure!(layer.kernel().starts_with("trained-"), "{}", layer.kernel());
+        ensure_kernel(layer.kernel(), dtype)?;
         let y = layer.forward(&x)?;
         let store = (&y * &dy)?.sum_all()?.backward()?;
+        let sum_roundoff = unit_roundoff(if dtype == DType::F64 { dtype } else { DType::F32 });
+        let tiny = if dtype == DType::F64 { 0.0 } else { 2f64.powi(-25) };
         let wide = |t: &Tensor| t.to_dtype(DType::F64);
         let (w, b, x64, dy64) = (wide(&weight)?, wide(&bias)?, wide(&x)?, wide(&dy)?);
         let product = |a: &Tensor, b: &Tensor, n: usize| -> Result<(Vec<f64>, Vec<f64>)> {
-            let u = n as f64 * unit_roundoff(DType::F32);
+            let u = n as f64 * sum_roundoff;
             let errors = (a.abs()?.matmul(&b.abs()?)? * (u / (1.0 - u)))?;
             Ok((values(&a.matmul(b)?)?, values(&errors)?))
         };
@@ -319,17 +363,14 @@ fn linear_layers() -> Result<()> {
             let bounds: Vec<f64> = exact
                 .iter()
                 .zip(errors)
-                .map(|(value, error)| {
-                    error + (value.abs() + error) * unit_roundoff(dtype) + 2f64.powi(-25)
-                })
+                .map(|(value, error)| error + (value.abs() + error) * unit_roundoff(dtype) + tiny)
                 .collect();
             let what = format!("{dtype:?} ({out}, {k}) {rows} {what}");
             check_within(&what, found, &exact, &bounds)
         };
         let (y_exact, y_errors) = product(&x64, &w.t()?, k + 1)?;
         let y_exact = Tensor::from_vec(y_exact, (rows, out), &Device::Cpu)?.broadcast_add(&b)?;
-        let u = unit_roundoff(DType::F32);
-        let y_errors = y_errors.iter().map(|error| error + 2.0 * u).collect();
+        let y_errors = y_errors.iter().map(|error| error + 2.0 * sum_roundoff).collect();
         check("y", &y, (values(&y_exact)?, y_errors))?;
         let of = |var: &Var| store.get(var).context("no gradient");
         check("dx", of(&x)?, product(&dy64, &w, out)?)?;
@@ -369,10 +410,14 @@ impl candle_core::CustomOp1 for Checkpointed {
 /// once and several times, and around an operation that differentiates by itself.
 #[test]
 fn the_direct_backward_pass_has_the_same_gradients() -> Result<()> {
+    [DType::F32, DType::F64].into_iter().try_for_each(check_direct)
+}
+
+fn check_direct(dtype: DType) -> Result<()> {
     let (cfg, mut numbers) = (FfnConfig::new(12, 30).with_bias(true), Numbers::new(141));
-    let tensors = weights(&cfg, &mut numbers, DType::F32)?;
+    let tensors = weights(&cfg, &mut numbers, dtype)?;
     let (trained, inner) = (Trained::new(&cfg, &tensors)?, Trained::new(&cfg, &tensors)?);
-    let x = Var::from_tensor(&numbers.tensor(&[7, 12], 1.0, DType::F32)?)?;
+    let x = Var::from_tensor(&numbers.tensor(&[7, 12], 1.0, dtype)?)?;
     let h = trained.ffn.forward(&x)?.apply_op1(Checkpointed(inner.ffn.clone()))?;
     let loss = (trained.ffn.forward(&h)? + x.as_tensor())?.sqr()?.sum_all()?;
     let (expected, found) = (loss.backward()?, candle_swiglu::backward(&loss)?);
@@ -380,7 +425,7 @@ fn the_direct_backward_pass_has_the_same_gradients() -> Result<()> {
         let gradient = |store: &GradStore| -> Result<Vec<f64>> {
             values(store.get(var).with_context(|| format!("no gradient of {name}"))?)
         };
-        assert_eq!(gradient(&found)?, gradient(&expected)?, "{name}");
+        assert_eq!(gradient(&found)?, gradient(&expected)?, "{dtype:?} {name}");
     }
     assert!(inner.vars.values().all(|var| found.get(var).is_none()), "an inner graph's gradient");
     Ok(())
