@@ -182,7 +182,7 @@ fn training() {
                 DType::F64 => (if recompute { 5 } else { 3 }) * rows * I * size + (4 << 20),
                 _ => {
                     (chunk + 128) * (4 * H + 5 * I + 768) * 4
-                        + threads * ((chunk + 32) * 1792 + (768 << 10))
+                        + threads * ((chunk + 32) * 1792 + (1 << 20))
                 }
             };
             let sums = if dtype != DType::F64 && rows > 512 {

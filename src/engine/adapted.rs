@@ -47,12 +47,18 @@ pub(crate) fn projection(base: &Arc<dyn Projection>, pair: Lora) -> Result<Arc<d
 fn low_rank(x: &Tensor, pair: &Lora) -> candle_core::Result<Tensor> {
     let dtype = wider(x.dtype(), pair.a().dtype());
     let x = x.to_dtype(dtype)?;
-    let x = match pair.dropout() {
-        0.0 => x,
-        probability => candle_nn::ops::dropout(&x, probability)?,
-    };
+    let x = drop_elements(&x, pair.dropout())?;
     let u = x.matmul(&pair.a().to_dtype(dtype)?.t()?)?;
     u.matmul(&pair.b().to_dtype(dtype)?.t()?)? * pair.scale()
+}
+
+/// x with each element 0 with this probability p, and the others times 1/(1-p).
+pub(super) fn drop_elements(x: &Tensor, probability: f32) -> candle_core::Result<Tensor> {
+    match probability {
+        0.0 => Ok(x.clone()),
+        1.0 => x.zeros_like(), // candle refuses 1
+        probability => candle_nn::ops::dropout(x, probability),
+    }
 }
 
 /// y + s·(drop(x)·Aᵀ)·Bᵀ, added in the wider dtype and rounded to that of y.

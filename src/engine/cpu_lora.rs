@@ -10,7 +10,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
 use half::{bf16, f16};
 
-use super::adapted::Pairs;
+use super::adapted::{Pairs, drop_elements};
 use super::cpu::{self as packed, output_shape, with_storages};
 use super::function::{Value, function, gradient};
 use super::low_rank::{Addend, are_tracked, rank};
@@ -313,10 +313,7 @@ impl Linear {
     /// y + s·(drop(x)·Aᵀ)·Bᵀ, as operations on linear layers A and B.
     fn add_low_rank(&self, y: &Tensor, x: &Tensor) -> candle_core::Result<Tensor> {
         let pair = &self.0.pair;
-        let x = match pair.dropout() {
-            0.0 => x.clone(),
-            probability => candle_nn::ops::dropout(x, probability)?,
-        };
+        let x = drop_elements(x, pair.dropout())?;
         let through = |weight: &Tensor, x: &Tensor| {
             trained::Linear::new(weight.to_dtype(self.dtype())?, None)?.forward(x)
         };
