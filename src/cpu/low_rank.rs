@@ -47,6 +47,12 @@ impl LowRank {
         })
     }
 
+    /// f32 of the sums of all u of these rows.
+    pub(super) fn part_len(&self, rows: usize) -> usize {
+        let sweep = self.a.sweep();
+        self.a.weight.layout.count() * sweep.padded_rows(rows) * sweep.nr
+    }
+
     /// Elements from one row of u to the next.
     pub(super) fn u_stride(&self) -> usize {
         self.b.weight.layout.padded_k() + PAD

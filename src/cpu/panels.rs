@@ -16,6 +16,7 @@ use std::ops::Range;
 use super::buffer::Buffer;
 use super::format::{Format, Stored};
 use super::matrix::Matrix;
+use super::prefetch::prefetch;
 use super::sweep::Sweep;
 use super::threads::{self, Phase, SendPtr};
 
@@ -226,6 +227,26 @@ impl PanelsRef {
     /// `data` points to panels of this layout for as long as the view is used.
     pub(super) unsafe fn new(layout: PanelLayout, data: *const u8) -> Self {
         Self { layout, data }
+    }
+
+    /// Prefetches short panels.
+    pub(super) fn prefetch(&self, panels: Range<usize>) {
+        let bytes = self.layout.panel_stride();
+        let first = self.data.wrapping_add(panels.start * bytes);
+        for line in (0..panels.len() * bytes).step_by(64) {
+            prefetch(first.wrapping_add(line));
+        }
+    }
+
+    /// Some k of all panels, from a round over the streams on; the last part has the padding.
+    pub(super) fn part(&self, k: Range<usize>) -> Self {
+        let Self { layout, data } = *self;
+        let step = k.start / layout.k_step();
+        debug_assert!(step.is_multiple_of(layout.streams) && k.end <= layout.k);
+        let padded_k = if k.end == layout.k { layout.padded_k - k.start } else { k.len() };
+        // SAFETY: the step exists.
+        let data = unsafe { data.add(layout.step_offset(step)) };
+        Self { layout: PanelLayout { k: k.len(), padded_k, ..layout }, data }
     }
 
     pub(super) fn panel(&self, panel: usize) -> *const u8 {

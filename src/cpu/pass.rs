@@ -9,8 +9,9 @@
 //!    written.
 //! 4. A thread starts the down projection when all of h is complete.
 //!
-//! A low-rank addend (`low_rank.rs`) is a product of its own before each stage, and one more k-block
-//! in each unit of the stage.
+//! A low-rank addend (`low_rank.rs`) is a product of its own before each stage, u = x·Aᵀ, and one more
+//! k-block in each unit of the stage. u has few columns, so that parts of k are units when there are
+//! few rows. Its sums are the same for any number of rows: the parts are added in order.
 
 use std::ops::Range;
 
@@ -35,6 +36,10 @@ pub(super) const CHUNK_ROWS: usize = 512;
 pub(super) const PAD: usize = 64;
 /// Below this many multiply-adds, one thread is faster than waking another.
 pub(super) const SERIAL: usize = 1 << 16;
+/// Values of k whose products are a part of the sums of u.
+const PART_K: usize = 1024;
+/// With fewer rows, the parts of u are units.
+const PART_ROWS: usize = 32;
 /// Rows that a thread copies at a time.
 const COPY_ROWS: usize = 8;
 
@@ -164,14 +169,17 @@ struct Pass<'a, T: 'static, Y> {
     threads: usize,
     /// The units of each stage.
     partitions: [Partition; 2],
-    /// The units of each stage's low-rank product.
+    /// The units of each stage's low-rank product, unless they are parts of k.
     low_rank: [Partition; 2],
     scratch: Scratch,
-    /// A of the first stage and of the second, u of the first and of the second, then each thread's
-    /// own: sums and a rewritten k-block.
-    offsets: [usize; 5],
-    /// Elements from one row of these operands to the next.
-    strides: [usize; 4],
+    /// A of the first stage and of the second, u of the first and of the second, the parts of u of
+    /// the first and of the second, then each thread's own: sums, a rewritten k-block, and u.
+    offsets: [usize; 7],
+    /// Elements from one row of these operands to the next; f32 of a part of u.
+    strides: [usize; 6],
+    /// Bytes of sums in a thread's own piece, and where u of few rows begins.
+    sums_bytes: usize,
+    own_u: usize,
     thread_bytes: usize,
 }
 
@@ -191,10 +199,17 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
             stage(1).map_or(0, a_stride),
             low_rank(0).map_or(0, LowRank::u_stride),
             low_rank(1).map_or(0, LowRank::u_stride),
+            low_rank(0).map_or(0, |pair| pair.part_len(x.rows)),
+            low_rank(1).map_or(0, |pair| pair.part_len(x.rows)),
         ];
-        let mut offsets = [0; 5];
+        let mut offsets = [0; 7];
         for (i, stride) in strides.into_iter().enumerate() {
-            let bytes = (x.rows + sweep.row_padding()) * stride * sweep.a_bytes;
+            let parts = || low_rank(i - 4).map_or(0, |pair| parts(pair).count());
+            let bytes = match i {
+                ..4 => (x.rows + sweep.row_padding()) * stride * sweep.a_bytes,
+                _ if x.rows < PART_ROWS => parts() * stride * size_of::<f32>(),
+                _ => 0,
+            };
             offsets[i + 1] = (offsets[i] + bytes).next_multiple_of(64);
         }
         let partition = |projection: Option<&Projection>| match projection {
@@ -206,11 +221,22 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         };
         let partitions = [0, 1].map(|i| partition(stage(i)));
         let of_low_rank = [0, 1].map(|i| partition(low_rank(i).map(|pair| &pair.a)));
-        let most = partitions.iter().chain(&of_low_rank).map(Partition::adjacent).max();
         let rows = x.rows + sweep.row_padding();
-        let sums = rows * sweep.nr * most.unwrap_or(1) * size_of::<f32>();
-        let thread_bytes = (sums + sweep.rewritten_bytes(x.rows)).next_multiple_of(64);
-        let scratch = Scratch::borrow(offsets[4] + threads * thread_bytes);
+        let most = partitions.iter().map(Partition::adjacent).max().unwrap_or(1);
+        // Of u the sums of a part, too; u of few rows has all its panels.
+        let of_u = |(i, partition): (usize, &Partition)| {
+            let panels = low_rank(i).map_or(0, |pair| pair.a.weight.layout.count());
+            2 * if x.rows < PART_ROWS { panels } else { panels.min(partition.adjacent()) }
+        };
+        let of_u = of_low_rank.iter().enumerate().map(of_u).max().unwrap_or(0);
+        let sums_bytes = rows * sweep.nr * most.max(of_u) * size_of::<f32>();
+        let own_u = (sums_bytes + sweep.rewritten_bytes(x.rows)).next_multiple_of(64);
+        let u_bytes = match x.rows {
+            ..PART_ROWS => rows * strides[2].max(strides[3]) * sweep.a_bytes,
+            _ => 0,
+        };
+        let thread_bytes = (own_u + u_bytes).next_multiple_of(64);
+        let scratch = Scratch::borrow(offsets[6] + threads * thread_bytes);
         Self {
             edges,
             stages,
@@ -222,6 +248,8 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
             scratch,
             offsets,
             strides,
+            sums_bytes,
+            own_u,
             thread_bytes,
         }
     }
@@ -230,18 +258,29 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         let scratch = SendPtr(self.scratch.as_mut_ptr());
         let copy = Phase::new(self.x.rows.div_ceil(COPY_ROWS));
         let phases = self.partitions.map(|partition| Phase::new(partition.units()));
-        let low_rank = self.low_rank.map(|partition| Phase::new(partition.units()));
+        let few = self.x.rows < PART_ROWS;
+        let low_rank = [0, 1].map(|i| {
+            let pair = self.stages.get(i).and_then(|stage| stage.low_rank);
+            Phase::new(match pair {
+                Some(pair) if few => parts(pair).count(),
+                _ => self.low_rank[i].units(),
+            })
+        });
         let work = |thread: usize| {
             // SAFETY: scratch has `threads` pieces of this size from the last offset on.
-            let own = unsafe { scratch.at(self.offsets[4] + thread * self.thread_bytes) };
+            let own = unsafe { scratch.at(self.offsets[6] + thread * self.thread_bytes) };
             // SAFETY: units of a phase write disjoint parts of A, u, h and y, and a phase begins when
             // the one it reads is done.
             unsafe {
                 copy.work(|unit, _| self.copy_rows(&scratch, unit));
                 copy.wait();
                 for (i, stage) in self.stages.iter().enumerate() {
-                    if let Some(pair) = stage.low_rank {
-                        low_rank[i].work(|unit, _| self.low_rank(i, pair, &scratch, own, unit));
+                    if let Some(pair) = stage.low_rank.filter(|_| few) {
+                        low_rank[i].work(|part, _| self.part_of_u(i, pair, &scratch, own, part));
+                        low_rank[i].wait();
+                        self.u_of_parts(i, pair, &scratch, own);
+                    } else if let Some(pair) = stage.low_rank {
+                        low_rank[i].work(|unit, _| self.u(i, pair, &scratch, own, unit));
                         low_rank[i].wait();
                     }
                     phases[i].work(|unit, next| self.unit(i, &scratch, own, unit, next));
@@ -268,6 +307,28 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         // SAFETY: the caller's contract.
         let a = unsafe { scratch.at(self.offsets[operand] + start * a_stride * a_bytes) };
         Rows { a, a_stride, rows: end - start }
+    }
+
+    /// Rows of u. Each thread has its own u of few rows.
+    ///
+    /// # Safety
+    /// As [`Pass::rows`]; `own` is this thread's.
+    unsafe fn u_rows(
+        &self,
+        stage: usize,
+        scratch: &SendPtr<u8>,
+        own: *mut u8,
+        rows: Range<usize>,
+    ) -> Rows {
+        // SAFETY: the caller's contract; own has all rows, of which there are few.
+        unsafe {
+            if self.x.rows < PART_ROWS {
+                let a_stride = self.strides[2 + stage];
+                let first = rows.start * a_stride * self.a_bytes();
+                return Rows { a: own.add(self.own_u + first), a_stride, rows: rows.len() };
+            }
+            self.rows(scratch, 2 + stage, rows)
+        }
     }
 
     /// Copies some rows of x into A.
@@ -316,12 +377,14 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         // SAFETY: the pieces lie within scratch as `new` laid it out; y has this chunk's rows.
         unsafe {
             let a = self.rows(scratch, stage, rows.clone());
-            let rewritten = self.rewritten(own, sweep, self.partitions[stage]);
-            let after = self.first_byte(stage, next);
+            let (rewritten, after) = (own.add(self.sums_bytes), self.first_byte(stage, next));
+            if let Some(LowRank { b, .. }) = low_rank.filter(|_| self.x.rows < PART_ROWS) {
+                b.weight.view().prefetch(panels.clone());
+            }
             let weight = projection.weight.view();
             sweep.panels(weight, panels.clone(), a, Sums::new(sums), rewritten, after);
             if let Some(LowRank { b, .. }) = low_rank {
-                let u = self.rows(scratch, 2 + stage, rows.clone());
+                let u = self.u_rows(stage, scratch, own, rows.clone());
                 let sums = Sums { to: sums, accumulate: true };
                 sweep.panels(b.weight.view(), panels.clone(), u, sums, rewritten, after);
             }
@@ -337,26 +400,128 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
     ///
     /// # Safety
     /// As [`Pass::unit`].
-    unsafe fn low_rank(
+    unsafe fn u(
         &self,
         stage: usize,
-        LowRank { a, b }: &LowRank,
+        pair: &LowRank,
         scratch: &SendPtr<u8>,
         own: *mut u8,
         unit: usize,
     ) {
         let (panels, rows) = self.low_rank[stage].unit(unit);
-        let (sweep, sums) = (a.sweep(), own.cast::<f32>());
-        let padded_k = b.weight.layout.padded_k();
-        // SAFETY: as there; u has room for the padded k in every row.
+        let sweep = pair.a.sweep();
+        let len = panels.len() * sweep.padded_rows(rows.len()) * sweep.nr;
+        let sums = own.cast::<f32>();
+        // SAFETY: as there; a thread's own piece has the sums and those of a part.
         unsafe {
-            let x = self.rows(scratch, stage, rows.clone());
-            let u = self.rows(scratch, 2 + stage, rows.clone());
-            let rewritten = self.rewritten(own, sweep, self.low_rank[stage]);
-            let after = self.first_byte(stage, 0);
-            let weight = a.weight.view();
-            sweep.panels(weight, panels.clone(), x, Sums::new(sums), rewritten, after);
-            let panel_sums = sweep.padded_rows(rows.len()) * sweep.nr;
+            for (number, k) in parts(pair).enumerate() {
+                let part = if number == 0 { sums } else { sums.add(len) };
+                self.sums_of_u(
+                    stage,
+                    (pair, k),
+                    scratch,
+                    own,
+                    (panels.clone(), rows.clone()),
+                    part,
+                );
+                if number > 0 {
+                    add(sums, part, len);
+                }
+            }
+            self.write_u(stage, pair, scratch, own, (panels, rows), sums);
+        }
+    }
+
+    /// A part of k of all u.
+    ///
+    /// # Safety
+    /// As [`Pass::unit`].
+    unsafe fn part_of_u(
+        &self,
+        stage: usize,
+        pair: &LowRank,
+        scratch: &SendPtr<u8>,
+        own: *mut u8,
+        part: usize,
+    ) {
+        let all = (0..pair.a.weight.layout.count(), 0..self.x.rows);
+        let k = part * PART_K..pair.a.weight.layout.k().min((part + 1) * PART_K);
+        // SAFETY: as there; scratch has the parts.
+        unsafe {
+            let to = self.part(stage, scratch, part);
+            self.sums_of_u(stage, (pair, k), scratch, own, all, to);
+        }
+    }
+
+    /// u from its parts, for this thread.
+    ///
+    /// # Safety
+    /// As [`Pass::unit`]; the parts are complete.
+    unsafe fn u_of_parts(&self, stage: usize, pair: &LowRank, scratch: &SendPtr<u8>, own: *mut u8) {
+        let all = (0..pair.a.weight.layout.count(), 0..self.x.rows);
+        let (sums, len) = (own.cast::<f32>(), self.strides[4 + stage]);
+        // SAFETY: as there.
+        unsafe {
+            sums.copy_from_nonoverlapping(self.part(stage, scratch, 0), len);
+            for (number, _) in parts(pair).enumerate().skip(1) {
+                add(sums, self.part(stage, scratch, number), len);
+            }
+            self.write_u(stage, pair, scratch, own, all, sums);
+        }
+    }
+
+    /// The sums of a part of u.
+    ///
+    /// # Safety
+    /// `scratch` is this pass's.
+    unsafe fn part(&self, stage: usize, scratch: &SendPtr<u8>, part: usize) -> *mut f32 {
+        let bytes = part * self.strides[4 + stage] * size_of::<f32>();
+        // SAFETY: the caller's contract.
+        unsafe { scratch.at(self.offsets[4 + stage] + bytes).cast() }
+    }
+
+    /// The sums of some panels and rows of u over some k.
+    ///
+    /// # Safety
+    /// As [`Pass::unit`]; `to` has room for them.
+    unsafe fn sums_of_u(
+        &self,
+        stage: usize,
+        (pair, k): (&LowRank, Range<usize>),
+        scratch: &SendPtr<u8>,
+        own: *mut u8,
+        (panels, rows): (Range<usize>, Range<usize>),
+        to: *mut f32,
+    ) {
+        let sweep = pair.a.sweep();
+        // SAFETY: the caller's contract.
+        unsafe {
+            let x = self.rows(scratch, stage, rows);
+            let x = Rows { a: x.a.add(k.start * sweep.a_bytes), ..x };
+            let weight = pair.a.weight.view().part(k);
+            let (rewritten, after) = (own.add(self.sums_bytes), self.first_byte(stage, 0));
+            sweep.panels(weight, panels, x, Sums::new(to), rewritten, after);
+        }
+    }
+
+    /// Sums -> u as A, with zeros behind it.
+    ///
+    /// # Safety
+    /// As [`Pass::unit`]; the sums are those of these panels and rows.
+    unsafe fn write_u(
+        &self,
+        stage: usize,
+        LowRank { a, b }: &LowRank,
+        scratch: &SendPtr<u8>,
+        own: *mut u8,
+        (panels, rows): (Range<usize>, Range<usize>),
+        sums: *const f32,
+    ) {
+        let (sweep, padded_k) = (a.sweep(), b.weight.layout.padded_k());
+        let panel_sums = sweep.padded_rows(rows.len()) * sweep.nr;
+        // SAFETY: the caller's contract; u has room for the padded k in every row.
+        unsafe {
+            let u = self.u_rows(stage, scratch, own, rows.clone());
             for (i, panel) in panels.enumerate() {
                 let first = panel * sweep.nr;
                 let columns = sweep.nr.min(a.columns - first);
@@ -372,16 +537,6 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
                 }
             }
         }
-    }
-
-    /// A thread's scratch for a rewritten k-block, behind its sums.
-    ///
-    /// # Safety
-    /// `own` is a thread's piece of the scratch.
-    unsafe fn rewritten(&self, own: *mut u8, sweep: &Sweep, partition: Partition) -> *mut u8 {
-        let rows = self.x.rows + sweep.row_padding();
-        // SAFETY: the caller's contract.
-        unsafe { own.add(rows * sweep.nr * partition.adjacent() * size_of::<f32>()) }
     }
 
     /// The sums of one panel and the rows from `start` on -> h or y.
@@ -451,5 +606,22 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
     /// Bytes of an element of A, of u and of h.
     fn a_bytes(&self) -> usize {
         self.stages[0].projection.sweep().a_bytes
+    }
+}
+
+/// The parts of k of a pair's u.
+fn parts(pair: &LowRank) -> impl Iterator<Item = Range<usize>> {
+    let k = pair.a.weight.layout.k();
+    (0..k).step_by(PART_K).map(move |start| start..k.min(start + PART_K))
+}
+
+/// to += from
+///
+/// # Safety
+/// Both have `len` elements and do not overlap.
+unsafe fn add(to: *mut f32, from: *const f32, len: usize) {
+    for i in 0..len {
+        // SAFETY: the caller's contract.
+        unsafe { *to.add(i) += *from.add(i) };
     }
 }
