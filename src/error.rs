@@ -244,6 +244,52 @@ pub enum Error {
         /// The modules.
         modules: Vec<String>,
     },
+    /// The modules of an adapter fit several families that give them different meanings.
+    #[error(
+        "the adapter's {} under \"{block}\" fit several families ({}): name one with FfnLora::from_adapter_with_names",
+        list(names, ", "),
+        list(families, ", ")
+    )]
+    AmbiguousPairs {
+        /// The name of the block.
+        block: String,
+        /// The modules inside it.
+        names: Vec<String>,
+        /// The families they fit.
+        families: Vec<String>,
+    },
+    /// A layer has no adapter of this name.
+    #[error("no adapter {name:?} in this layer; it has {}", list(known, ", "))]
+    UnknownAdapter {
+        /// The name.
+        name: String,
+        /// The names of the layer's adapters.
+        known: Vec<String>,
+    },
+    /// A layer has an adapter of this name already.
+    #[error("the layer has an adapter {name:?} already: delete_adapter removes it")]
+    AdapterExists {
+        /// The name.
+        name: String,
+    },
+    /// An operation on the active adapter of a layer that has none.
+    #[error(
+        "no adapter is active in this layer; it has {}: set_adapter activates one",
+        list(known, ", ")
+    )]
+    NoActiveAdapter {
+        /// The names of the layer's adapters.
+        known: Vec<String>,
+    },
+    /// The active adapter of a layer is part of its weights already.
+    #[error("the adapter {name:?} is merged already")]
+    AlreadyMerged {
+        /// The name.
+        name: String,
+    },
+    /// No adapter is part of the layer's weights.
+    #[error("no adapter is merged into this layer's weights")]
+    NotMerged,
     /// A symbolic link of the checkpoint leads nowhere, as in an incomplete copy of a download
     /// cache.
     #[error("{}: a symbolic link to {}, which is not there", path.display(), target.display())]

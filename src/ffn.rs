@@ -9,6 +9,9 @@ use crate::config::FfnConfig;
 use crate::engine::{self, Block, BlockSpec, over_rows};
 use crate::error::{Error, Result};
 use crate::load::{GateUp, Weights, load_each};
+use crate::lora::{Adapters, FfnLora, Lora};
+
+mod adapters;
 
 /// The SwiGLU feed-forward block, `y = (silu(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ`, and its relatives
 /// ([`FfnConfig`] has the general equation).
@@ -89,6 +92,7 @@ pub struct SwiGluFfn {
     cfg: FfnConfig,
     /// The implementation that runs the block, chosen when it is built.
     block: Arc<dyn Block>,
+    adapters: Adapters<FfnLora, Arc<dyn Block>>,
     /// [`SwiGluFfn::with_recompute`]
     recompute: bool,
     span: tracing::Span,
@@ -169,7 +173,7 @@ impl SwiGluFfn {
 
     fn with_block(cfg: &FfnConfig, block: Arc<dyn Block>) -> Self {
         let span = tracing::span!(tracing::Level::TRACE, "swiglu-ffn");
-        Self { cfg: cfg.clone(), block, recompute: false, span }
+        Self { cfg: cfg.clone(), block, adapters: Adapters::new(), recompute: false, span }
     }
 
     /// The name of the kernel that runs the block, chosen when it was built.
@@ -182,14 +186,14 @@ impl SwiGluFfn {
     /// - Otherwise `plain` for candle's matmuls; on the CPU with the instruction set of the gate
     ///   (`plain-avx2`).
     pub fn kernel(&self) -> &str {
-        self.block.kernel()
+        self.running().kernel()
     }
 
     /// The memory that holds packed weights, for benchmarks: a decode step reads all of it. Empty
     /// where nothing is packed on the CPU.
     #[doc(hidden)]
     pub fn packed_bytes(&self) -> Vec<&[u8]> {
-        self.block.packed_bytes()
+        self.running().packed_bytes()
     }
 
     /// H
@@ -240,10 +244,13 @@ impl SwiGluFfn {
     /// # Errors
     /// None but candle's.
     pub fn freeze(&self) -> Result<Self> {
-        if self.block.is_packed() {
-            return Ok(self.clone());
-        }
-        Self::from_weights(&self.cfg, self.weights()?.map(|tensor| Ok(tensor.detach()))?)
+        let frozen = match self.block.is_packed() {
+            true => self.clone(),
+            false => {
+                Self::from_weights(&self.cfg, self.weights()?.map(|tensor| Ok(tensor.detach()))?)?
+            }
+        };
+        frozen.with_adapters_of(self, Lora::detach, |merged| Ok(merged.clone()))
     }
 
     /// Sets whether the backward pass computes gate and up again. Without it, the default, the
@@ -267,10 +274,9 @@ impl SwiGluFfn {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn with_recompute(self, recompute: bool) -> Self {
-        match self.block.with_recompute(recompute) {
-            Some(block) => Self { block, recompute, ..self },
-            None => Self { recompute, ..self },
-        }
+        let change = |block: Arc<dyn Block>| block.with_recompute(recompute).unwrap_or(block);
+        let (block, adapters) = (change(self.block), self.adapters.map_running(change));
+        Self { block, adapters, recompute, ..self }
     }
 
     /// The block with its weights in another float dtype.
@@ -281,8 +287,13 @@ impl SwiGluFfn {
         if dtype == self.dtype() {
             return Ok(self.clone());
         }
-        let weights = self.weights()?.map(|tensor| tensor.to_dtype(dtype))?;
-        Ok(Self::from_weights(&self.cfg, weights)?.with_recompute(self.recompute))
+        let convert = |block: &Arc<dyn Block>| {
+            let weights = block.weights()?.map(|tensor| tensor.to_dtype(dtype))?;
+            engine::build_block(&spec(&self.cfg), weights)
+        };
+        let converted =
+            Self::with_block(&self.cfg, convert(&self.block)?).with_recompute(self.recompute);
+        converted.with_adapters_of(self, Lora::clone, convert)
     }
 }
 
@@ -292,7 +303,7 @@ impl Module for SwiGluFfn {
         let sizes = (self.cfg.hidden_size, self.cfg.hidden_size);
         let wide = |dtype| Ok(self.to_dtype(dtype)?);
         let weights = (self.dtype(), self.block.device());
-        over_rows(self, x, sizes, weights, wide, |layer, rows| layer.block.forward(rows))
+        over_rows(self, x, sizes, weights, wide, |layer, rows| layer.running().forward(rows))
     }
 }
 

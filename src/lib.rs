@@ -84,7 +84,7 @@
 //! | the gate alone | [`silu_mul`], [`glu_mul`], [`Glu`] |
 //! | training | [`fn@backward`], [`SwiGluFfn::with_recompute`], [`SwiGluFfn::freeze`] |
 //! | loading | [`Checkpoint`], [`read_json`], `hub` (feature `hub`) |
-//! | low-rank adapters | [`LoraAdapter`], [`LoraConfig`], [`Modules`], [`Lora`] |
+//! | low-rank adapters | [`LoraAdapter`], [`LoraConfig`], [`Modules`], [`Lora`], [`FfnLora`], [`SwiGluFfn::add_adapter`] |
 //! | names and layouts | [`Family`], [`Names`], [`Weights`], [`GateUp`] |
 //! | errors | [`Error`], [`Result`] |
 //! | kernels | [`cpu_kernels`], [`SwiGluFfn::kernel`] |
@@ -142,7 +142,7 @@ pub use linear::{Linear, linear, linear_b, linear_no_bias};
 #[cfg(feature = "hub")]
 pub use load::hub;
 pub use load::{Biases, Checkpoint, Family, FusedOrder, GateUp, Names, Weights, read_json};
-pub use lora::{Lora, LoraAdapter, LoraConfig, Modules};
+pub use lora::{FfnLora, Lora, LoraAdapter, LoraConfig, Modules};
 
 /// The examples of README.md, compiled and run as documentation tests.
 #[cfg(doctest)]
@@ -153,3 +153,8 @@ struct Readme;
 #[cfg(doctest)]
 #[doc = include_str!("../docs/models.md")]
 struct Models;
+
+/// The examples of docs/lora.md.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/lora.md")]
+struct LoraGuide;

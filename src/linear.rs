@@ -9,6 +9,9 @@ use crate::check::{check_float, check_same};
 use crate::engine::{self, Projection, over_rows, rows, wider};
 use crate::error::{Error, Result};
 use crate::load::{check_linear, load_projection};
+use crate::lora::{Adapters, Lora};
+
+mod adapters;
 
 /// A linear layer `y = x·Wᵀ + b` with W (out, in) and an optional b (out).
 ///
@@ -42,6 +45,7 @@ pub struct Linear {
     in_dim: usize,
     /// The implementation that runs the layer, chosen when it is built.
     layer: Arc<dyn Projection>,
+    adapters: Adapters<Lora, Arc<dyn Projection>>,
     span: tracing::Span,
 }
 
@@ -91,7 +95,12 @@ impl Linear {
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let (out_dim, in_dim) = check_tensors(&weight, bias.as_ref())?;
         let layer = engine::projection(weight, bias)?;
-        Ok(Self { out_dim, in_dim, layer, span: tracing::span!(tracing::Level::TRACE, "linear") })
+        Ok(Self::with_layer((out_dim, in_dim), layer))
+    }
+
+    fn with_layer((out_dim, in_dim): (usize, usize), layer: Arc<dyn Projection>) -> Self {
+        let span = tracing::span!(tracing::Level::TRACE, "linear");
+        Self { out_dim, in_dim, layer, adapters: Adapters::new(), span }
     }
 
     /// W (out, in); unpacked into a new tensor if it is packed.
@@ -117,10 +126,11 @@ impl Linear {
     /// # Errors
     /// None but candle's.
     pub fn freeze(&self) -> Result<Self> {
-        if self.layer.is_packed() {
-            return Ok(self.clone());
-        }
-        Self::new(self.weight()?.detach(), self.bias()?.map(|bias| bias.detach()))
+        let frozen = match self.layer.is_packed() {
+            true => self.clone(),
+            false => Self::new(self.weight()?.detach(), self.bias()?.map(|bias| bias.detach()))?,
+        };
+        frozen.with_adapters_of(self, Lora::detach, |merged| Ok(merged.clone()))
     }
 
     /// The layer with its weights in another float dtype.
@@ -131,8 +141,12 @@ impl Linear {
         if dtype == self.dtype() {
             return Ok(self.clone());
         }
-        let bias = self.bias()?.map(|bias| bias.to_dtype(dtype)).transpose()?;
-        Self::new(self.weight()?.to_dtype(dtype)?, bias)
+        let convert = |layer: &Arc<dyn Projection>| {
+            let bias = layer.bias()?.map(|bias| bias.to_dtype(dtype)).transpose()?;
+            engine::projection(layer.weight()?.to_dtype(dtype)?, bias)
+        };
+        let converted = Self::with_layer((self.out_dim, self.in_dim), convert(&self.layer)?);
+        converted.with_adapters_of(self, Lora::clone, convert)
     }
 
     /// Rows of W: ids (…) in u8, u32 or i64 -> (…, in). With the weight that a model ties to its
@@ -159,7 +173,7 @@ impl Linear {
     /// The name of the kernel that runs the layer: as [`crate::SwiGluFfn::kernel`], but always
     /// `plain` for candle's matmul.
     pub fn kernel(&self) -> &str {
-        self.layer.kernel()
+        self.running().kernel()
     }
 
     /// y = x·Wᵀ + b in f32: the result of [`Module::forward`] before it is rounded to the dtype of
@@ -196,7 +210,7 @@ impl Linear {
         let x = x.to_dtype(wide)?;
         let sizes = (self.in_dim, self.out_dim);
         let y = rows(&x, sizes, self.dtype(), self.layer.device(), |rows| {
-            self.layer.forward_f32(rows)
+            self.running().forward_f32(rows)
         })?;
         y.to_dtype(DType::F32) // an empty x gives an empty y in x's dtype
     }
@@ -212,7 +226,7 @@ impl Module for Linear {
         let sizes = (self.in_dim, self.out_dim);
         let wide = |dtype| Ok(self.to_dtype(dtype)?);
         let weights = (self.dtype(), self.layer.device());
-        over_rows(self, x, sizes, weights, wide, |linear, rows| linear.layer.forward(rows))
+        over_rows(self, x, sizes, weights, wide, |linear, rows| linear.running().forward(rows))
     }
 }
 

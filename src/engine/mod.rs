@@ -22,6 +22,7 @@ mod direct;
 mod function;
 mod gpu;
 mod low_rank;
+mod merge;
 mod plain;
 mod trained;
 mod unpacked;

@@ -71,7 +71,7 @@ fn detect(vb: &VarBuilder) -> Result<Family> {
 }
 
 /// `layers.0.feed_forward` (Meta LLaMA), `block_sparse_moe.experts.3` (Mixtral)
-fn prefix_is_meta(prefix: &str) -> bool {
+pub(crate) fn prefix_is_meta(prefix: &str) -> bool {
     prefix.split('.').any(|part| part == "feed_forward" || part == "experts")
 }
 

@@ -180,6 +180,15 @@ pub(crate) fn split(fused: &Tensor, order: FusedOrder) -> candle_core::Result<(T
     }
 }
 
+/// The inverse of [`split`], in new memory.
+pub(crate) fn fuse(gate: &Tensor, up: &Tensor, order: FusedOrder) -> candle_core::Result<Tensor> {
+    match order {
+        FusedOrder::GateFirst => Tensor::cat(&[gate, up], 0),
+        FusedOrder::UpFirst => Tensor::cat(&[up, gate], 0),
+        FusedOrder::Interleaved => Tensor::stack(&[gate, up], 1)?.flatten(0, 1),
+    }
+}
+
 impl Weights {
     /// One piece per projection, or one for a fused gate and up.
     pub(crate) fn into_pieces(self) -> Vec<Piece> {

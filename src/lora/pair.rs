@@ -1,6 +1,6 @@
 //! The low-rank pair of one projection.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 use super::config::LoraConfig;
@@ -115,112 +115,44 @@ impl Lora {
         self.dropout
     }
 
+    /// The same pair that drops nothing.
+    pub(crate) fn without_dropout(&self) -> Self {
+        Self { dropout: 0.0, ..self.clone() }
+    }
+
+    /// The same pair as constants.
+    pub(crate) fn detach(&self) -> Self {
+        Self { a: self.a.detach(), b: self.b.detach(), ..self.clone() }
+    }
+
     /// (out, r, in)
-    fn sizes(&self) -> Result<(usize, usize, usize)> {
+    pub(crate) fn sizes(&self) -> Result<(usize, usize, usize)> {
         let (r, in_dim) = self.a.dims2()?;
         Ok((self.b.dim(0)?, r, in_dim))
     }
 
-    /// The change of W, `s·B·A` (out,in), in the pair's dtype. It is a constant: no gradient is
-    /// tracked through it.
-    ///
-    /// # Accuracy
-    /// On the CPU the product is a chain of r fused multiply-adds in f32 (f64 for a pair in f64),
-    /// in order, then multiplied by s and rounded to the pair's dtype. PEFT computes the same bits
-    /// with PyTorch for the CPU where that sums in this order, which was observed up to r = 257. On
-    /// other devices it is candle's matmul.
-    ///
     /// # Errors
-    /// Those of candle.
-    pub fn delta(&self) -> Result<Tensor> {
-        let (a, b) = (self.a.detach(), self.b.detach());
-        if !matches!(a.device(), Device::Cpu) {
-            return Ok((b.matmul(&a)? * self.scale)?);
-        }
-        let sizes = self.sizes()?;
-        let delta = match a.dtype() {
-            DType::F64 => {
-                let (a, b) = (flat::<f64>(&a)?, flat::<f64>(&b)?);
-                let mut delta = product(&b, &a, sizes, f64::mul_add);
-                delta.iter_mut().for_each(|value| *value *= self.scale);
-                Tensor::from_vec(delta, (sizes.0, sizes.2), &Device::Cpu)?
+    /// Other sizes than those of a projection in_dim -> out_dim, or another device. `names` are
+    /// those of A and B in messages.
+    pub(crate) fn check_fits(
+        &self,
+        names: [&'static str; 2],
+        (in_dim, out_dim): (usize, usize),
+        device: &Device,
+    ) -> Result<()> {
+        let (_, r, _) = self.sizes()?;
+        let expected = [vec![r, in_dim], vec![out_dim, r]];
+        for ((name, tensor), expected) in names.into_iter().zip([&self.a, &self.b]).zip(expected) {
+            if tensor.dims() != expected {
+                let (name, found) = (name.to_string(), tensor.dims().to_vec());
+                return Err(Error::Shape { name, expected, found, location: None });
             }
-            _ => {
-                let (a, b) = (flat::<f32>(&a)?, flat::<f32>(&b)?);
-                let mut delta = product(&b, &a, sizes, f32::mul_add);
-                delta.iter_mut().for_each(|value| *value *= self.scale as f32);
-                Tensor::from_vec(delta, (sizes.0, sizes.2), &Device::Cpu)?
+            let (expected, found) = (device.location(), tensor.device().location());
+            if expected != found {
+                let other = "the weights";
+                return Err(Error::DeviceMismatch { name, other, expected, found });
             }
-        };
-        Ok(delta.to_dtype(self.a.dtype())?)
-    }
-
-    /// `weight + s·B·A` for a weight (out,in), in the weight's dtype, as PEFT's `merge` computes
-    /// it: the sum of the weight and [`Lora::delta`] in f32 (f64 if one of them is), rounded once.
-    /// The result is a constant.
-    ///
-    /// # Errors
-    /// A weight of another shape, on another device, or of a dtype that is not a float.
-    pub fn merge(&self, weight: &Tensor) -> Result<Tensor> {
-        self.check_weight(weight)?;
-        let (dtype, delta) = (weight.dtype(), self.delta()?);
-        let wide = wide(dtype, delta.dtype());
-        let sum = (weight.detach().to_dtype(wide)? + delta.to_dtype(wide)?)?;
-        Ok(sum.to_dtype(dtype)?)
-    }
-
-    /// `weight - s·B·A`, as PEFT's `unmerge` computes it: [`Lora::delta`] is rounded to the
-    /// weight's dtype first. Rounding makes the result of merging and unmerging differ from the
-    /// original by up to one unit in the last place of the larger of the two weights.
-    ///
-    /// # Errors
-    /// As [`Lora::merge`].
-    pub fn unmerge(&self, weight: &Tensor) -> Result<Tensor> {
-        self.check_weight(weight)?;
-        let dtype = weight.dtype();
-        let wide = wide(dtype, dtype);
-        let delta = self.delta()?.to_dtype(dtype)?.to_dtype(wide)?;
-        Ok((weight.detach().to_dtype(wide)? - delta)?.to_dtype(dtype)?)
-    }
-
-    fn check_weight(&self, weight: &Tensor) -> Result<()> {
-        let (out_dim, _, in_dim) = self.sizes()?;
-        if weight.dims() != [out_dim, in_dim] {
-            let (expected, found) = (vec![out_dim, in_dim], weight.dims().to_vec());
-            let name = "weight".to_string();
-            return Err(Error::Shape { name, expected, found, location: None });
-        }
-        check_float("weight", weight)?;
-        let (expected, found) = (self.a.device().location(), weight.device().location());
-        if expected != found {
-            let (name, other) = ("weight", "lora_A");
-            return Err(Error::DeviceMismatch { name, other, expected, found });
         }
         Ok(())
     }
-}
-
-/// The dtype in which two dtypes are added.
-fn wide(a: DType, b: DType) -> DType {
-    if a == DType::F64 || b == DType::F64 { DType::F64 } else { DType::F32 }
-}
-
-fn flat<T: candle_core::WithDType>(tensor: &Tensor) -> Result<Vec<T>> {
-    Ok(tensor.to_dtype(T::DTYPE)?.flatten_all()?.to_vec1()?)
-}
-
-/// b (out,r) · a (r,in) -> (out,in): for each element one chain of fused multiply-adds over r.
-fn product<T: Copy + Default>(
-    b: &[T],
-    a: &[T],
-    (out_dim, r, in_dim): (usize, usize, usize),
-    mul_add: impl Fn(T, T, T) -> T,
-) -> Vec<T> {
-    let mut all = vec![T::default(); out_dim * in_dim];
-    for (sums, b) in all.chunks_exact_mut(in_dim).zip(b.chunks_exact(r)) {
-        for (b, a) in b.iter().zip(a.chunks_exact(in_dim)) {
-            sums.iter_mut().zip(a).for_each(|(sum, a)| *sum = mul_add(*b, *a, *sum));
-        }
-    }
-    all
 }
