@@ -3,7 +3,10 @@
 //! ```text
 //! cargo bench --bench lora [-- OPTIONS]
 //!   --rank    16
+//!   --dtypes  bf16,f16,f32
+//!   --rows    1,512
 //!   --seconds 2            time for the samples of a case
+//!   --no-training          leaves the second part out
 //!   --no-step              leaves the third part out
 //!   --record  MACHINE/NAME writes NAME.csv and NAME.txt under benches/record
 //! ```
@@ -35,19 +38,38 @@ use systems::{CandleMlp, H, I, adapted, normal, pairs};
 
 struct Options {
     rank: usize,
+    dtypes: Vec<DType>,
+    rows: Vec<usize>,
     seconds: f64,
+    training: bool,
     step: bool,
     /// Makes the step of this system, in a process of its own.
     child: Option<String>,
 }
 
 fn options() -> Result<Options> {
-    let mut options = Options { rank: 16, seconds: 2.0, step: true, child: None };
+    let mut options = Options {
+        rank: 16,
+        dtypes: vec![DType::BF16, DType::F16, DType::F32],
+        rows: vec![1, 512],
+        seconds: 2.0,
+        training: true,
+        step: true,
+        child: None,
+    };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg}: expected a value"));
         match arg.as_str() {
             "--rank" => options.rank = value()?.parse()?,
+            "--dtypes" => {
+                let dtype = |name: &str| name.parse().context("--dtypes");
+                options.dtypes = value()?.split(',').map(dtype).collect::<Result<_>>()?;
+            }
+            "--rows" => {
+                options.rows = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?;
+            }
+            "--no-training" => options.training = false,
             "--seconds" => options.seconds = value()?.parse()?,
             "--no-step" => options.step = false,
             "--child" => options.child = Some(value()?),
@@ -73,14 +95,14 @@ fn main() -> Result<()> {
         let _ = writeln!(csv, "{part},{case},{dtype},{rows},{a:.4},{b:.4},{ratio:.4}");
     };
     println!("milliseconds with LoRA, milliseconds without it, ratio");
-    for dtype in [DType::BF16, DType::F16, DType::F32] {
-        for rows in [1, 512] {
+    for &dtype in &options.dtypes {
+        for &rows in &options.rows {
             line("forward", "block", dtype.as_str(), rows, block(dtype, rows, &options)?);
             line("forward", "linear", dtype.as_str(), rows, linear(dtype, rows, &options)?);
         }
     }
     println!("milliseconds of forward and backward, of candle's operations, ratio");
-    for dtype in [DType::BF16, DType::F32] {
+    for dtype in [DType::BF16, DType::F32].into_iter().filter(|_| options.training) {
         line("training", "block", dtype.as_str(), 512, training(dtype, &options)?);
     }
     if options.step {
