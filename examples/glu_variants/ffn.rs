@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{D, Result, Tensor, Var};
 use candle_nn::{Module, VarBuilder};
 use candle_swiglu::{GluActivation, Linear, glu_mul, linear_no_bias};
 
@@ -68,17 +68,27 @@ impl Module for Ffn {
         if let Some(zero) = &zero {
             pre = (pre + zero.as_tensor())?;
         }
-        let factor = match &self.factor {
-            Some(up_proj) => up_proj.forward(x)?,
-            None => Tensor::ones(1, pre.dtype(), pre.device())?.broadcast_as(pre.shape())?,
-        };
-        let hidden = glu_mul(self.activation, &pre, &factor)?;
+        let factor = self.factor.as_ref().map(|up_proj| up_proj.forward(x)).transpose()?;
+        let hidden = activate(self.activation, &pre, factor.as_ref())?;
         if let (Some(passes), Some(zero)) = (&self.passes, zero) {
             let pass = Pass { pre: pre.detach(), zero, hidden: hidden.detach() };
             passes.lock().unwrap_or_else(PoisonError::into_inner).push(pass);
         }
         self.down_proj.forward(&hidden)
     }
+}
+
+/// `act(pre) ⊙ factor`, or `act(pre)`, as a product with a row of ones.
+pub(crate) fn activate(
+    activation: GluActivation,
+    pre: &Tensor,
+    factor: Option<&Tensor>,
+) -> Result<Tensor> {
+    let ones = || {
+        let row = Tensor::ones(pre.dim(D::Minus1)?, pre.dtype(), pre.device())?;
+        row.broadcast_as(pre.shape())
+    };
+    Ok(glu_mul(activation, pre, &factor.cloned().map_or_else(ones, Ok)?)?)
 }
 
 impl Mlp for Ffn {

@@ -3,7 +3,7 @@
 //! bilinear, ReGLU, GEGLU and SwiGLU with one.
 //!
 //! ```text
-//! cargo run --release --example glu_variants -- --out DIR
+//! cargo run --profile bench --example glu_variants -- --out DIR
 //! ```
 //!
 //! # Method
@@ -19,14 +19,16 @@
 //!    command continues after a kill and has the same losses as without it, and skips what is
 //!    finished.
 //!
-//! `--plot DIR` draws the pictures again from the csv files, without training. `--smoke` makes runs
-//! of a second. `README.md` describes the files.
+//! Other modes train no model: `--time` measures times, `--fit` fits small blocks to functions, and
+//! `--plot DIR` draws the pictures again from the csv files. `--smoke` makes runs of a second.
+//! `README.md` describes the files.
 
 mod adamw;
 #[path = "../train/batch.rs"]
 mod batch;
 mod ffn;
 mod files;
+mod fit;
 #[path = "../train/grammar.rs"]
 mod grammar;
 #[path = "../llama/model.rs"]
@@ -44,6 +46,7 @@ mod table;
 mod task;
 #[cfg(test)]
 mod tests;
+mod timing;
 #[allow(dead_code, reason = "the tokenizer is not saved")]
 #[path = "../train/tokenizer.rs"]
 mod tokenizer;
@@ -79,6 +82,12 @@ struct Args {
     /// Runs of a second, to try the program; options of the sizes are ignored.
     #[arg(long)]
     smoke: bool,
+    /// Only measures times, in turn, and writes times.csv. The machine should be idle.
+    #[arg(long)]
+    time: bool,
+    /// Only fits small blocks to functions of two numbers and writes fits.csv.
+    #[arg(long, conflicts_with = "time")]
+    fit: bool,
     /// Only draws the pictures of a directory again, from its csv files.
     #[arg(long, value_name = "DIR", conflicts_with = "out")]
     plot: Option<PathBuf>,
@@ -94,7 +103,15 @@ fn main() -> Result<()> {
     let out = args.out.context("--out: missing")?;
     use_one_thread()?;
     let jobs = args.jobs.unwrap_or_else(|| available_parallelism().map_or(1, NonZero::get));
+    if args.fit {
+        std::fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
+        return fit::measure(if args.smoke { 20 } else { 4000 }, &out);
+    }
     let settings = if args.smoke { Settings::smoke() } else { args.settings };
+    if args.time {
+        let plan = if args.smoke { timing::Plan::smoke() } else { timing::Plan::usual() };
+        return timing::measure(&prepare(settings, &out)?, plan, &out);
+    }
     experiment(settings, args.seeds, jobs, &out)
 }
 
@@ -113,12 +130,18 @@ fn use_one_thread() -> Result<()> {
     Ok(())
 }
 
-/// Trains what is not finished, `jobs` runs at a time, then writes the tables and pictures.
-fn experiment(settings: Settings, seeds: u64, jobs: usize, out: &Path) -> Result<()> {
-    ensure!(jobs > 0, "jobs: expected at least 1, found 0");
+/// The task of a directory, which is created if it does not exist.
+fn prepare(settings: Settings, out: &Path) -> Result<Task> {
     std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
     let task = Task::new(settings)?;
     task.settings.claim(out)?;
+    Ok(task)
+}
+
+/// Trains what is not finished, `jobs` runs at a time, then writes the tables and pictures.
+fn experiment(settings: Settings, seeds: u64, jobs: usize, out: &Path) -> Result<()> {
+    ensure!(jobs > 0, "jobs: expected at least 1, found 0");
+    let task = prepare(settings, out)?;
     let runs = (1..=seeds).flat_map(|seed| Variant::ALL.map(|variant| (variant, seed)));
     let (finished, open): (Vec<_>, Vec<_>) =
         runs.partition(|(variant, seed)| results::is_finished(out, *variant, *seed));

@@ -44,10 +44,11 @@ impl Progress {
     pub(crate) fn end(&self, run: &Run, bar: &ProgressBar) -> Result<()> {
         bar.finish_and_clear();
         let line = format!(
-            "{} {}: training loss {:.4}; {} of {} steps, {} s left",
+            "{} {}: training loss {:.4}, {:.0} s; {} of {} steps, {} s left",
             run.variant.name(),
             run.seed,
             run.log.training_loss(),
+            run.log.seconds.iter().sum::<f64>(),
             self.all.position(),
             self.all.length().unwrap_or_default(),
             self.all.eta().as_secs()

@@ -7,7 +7,7 @@ use anyhow::Result;
 use crate::batch::{floor, mean_loss};
 use crate::probe;
 use crate::run::{self, Run};
-use crate::statistics::{Bins, LayerValues, by_sign, median, root_mean_square, shares};
+use crate::statistics::{Bins, LayerValues, by_sign, root_mean_square, shares};
 use crate::table::Table;
 use crate::variables::by_name;
 use crate::variant::Variant;
@@ -75,7 +75,6 @@ fn summary(run: &Run) -> Result<Table> {
         "training_loss",
         "held_out_loss",
         "floor",
-        "seconds_per_step",
     ]);
     let (parameters, multiply_adds) = costs(run);
     table.push(&[
@@ -88,7 +87,6 @@ fn summary(run: &Run) -> Result<Table> {
         &run.log.training_loss(),
         &mean_loss(&run.model, &run.task.held_out)?,
         &floor(&run.task.held_out),
-        &median(&run.log.seconds),
     ])?;
     Ok(table)
 }

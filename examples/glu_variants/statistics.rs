@@ -121,14 +121,17 @@ pub(crate) fn root_mean_square(values: &[f32]) -> f64 {
     (sum / values.len() as f64).sqrt()
 }
 
-/// The mean of the two middle values if their number is even; NaN of none.
-pub(crate) fn median(values: &[f64]) -> f64 {
+/// The first quartile, the median and the third quartile, interpolated linearly between the sorted
+/// values; NaN of none.
+pub(crate) fn quartiles(values: &[f64]) -> [f64; 3] {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    match sorted.len() {
-        0 => f64::NAN,
-        n => (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0,
-    }
+    let Some(last) = sorted.len().checked_sub(1) else { return [f64::NAN; 3] };
+    [0.25, 0.5, 0.75].map(|share| {
+        let at = share * last as f64;
+        let (below, above) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
+        below + at.fract() * (above - below)
+    })
 }
 
 #[cfg(test)]
@@ -179,9 +182,10 @@ mod tests {
     }
 
     #[test]
-    fn the_median_is_the_middle_value() {
-        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert!(median(&[]).is_nan());
+    fn quartiles_divide_the_sorted_values_into_four() {
+        assert_eq!(quartiles(&[3.0, 1.0, 2.0, 5.0, 4.0]), [2.0, 3.0, 4.0]);
+        assert_eq!(quartiles(&[4.0, 1.0, 2.0, 3.0]), [1.75, 2.5, 3.25]);
+        assert_eq!(quartiles(&[7.0]), [7.0; 3]);
+        assert!(quartiles(&[]).iter().all(|x| x.is_nan()));
     }
 }

@@ -10,7 +10,7 @@ use crate::table::Table;
 use crate::task::Task;
 use crate::variables::by_name;
 use crate::variant::Variant;
-use crate::{experiment, probe, results};
+use crate::{experiment, probe, results, timing};
 
 /// All weights, in the order of their names.
 fn weights(run: &Run) -> Result<Vec<f32>> {
@@ -161,5 +161,25 @@ fn an_experiment_writes_tables_and_pictures_and_skips_finished_runs() -> Result<
     let other = Settings { steps: 7, ..Settings::smoke() };
     let error = experiment(other, 1, 1, out.path()).err().context("other settings are refused")?;
     assert!(error.to_string().starts_with("steps: expected 4 as in "), "{error}");
+    Ok(())
+}
+
+#[test]
+fn times_are_measured_for_every_case_and_variant() -> Result<()> {
+    let (task, out) = (Task::new(Settings::smoke())?, tempfile::tempdir()?);
+    timing::measure(&task, timing::Plan::smoke(), out.path())?;
+    let times = Table::read(&out.path().join("times.csv"))?;
+    let (all, gated) = (Variant::ALL.len(), 5);
+    // The model; blocks of one small and four large cases; activations in two dtypes.
+    assert_eq!(times.rows().count(), all + (1 + 4) * (all + gated) + 2 * all);
+    for row in times.rows() {
+        let quartiles = ["first_quartile", "median", "third_quartile"]
+            .map(|name| row.number(&format!("seconds_{name}")));
+        let [first, median, third] = quartiles;
+        let (first, median, third) = (first?, median?, third?);
+        assert!(0.0 < first && first <= median && median <= third);
+        let ratio = row.number("ratio_to_relu")?;
+        assert!(ratio > 0.0 && (row.text("variant")? != "ReLU" || ratio == 1.0));
+    }
     Ok(())
 }

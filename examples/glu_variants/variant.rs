@@ -7,7 +7,7 @@ use candle_nn::{VarBuilder, VarMap};
 use candle_swiglu::{FfnConfig, GluActivation, SwiGluFfn};
 
 use crate::ffn::{Ffn, Passes};
-use crate::model::{BuildMlp, Llama, LlamaConfig};
+use crate::model::{BuildMlp, Llama, LlamaConfig, Mlp};
 use crate::settings::Settings;
 
 /// A feed-forward block: an activation, with a gate or without.
@@ -81,14 +81,24 @@ impl Variant {
         vocab_size: usize,
         vars: &VarMap,
     ) -> Result<Llama> {
-        let ffn = FfnConfig::new(settings.hidden_size, settings.intermediate_size)
-            .with_activation(self.activation());
         load(settings, vocab_size, vars, &|_, vb| {
             Ok(match self.is_gated() {
-                true => Arc::new(SwiGluFfn::new(&ffn, vb)?),
-                false => Arc::new(Ffn::load(self, settings, vb, None)?),
+                true => self.fused(settings, vb)?,
+                false => self.separate(settings, vb)?,
             })
         })
+    }
+
+    /// A gated block as one fused layer.
+    pub(crate) fn fused(self, settings: &Settings, vb: VarBuilder) -> Result<Arc<dyn Mlp>> {
+        let ffn = FfnConfig::new(settings.hidden_size, settings.intermediate_size)
+            .with_activation(self.activation());
+        Ok(Arc::new(SwiGluFfn::new(&ffn, vb)?))
+    }
+
+    /// Any block as separate operations.
+    pub(crate) fn separate(self, settings: &Settings, vb: VarBuilder) -> Result<Arc<dyn Mlp>> {
+        Ok(Arc::new(Ffn::load(self, settings, vb, None)?))
     }
 
     /// The same model on the same variables. Layer i puts what its block computes into `passes[i]`.

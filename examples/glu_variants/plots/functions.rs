@@ -41,12 +41,16 @@ fn functions(
     let mut chart = axes.draw(panel)?;
     for (activation, label) in ACTIVATIONS {
         let point = |i| {
-            let g = f64::from(i) / 50.0;
+            let g = f64::from(i) / 20.0;
             (g, part(reference::activation(activation, g)))
         };
-        let points = (-300..=300).map(point).filter(|(_, y)| axes.y.contains(y)).collect();
-        let dashed = activation == GluActivation::Identity;
-        Line { colour: colour(activation), dashed }.draw(&mut chart, points, label)?;
+        let points: Vec<_> = (-120..=120).map(point).filter(|(_, y)| axes.y.contains(y)).collect();
+        let line =
+            Line { colour: colour(activation), dashed: activation == GluActivation::Identity };
+        // The derivative of ReLU jumps; its two branches are not connected.
+        for (i, branch) in points.chunk_by(|(_, a), (_, b)| (b - a).abs() < 0.5).enumerate() {
+            line.draw(&mut chart, branch.to_vec(), if i == 0 { label } else { "" })?;
+        }
     }
     legend(&mut chart, key)
 }
@@ -54,7 +58,7 @@ fn functions(
 /// The largest value of the gate on the square.
 const MOST: f64 = 36.0;
 /// Cells along one side of the square.
-const CELLS: i32 = 60;
+const CELLS: i32 = 36;
 /// The values with a contour. Their signed roots divide the colour bar.
 const CONTOURS: [f64; 8] = [-16.0, -4.0, -1.0, -0.25, 0.25, 1.0, 4.0, 16.0];
 
@@ -100,20 +104,36 @@ fn heat(value: f64) -> RGBColor {
 fn contour(chart: &mut Chart, value: f64) -> Result<()> {
     for side in [-1.0, 1.0] {
         let point = |i: i32| {
-            let g = side * f64::from(i) / 100.0;
+            let g = side * f64::from(i) / 1000.0;
             (g, value / swiglu(g, 1.0))
         };
-        let points: Vec<_> = (1..=600).map(point).filter(|(_, u)| u.abs() <= 6.0).collect();
+        let inside = (1..=6000).map(point).filter(|(_, u)| u.abs() <= 6.0);
+        let points = thinned(inside, 0.05);
         // Where the branch is nearest to a diagonal, the contours are far from each other.
         let from_diagonal = |(g, u): &(f64, f64)| (g.abs() - u.abs()).abs();
         let at = points.iter().min_by(|a, b| from_diagonal(a).total_cmp(&from_diagonal(b)));
         if let Some(&label_at) = at {
-            let text = Text::new(plain(&value), label_at, TICK.into_font());
+            let text = plain(&value);
+            let width = 9 * text.len() as i32;
+            let label = EmptyElement::at(label_at)
+                + Rectangle::new([(-4, -10), (width, 9)], WHITE.mix(0.8).filled())
+                + Text::new(text, (0, -8), TICK.into_font());
             chart.draw_series(LineSeries::new(points, BLACK.mix(0.6).stroke_width(1)))?;
-            chart.draw_series([text])?;
+            chart.draw_series([label])?;
         }
     }
     Ok(())
+}
+
+/// The points, but for those that are nearer than `step` to the one before.
+fn thinned(points: impl Iterator<Item = (f64, f64)>, step: f64) -> Vec<(f64, f64)> {
+    let mut kept: Vec<(f64, f64)> = vec![];
+    for (g, u) in points {
+        if kept.last().is_none_or(|last| (g - last.0).abs() + (u - last.1).abs() >= step) {
+            kept.push((g, u));
+        }
+    }
+    kept
 }
 
 /// The colours over the signed root of the value, labelled with the values.
@@ -136,8 +156,8 @@ fn colour_bar(panel: &Panel) -> Result<()> {
         .label_style(TICK)
         .y_label_formatter(&|y| plain(&(y * y.abs())))
         .draw()?;
-    let edge = |i: i32| root * f64::from(i) / 60.0;
-    chart.draw_series((-60..60).map(|i| {
+    let edge = |i: i32| root * f64::from(i) / 30.0;
+    chart.draw_series((-30..30).map(|i| {
         let middle = (edge(i) + edge(i + 1)) / 2.0;
         let colour = heat(middle * middle.abs());
         Rectangle::new([(0.0, edge(i)), (1.0, edge(i + 1))], colour.filled())

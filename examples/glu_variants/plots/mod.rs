@@ -26,7 +26,7 @@ pub(crate) fn draw(dir: &Path) -> Result<()> {
         ("activations.svg", (1200, 520), &functions::activations),
         ("gate.svg", (900, 740), &functions::gate),
         ("curves.svg", (1320, 600), &|root| training::curves(root, &read("curves.csv")?)),
-        ("loss.svg", (1080, 600), &|root| training::loss(root, &read("runs.csv")?)),
+        ("loss.svg", (1320, 640), &|root| training::loss(root, &read("runs.csv")?)),
         ("histograms.svg", (1600, 820), &|root| {
             probes::histograms(root, &read("histograms.csv")?, &read("activations.csv")?)
         }),
@@ -87,7 +87,7 @@ impl Axes<'_> {
             .label_style(TICK)
             .x_label_formatter(self.x_label)
             .y_label_formatter(self.y_label)
-            .light_line_style(WHITE)
+            .max_light_lines(0)
             .draw()?;
         Ok(chart)
     }

@@ -49,19 +49,20 @@ fn histogram(panel: &Panel, title: &str, table: &Table, variant: Variant) -> Res
     };
     let mut chart = axes.draw(panel)?;
     let colour = Line::of(variant).colour;
-    let bars = bins.values().filter_map(|bin| {
+    let tops = bins.values().filter_map(|bin| {
         let share = mean(&bin.iter().map(|(_, _, share)| *share).collect::<Vec<_>>());
         let (low, high, _) = *bin.first()?;
-        let power = share.log10();
-        (power > LEAST_POWER)
-            .then(|| Rectangle::new([(low, LEAST_POWER), (high, power)], colour.filled()))
+        let power = share.log10().max(LEAST_POWER);
+        Some([(low, power), (high, power)])
     });
-    chart.draw_series(bars)?;
+    let ends = [(-4.0, LEAST_POWER), (4.0, LEAST_POWER)];
+    let outline = [ends[0]].into_iter().chain(tops.flatten()).chain([ends[1]]);
+    chart.draw_series([Polygon::new(outline.collect::<Vec<_>>(), colour.filled())])?;
     Ok(())
 }
 
-/// Inputs below which the mean gradient of a bin is left out as too uncertain.
-const FEWEST: f64 = 100.0;
+/// The share of the inputs below which the mean gradient of a bin is left out as too uncertain.
+const LEAST_SHARE: f64 = 1e-4;
 
 /// The mean absolute gradient by the input of the activation: blocks without a gate on the left,
 /// those with one on the right.
@@ -81,7 +82,7 @@ pub(super) fn gradients(root: &Panel, table: &Table) -> Result<()> {
             x: -6.0..6.0,
             x_desc: "g",
             y: 0.0..1.05 * most + 1e-9,
-            y_desc: "mean |d loss / d g| (nats)",
+            y_desc: "mean |∂ loss / ∂ g| (nats)",
             x_label: &plain,
             y_label: &|y| format!("{}", *y as f32),
         };
@@ -97,15 +98,17 @@ pub(super) fn gradients(root: &Panel, table: &Table) -> Result<()> {
 /// (middle of the bin, mean over all inputs of all layers and seeds)
 fn mean_gradients(table: &Table, variant: Variant) -> Result<Vec<(f64, f64)>> {
     let mut bins = BTreeMap::<i64, (f64, f64, f64)>::new();
+    let mut all = 0.0;
     for row in rows_of(table, variant)? {
         let middle = (row.number("low")? + row.number("high")?) / 2.0;
         let count = row.number("count")?;
+        all += count;
         if count > 0.0 {
             let bin = bins.entry((middle * 1e6).round() as i64).or_insert((middle, 0.0, 0.0));
             bin.1 += count;
             bin.2 += count * row.number("mean_absolute_gradient")?;
         }
     }
-    let certain = bins.into_values().filter(|(_, count, _)| *count >= FEWEST);
+    let certain = bins.into_values().filter(|(_, count, _)| *count >= LEAST_SHARE * all);
     Ok(certain.map(|(middle, count, sum)| (middle, sum / count)).collect())
 }

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
+use plotters::prelude::SeriesLabelPosition::{MiddleRight, UpperRight};
 use plotters::prelude::*;
 
-use super::{Axes, Chart, FLOOR, Line, Panel, TICK, extremes, legend, mean, plain, rows_of};
+use super::{Axes, Chart, FLOOR, Line, Panel, TICK, TITLE, extremes, legend, mean, plain, rows_of};
 use crate::table::Table;
 use crate::variant::Variant;
 
@@ -68,7 +69,7 @@ fn panel(
         let points = vec![(first as f64, floor), (last as f64, floor)];
         FLOOR.draw(&mut chart, points, "floor: entropy of the grammar")?;
     }
-    legend(&mut chart, SeriesLabelPosition::UpperRight)
+    legend(&mut chart, UpperRight)
 }
 
 /// The area between the least and the largest value of the seeds.
@@ -82,7 +83,8 @@ fn band(chart: &mut Chart, curve: &Curve, colour: RGBColor) -> Result<()> {
     Ok(())
 }
 
-/// The final held-out loss: a point for each seed, a bar at the mean.
+/// The final held-out loss: a point for each seed, a bar at the mean. On the left with the floor, on
+/// the right without it.
 pub(super) fn loss(root: &Panel, table: &Table) -> Result<()> {
     let floor = table.rows().next().context("runs.csv: no rows")?.number("floor")?;
     let mut losses = vec![];
@@ -91,39 +93,64 @@ pub(super) fn loss(root: &Panel, table: &Table) -> Result<()> {
         let of_seeds = rows.iter().map(|row| row.number("held_out_loss"));
         losses.push((variant, of_seeds.collect::<Result<Vec<f64>>>()?));
     }
+    let title = "Held-out loss at the end of training, at equal parameters and multiply-adds";
+    let panels = root.margin(10, 0, 0, 0).titled(title, TITLE)?.split_evenly((1, 2));
+    columns(&panels[0], "Above the floor", &losses, Some(floor))?;
+    columns(&panels[1], "Enlarged: mean and seeds", &losses, None)
+}
+
+fn columns(
+    panel: &Panel,
+    title: &str,
+    losses: &[(Variant, Vec<f64>)],
+    floor: Option<f64>,
+) -> Result<()> {
     let (least, most) =
-        extremes(losses.iter().flat_map(|(_, all)| all.iter().copied()).chain([floor]));
+        extremes(losses.iter().flat_map(|(_, all)| all.iter().copied()).chain(floor));
+    let space = 0.1 * (most - least) + 1e-6;
     let name = |x: &f64| {
         let at = (x.fract() == 0.0).then_some(*x as usize);
         at.and_then(|at| Variant::ALL.get(at)).map_or(String::new(), |v| v.name().to_string())
     };
     let axes = Axes {
-        title: "Held-out loss at the end of training: seeds and their mean",
+        title,
         x: -0.5..7.5,
-        x_desc: "feed-forward block, at equal parameters and multiply-adds",
-        y: least - 0.1 * (most - least)..most + 0.15 * (most - least),
+        x_desc: "feed-forward block",
+        y: least - space..most + 2.0 * space,
         y_desc: "held-out loss (nats per token)",
         x_label: &name,
         y_label: &plain,
     };
-    let mut chart = axes.draw(root)?;
+    let mut chart = axes.draw(panel)?;
     for (at, (variant, all)) in losses.iter().enumerate().filter(|(_, (_, all))| !all.is_empty()) {
-        column(&mut chart, at as f64, *variant, all)?;
+        column(&mut chart, at as f64, *variant, all, floor.is_none())?;
     }
-    FLOOR.draw(&mut chart, vec![(-0.5, floor), (7.5, floor)], "floor: entropy of the grammar")?;
-    let seed = BLACK.stroke_width(2);
-    chart
-        .draw_series(std::iter::empty::<Circle<(f64, f64), i32>>())?
-        .label("one seed")
-        .legend(move |(x, y)| Circle::new((x + 12, y), 4, seed));
-    legend(&mut chart, SeriesLabelPosition::MiddleRight)
+    match floor {
+        Some(floor) => {
+            let points = vec![(-0.5, floor), (7.5, floor)];
+            FLOOR.draw(&mut chart, points, "floor: entropy of the grammar")?;
+        }
+        None => {
+            let seed = BLACK.stroke_width(2);
+            chart
+                .draw_series(std::iter::empty::<Circle<(f64, f64), i32>>())?
+                .label("one seed")
+                .legend(move |(x, y)| Circle::new((x + 12, y), 4, seed));
+        }
+    }
+    let key = if floor.is_some() { MiddleRight } else { UpperRight };
+    legend(&mut chart, key)
 }
 
-fn column(chart: &mut Chart, at: f64, variant: Variant, all: &[f64]) -> Result<()> {
+/// The mean, and in `detail` the seeds and the mean's value.
+fn column(chart: &mut Chart, at: f64, variant: Variant, all: &[f64], detail: bool) -> Result<()> {
     let colour = Line::of(variant).colour;
     let (centre, (_, most)) = (mean(all), extremes(all.iter().copied()));
     let bar = [(at - 0.3, centre), (at + 0.3, centre)];
     chart.draw_series([PathElement::new(bar, colour.stroke_width(4))])?;
+    if !detail {
+        return Ok(());
+    }
     let middle = (all.len() as f64 - 1.0) / 2.0;
     chart.draw_series(all.iter().enumerate().map(|(seed, loss)| {
         Circle::new((at + 0.12 * (seed as f64 - middle), *loss), 4, colour.stroke_width(2))
