@@ -88,8 +88,8 @@ struct Args {
     /// Only fits small blocks to functions of two numbers and writes fits.csv.
     #[arg(long, conflicts_with = "time")]
     fit: bool,
-    /// Only draws the pictures of a directory again, from its csv files.
-    #[arg(long, value_name = "DIR", conflicts_with = "out")]
+    /// Only draws the pictures of a directory again, from its csv files, into --out if it is given.
+    #[arg(long, value_name = "DIR")]
     plot: Option<PathBuf>,
     #[command(flatten)]
     settings: Settings,
@@ -98,7 +98,7 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     if let Some(dir) = &args.plot {
-        return plots::draw(dir);
+        return plots::draw(dir, args.out.as_deref().unwrap_or(dir));
     }
     let out = args.out.context("--out: missing")?;
     use_one_thread()?;
@@ -162,7 +162,7 @@ fn experiment(settings: Settings, seeds: u64, jobs: usize, out: &Path) -> Result
             .try_for_each(|worker| worker.join().unwrap_or_else(|_| bail!("a run panicked")))
     })?;
     results::join(out, seeds)?;
-    plots::draw(out)
+    plots::draw(out, out)
 }
 
 /// Trains and evaluates one run, from the state that it has.

@@ -157,6 +157,7 @@ fn gradients(run: &Run, layers: &[LayerValues]) -> Result<Table> {
             let (share, mean) =
                 (bin.count as f64 / layer.pre.len() as f64, bin.sum / bin.count as f64);
             let (name, seed) = (run.variant.name(), run.seed);
+            let (share, mean) = (format!("{share:.3e}"), format!("{mean:.4e}"));
             table.push(&[&name, &seed, &i, &bin.low, &bin.high, &bin.count, &share, &mean])?;
         }
     }
@@ -183,7 +184,9 @@ fn histograms(run: &Run, layers: &[LayerValues]) -> Result<Table> {
         for bin in bins.iter() {
             let share = bin.count as f64 / layer.hidden.len() as f64;
             let (name, seed) = (run.variant.name(), run.seed);
-            table.push(&[&name, &seed, &i, &unit, &bin.low, &bin.high, &bin.count, &share])?;
+            let (low, high) = (format!("{:.4}", bin.low), format!("{:.4}", bin.high));
+            let (unit, share) = (format!("{unit:.5}"), format!("{share:.3e}"));
+            table.push(&[&name, &seed, &i, &unit, &low, &high, &bin.count, &share])?;
         }
     }
     Ok(table)

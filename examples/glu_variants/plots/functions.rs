@@ -58,7 +58,7 @@ fn functions(
 /// The largest value of the gate on the square.
 const MOST: f64 = 36.0;
 /// Cells along one side of the square.
-const CELLS: i32 = 36;
+const CELLS: i32 = 32;
 /// The values with a contour. Their signed roots divide the colour bar.
 const CONTOURS: [f64; 8] = [-16.0, -4.0, -1.0, -0.25, 0.25, 1.0, 4.0, 16.0];
 

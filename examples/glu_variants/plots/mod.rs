@@ -19,9 +19,9 @@ use plotters::prelude::*;
 use crate::table::{Row, Table};
 use crate::variant::Variant;
 
-/// Draws all pictures of a directory.
-pub(crate) fn draw(dir: &Path) -> Result<()> {
-    let read = |name: &str| Table::read(&dir.join(name));
+/// Draws all pictures from the tables of a directory.
+pub(crate) fn draw(tables: &Path, out: &Path) -> Result<()> {
+    let read = |name: &str| Table::read(&tables.join(name));
     let pictures: [(&str, (u32, u32), Draw); 6] = [
         ("activations.svg", (1200, 520), &functions::activations),
         ("gate.svg", (900, 740), &functions::gate),
@@ -33,7 +33,7 @@ pub(crate) fn draw(dir: &Path) -> Result<()> {
         ("gradients.svg", (1200, 560), &|root| probes::gradients(root, &read("gradients.csv")?)),
     ];
     for (name, size, picture) in pictures {
-        let path = dir.join(name);
+        let path = out.join(name);
         let root = SVGBackend::new(&path, size).into_drawing_area();
         let drawn = || {
             root.fill(&WHITE)?;
