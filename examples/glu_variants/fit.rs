@@ -23,8 +23,11 @@ use crate::statistics::quartiles;
 use crate::table::Table;
 use crate::variant::Variant;
 
+/// A function of x and y.
+type Function = fn(f64, f64) -> f64;
+
 /// The functions, under their names.
-const TARGETS: [(&str, fn(f64, f64) -> f64); 3] = [
+const FUNCTIONS: [(&str, Function); 3] = [
     ("x*y", |x, y| x * y),
     ("|x|", |x, _| x.abs()),
     ("sin(pi*(x+y))", |x, y| (PI * (x + y)).sin()),
@@ -46,7 +49,7 @@ pub(crate) fn measure(steps: u64, out: &Path) -> Result<()> {
         "root_mean_square_error_least",
         "root_mean_square_error_median",
     ]);
-    for (name, function) in TARGETS {
+    for (name, function) in FUNCTIONS {
         for variant in Variant::ALL {
             let block = Block::new(variant)?;
             let errors = block.fit(function, steps)?;
@@ -115,7 +118,7 @@ impl Block {
     }
 
     /// The root mean square error of each seed after the steps.
-    fn fit(&self, function: fn(f64, f64) -> f64, steps: u64) -> Result<Vec<f64>> {
+    fn fit(&self, function: Function, steps: u64) -> Result<Vec<f64>> {
         let (inputs, targets) = grid(function)?;
         let params =
             ParamsAdamW { lr: 0.0, beta1: 0.9, beta2: 0.99, eps: 1e-12, weight_decay: 0.0 };
@@ -132,7 +135,7 @@ impl Block {
 }
 
 /// (S,N,3) inputs and (1,N) values of the function.
-fn grid(function: fn(f64, f64) -> f64) -> Result<(Tensor, Tensor)> {
+fn grid(function: Function) -> Result<(Tensor, Tensor)> {
     let points =
         (0..21 * 21).map(|i| (f64::from(i % 21) / 10.0 - 1.0, f64::from(i / 21) / 10.0 - 1.0));
     let inputs: Vec<f32> = points.clone().flat_map(|(x, y)| [x as f32, y as f32, 1.0]).collect();
@@ -168,7 +171,7 @@ mod tests {
         Ok(Block { variant, vars })
     }
 
-    fn largest_error(block: &Block, function: fn(f64, f64) -> f64) -> Result<f32> {
+    fn largest_error(block: &Block, function: Function) -> Result<f32> {
         let (inputs, targets) = grid(function)?;
         let error = block.forward(&inputs)?.broadcast_sub(&targets)?.abs()?;
         Ok(error.max_all()?.to_scalar()?)
