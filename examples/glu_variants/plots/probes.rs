@@ -90,7 +90,7 @@ pub(super) fn gradients(root: &Panel, table: &Table) -> Result<()> {
         for (variant, points) in lines.iter().filter(|(v, _)| v.is_gated() == (i == 1)) {
             Line::of(*variant).draw(&mut chart, points.clone(), variant.name())?;
         }
-        legend(&mut chart, SeriesLabelPosition::UpperRight)?;
+        legend(&mut chart, SeriesLabelPosition::UpperLeft)?;
     }
     Ok(())
 }
