@@ -6,7 +6,7 @@
 //! like the blocks without a gate. Only separate operations differ by the formula alone.
 
 use std::hint::black_box;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -58,9 +58,9 @@ impl Plan {
     }
 }
 
-/// Measures everything and writes `times.csv`.
+/// Measures everything. `times.csv` is written after every case.
 pub(crate) fn measure(task: &Task, plan: Plan, out: &Path) -> Result<()> {
-    let mut times = Times::new();
+    let mut times = Times::new(out);
     let inputs = task.batch(1, 0)?.inputs;
     let small = Size {
         hidden_size: task.settings.hidden_size,
@@ -76,7 +76,7 @@ pub(crate) fn measure(task: &Task, plan: Plan, out: &Path) -> Result<()> {
         blocks(&task.settings, Case { pass: BOTH, ..case }, plan.rounds.large, &mut times)?;
         activations(Case { part: "activation", ..case }, plan.rounds.large, &mut times)?;
     }
-    times.table.write(&out.join("times.csv"))
+    Ok(())
 }
 
 const FORWARD: &str = "forward";
@@ -182,13 +182,14 @@ fn activations(case: Case, rounds: usize, times: &mut Times) -> Result<()> {
     times.add(case, rounds, &competitors)
 }
 
-/// The table of the times.
+/// The table of the times, and its file.
 struct Times {
     table: Table,
+    path: PathBuf,
 }
 
 impl Times {
-    fn new() -> Self {
+    fn new(out: &Path) -> Self {
         let table = Table::new(&[
             "part",
             "hidden_size",
@@ -204,7 +205,7 @@ impl Times {
             "seconds_third_quartile",
             "ratio_to_relu",
         ]);
-        Self { table }
+        Self { table, path: out.join("times.csv") }
     }
 
     /// Measures the competitors in turn, after one call of each that does not count. The first is
@@ -240,6 +241,6 @@ impl Times {
                 &ratio,
             ])?;
         }
-        Ok(())
+        self.table.write(&self.path)
     }
 }
