@@ -1,5 +1,6 @@
-//! Layers with weights that are used as they are, forward and backward: weights through which a
-//! gradient is tracked change with every step of an optimizer, so there is no packed copy of them.
+//! Layers that are differentiated, forward and backward. Weights through which a gradient is tracked
+//! change with every step of an optimizer, so there is no packed copy of them, and a unit packs what
+//! it multiplies. Constant weights are those of a packed layer (`PackedMatrix`).
 //!
 //! | file | content |
 //! |---|---|
