@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use candle_core::{DType, Device, Module, Tensor, Var};
-use candle_swiglu::{Checkpoint, FfnConfig, SwiGluFfn};
+use candle_swiglu::{Checkpoint, FfnConfig, FfnLora, Lora, SwiGluFfn};
 
 static NOW: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
@@ -77,6 +77,7 @@ fn load(checkpoint: &Checkpoint, dtype: DType) -> Vec<SwiGluFfn> {
 fn the_heap() {
     forward();
     training();
+    adapters();
     loading();
 }
 
@@ -195,6 +196,61 @@ fn training() {
             assert!(peak <= bound, "{case}: {peak} B at the peak of backward, bound {bound}");
             assert_eq!(store.get(&vars[0]).is_some(), !frozen, "{case}");
         }
+    }
+}
+
+/// Forward and backward of a packed block with low-rank pairs stay within the documented bounds.
+fn adapters() {
+    const R: usize = 8;
+    let size = DType::F32.size_in_bytes();
+    let ones = |dims: [usize; 2]| Tensor::full(0.01f32, &dims, &Device::Cpu).unwrap();
+    let var = |dims| Var::from_tensor(&ones(dims)).unwrap();
+    for (rows, dropout, recompute) in [(100, 0.0, false), (100, 0.5, true), (1100, 0.5, false)] {
+        let base = SwiGluFfn::from_tensors(ones([I, H]), ones([I, H]), ones([H, I])).unwrap();
+        let pair = |out, k| {
+            let (a, b) = (var([R, k]), var([out, R]));
+            let lora = Lora::new(a.as_tensor().clone(), b.as_tensor().clone(), 0.5, dropout);
+            (Some(lora.unwrap()), [a, b])
+        };
+        let ((gate_proj, gate), (up_proj, up), (down_proj, down)) =
+            (pair(I, H), pair(I, H), pair(H, I));
+        let mut ffn = base.with_recompute(recompute);
+        ffn.add_adapter("a", FfnLora { gate_proj, up_proj, down_proj }).unwrap();
+        ffn.set_adapter("a").unwrap();
+        ffn.set_training(true).unwrap();
+        let x = var([rows, H]);
+        let dy = x.ones_like().unwrap();
+        let case = format!("{rows} rows, dropout {dropout}, recompute {recompute}");
+
+        let (threads, chunk) = (candle_core::utils::get_num_threads(), rows.min(512));
+        // A and B of gate and up together, and of down, in the form that the products read.
+        let pairs = 2 * R * H + R * I + 2 * I * 2 * R + H * R;
+        let scratch = (chunk + 128) * (5 * H + 5 * I + 6 * R + 1024) * 4
+            + threads * ((chunk + 32) * 1792 + MIB);
+        let before = NOW.load(SeqCst);
+        let y = ffn.forward(&x).unwrap();
+        let kept = NOW.load(SeqCst) - before;
+        let gate_up = if recompute { 0 } else { 2 * rows * I * size };
+        let u = (rows + 15) * (3 * R + 64) * 4;
+        let bound = rows * H * size + gate_up + u + pairs * size + SMALL;
+        assert!(kept <= bound + scratch, "{case}: {kept} B are kept, bound {bound}");
+
+        let loss = (&y * &dy).unwrap().sum_all().unwrap();
+        let before = NOW.load(SeqCst);
+        PEAK.store(before, SeqCst);
+        let store = candle_swiglu::backward(&loss).unwrap();
+        let peak = PEAK.load(SeqCst) - before;
+        let of_chunks = |rows: usize, columns: usize| 4 * (rows + 512) * (columns + 64);
+        let sums = if rows > 512 {
+            of_chunks(2 * R, H) + of_chunks(R, I) + 2 * of_chunks(I, 2 * R) + of_chunks(H, R)
+        } else {
+            0
+        };
+        // The f32 gradients of the pairs and two copies, dx, and candle's sums of y's size.
+        let bound = 3 * pairs * 4 + scratch + sums + 7 * rows * H * size + SMALL;
+        assert!(peak <= bound, "{case}: {peak} B at the peak of backward, bound {bound}");
+        let vars = gate.iter().chain(&up).chain(&down);
+        vars.for_each(|var| assert!(store.get(var).is_some(), "{case}"));
     }
 }
 
