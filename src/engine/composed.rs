@@ -65,9 +65,10 @@ impl super::Block for Block {
         let inputs = inputs(x, &layers);
         let x = matrix(&x.detach())?;
         let (gate, up) = this.constants.gate_up.forward(&x)?;
-        let y = this.constants.project_down(&this.constants.glu.mul(&gate, &up)?)?;
+        let h = this.constants.glu.mul(&gate, &up)?;
         let keeps = !this.recompute && this.wants_pair(wants_x);
         let kept = keeps.then_some((gate, up));
+        let y = this.constants.project_down(&h)?;
         let under = inputs.first().cloned();
         let backward = move |dy: &Tensor| {
             let gradients = this.gradients(&x, &matrix(&dy.detach())?, kept.as_ref(), wants_x)?;
@@ -134,7 +135,7 @@ impl Inner {
             _ => None,
         };
         let wants_h = self.wants_h(wants_x);
-        let (dh, of_down) = backward(&variables.down, h.as_ref(), &dy, wants_h)?;
+        let (dh, of_down) = linear_gradients(&variables.down, h.as_ref(), &dy, wants_h)?;
         drop(h);
         let Some((dh, (gate, up))) = dh.zip(pair) else { return Ok(of_down) };
         let (dgate, dup) = constants.glu.gradients(&gate, &up, &dh)?;
@@ -142,7 +143,7 @@ impl Inner {
         let (mut dx, mut of_weights) = (None, vec![]);
         let joined = variables.gate_up.join(dgate, dup)?;
         for (layer, d) in variables.gate_up.layers().into_iter().zip(&joined) {
-            let (share, of_layer) = backward(layer, Some(x), d, wants_x)?;
+            let (share, of_layer) = linear_gradients(layer, Some(x), d, wants_x)?;
             dx = match (dx, share) {
                 (Some(dx), Some(share)) => Some((dx + share)?),
                 (dx, share) => dx.or(share),
@@ -192,7 +193,7 @@ impl Projection for Linear {
         let under = inputs.first().cloned();
         let backward = move |dy: &Tensor| {
             let dy = matrix(&dy.detach())?;
-            let (dx, of_layer) = backward(&layer, Some(&x), &dy, wants_x)?;
+            let (dx, of_layer) = linear_gradients(&layer, Some(&x), &dy, wants_x)?;
             gradients_of(LINEAR_GRADIENT, dx.into_iter().chain(of_layer), under.as_ref())
         };
         function(LINEAR, Value::Tensor(y), &inputs, backward)
@@ -228,7 +229,7 @@ fn has_variables(layer: &plain::Linear) -> bool {
 
 /// The wanted gradients of x·Wᵀ + b: dx = dy·W, and dW = dyᵀ·x and db = Σ dy of the variables. x is
 /// needed if W is one.
-fn backward(
+fn linear_gradients(
     layer: &plain::Linear,
     x: Option<&Tensor>,
     dy: &Tensor,
