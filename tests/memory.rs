@@ -136,6 +136,8 @@ fn training() {
     for (dtype, rows, recompute) in dtypes
         .iter()
         .flat_map(|&dtype| rows.iter().map(move |&rows| (dtype, rows)))
+        // candle's products in f64 have no chunks, and take long.
+        .filter(|&(dtype, rows)| dtype != DType::F64 || rows == 100)
         .flat_map(|(dtype, rows)| [false, true].map(|recompute| (dtype, rows, recompute)))
     {
         let size = dtype.size_in_bytes();
@@ -205,7 +207,7 @@ fn adapters() {
     let size = DType::F32.size_in_bytes();
     let ones = |dims: [usize; 2]| Tensor::full(0.01f32, &dims, &Device::Cpu).unwrap();
     let var = |dims| Var::from_tensor(&ones(dims)).unwrap();
-    for (rows, dropout, recompute) in [(100, 0.0, false), (100, 0.5, true), (1100, 0.5, false)] {
+    for (rows, dropout, recompute) in [(100, 0.0, false), (100, 0.5, true), (600, 0.5, false)] {
         let base = SwiGluFfn::from_tensors(ones([I, H]), ones([I, H]), ones([H, I])).unwrap();
         let pair = |out, k| {
             let (a, b) = (var([R, k]), var([out, R]));
