@@ -29,7 +29,7 @@ use std::fmt::Write as _;
 use std::hint::black_box;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module, VarMap};
 use candle_swiglu::{Linear, Lora, LoraConfig, SwiGluFfn};
@@ -124,25 +124,30 @@ fn main() -> Result<()> {
     }
 }
 
+/// A competitor.
+type Call<'a> = &'a dyn Fn() -> candle_core::Result<Tensor>;
+
 /// Medians in milliseconds.
-fn alternating(options: &Options, competitors: [&dyn Fn() -> Tensor; 2]) -> [f64; 2] {
-    let [a, b] = competitors;
+fn alternating(options: &Options, [a, b]: [Call; 2]) -> Result<[f64; 2]> {
+    [a()?, b()?].iter().try_for_each(check)?;
     let (mut a, mut b) = (|| drop(black_box(a())), || drop(black_box(b())));
     let budget = Duration::from_secs_f64(options.seconds);
     let times = harness::interleaved(budget, &mut [&mut a, &mut b]);
-    [times[0] * 1e3, times[1] * 1e3]
+    Ok([times[0] * 1e3, times[1] * 1e3])
 }
 
-fn forward(layer: &impl Module, x: &Tensor) -> Tensor {
-    layer.forward(x).unwrap_or_else(|error| panic!("{error}"))
+fn check(result: &Tensor) -> Result<()> {
+    let sum = result.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
+    ensure!(sum.is_finite(), "a result is not finite");
+    Ok(())
 }
 
 fn block(dtype: DType, rows: usize, options: &Options) -> Result<[f64; 2]> {
     let base =
         SwiGluFfn::from_tensors(normal(I, H, dtype)?, normal(I, H, dtype)?, normal(H, I, dtype)?)?;
-    let with = adapted(base.clone(), pairs(options.rank, dtype, |tensor| Ok(tensor))?)?;
+    let with = adapted(base.clone(), pairs(options.rank, dtype, Ok)?)?;
     let x = normal(rows, H, dtype)?;
-    Ok(alternating(options, [&|| forward(&with, &x), &|| forward(&base, &x)]))
+    alternating(options, [&|| with.forward(&x), &|| base.forward(&x)])
 }
 
 fn linear(dtype: DType, rows: usize, options: &Options) -> Result<[f64; 2]> {
@@ -152,7 +157,7 @@ fn linear(dtype: DType, rows: usize, options: &Options) -> Result<[f64; 2]> {
     with.add_adapter("lora", Lora::new(normal(r, H, dtype)?, normal(H, r, dtype)?, 2.0, 0.0)?)?;
     with.set_adapter("lora")?;
     let x = normal(rows, H, dtype)?;
-    Ok(alternating(options, [&|| forward(&with, &x), &|| forward(&base, &x)]))
+    alternating(options, [&|| with.forward(&x), &|| base.forward(&x)])
 }
 
 /// dx and the gradients of the pairs.
@@ -168,8 +173,7 @@ fn training(dtype: DType, options: &Options) -> Result<[f64; 2]> {
         let store = candle_swiglu::backward(&layer.forward(&x)?.sum_all()?)?;
         store.get(&x).cloned().context("x has no gradient").map_err(candle_core::Error::wrap)
     };
-    let run = |layer: &dyn Module| gradient(layer).unwrap_or_else(|error| panic!("{error}"));
-    Ok(alternating(options, [&|| run(&ours), &|| run(&candle)]))
+    alternating(options, [&|| gradient(&ours), &|| gradient(&candle)])
 }
 
 /// The pairs' config of a fine-tuning.

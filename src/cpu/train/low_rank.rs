@@ -40,7 +40,7 @@ impl Dropout {
     }
 
     /// The same mask for a matrix that begins at this row.
-    pub(super) fn from_row(self, first: usize) -> Mask {
+    pub(super) fn mask(self, first: usize) -> Mask {
         Mask { dropout: self, first }
     }
 }
@@ -136,7 +136,7 @@ impl<'a, T: Copy> LowRank<'a, T> {
     }
 
     pub(super) fn mask(&self, first_row: usize) -> Option<Mask> {
-        self.dropout.map(|dropout| dropout.from_row(first_row))
+        self.dropout.map(|dropout| dropout.mask(first_row))
     }
 }
 

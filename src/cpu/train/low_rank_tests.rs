@@ -2,7 +2,7 @@
 //! make every sum exact (`tests.rs`).
 #![allow(clippy::unwrap_used)]
 
-use candle_core::{DType, WithDType};
+use candle_core::DType;
 use half::{bf16, f16};
 
 use super::tests::{Integers, kernels, operand};
