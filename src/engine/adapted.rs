@@ -20,10 +20,16 @@ pub(crate) fn block(
     spec: &BlockSpec,
     pairs: Pairs,
 ) -> Result<Arc<dyn super::Block>> {
-    if let Some(block) = base.with_lora(&pairs)? {
-        return Ok(block);
+    let block = if has_one_mask(&pairs) { base.with_lora(&pairs)? } else { None };
+    Ok(block.unwrap_or_else(|| composed_block(base, spec, pairs)))
+}
+
+/// The kernels drop the same elements of x for gate and up.
+fn has_one_mask([gate, up, _]: &Pairs) -> bool {
+    match (gate, up) {
+        (Some(gate), Some(up)) => gate.dropout() == up.dropout(),
+        _ => true,
     }
-    Ok(composed_block(base, spec, pairs))
 }
 
 /// [`block`] in candle's matmuls.

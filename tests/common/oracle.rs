@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use anyhow::Result;
 use candle_core::{DType, Tensor};
-use candle_swiglu::{FfnConfig, Glu, GluActivation, reference};
+use candle_swiglu::{FfnConfig, Glu, GluActivation, Lora, reference};
 
 use super::{unit_roundoff, values};
 
@@ -159,6 +159,10 @@ impl Matrix {
         Self { elements: self.elements.iter().map(|&e| f(e)).collect(), ..*self }
     }
 
+    fn scaled(&self, factor: Near, u: f64) -> Self {
+        self.map(|e| e.times(factor, u))
+    }
+
     fn transposed(&self) -> Self {
         Self::from_fn(self.columns, self.rows, |r, c| self.at(c, r))
     }
@@ -190,6 +194,21 @@ impl Matrix {
     }
 }
 
+impl Pair {
+    /// The gradient of u = x·Aᵀ: s·d·B
+    fn du(&self, d: &Matrix, u: f64) -> Matrix {
+        d.times_transposed(&self.b.transposed(), u).scaled(self.scale, u)
+    }
+
+    /// dA = duᵀ·x and dB = s·dᵀ·u
+    fn gradients(&self, x: &Matrix, d: &Matrix, u: f64) -> [Matrix; 2] {
+        let da = self.du(d, u).transposed().times_transposed(&x.transposed(), u);
+        let low = x.times_transposed(&self.a, u);
+        let db = d.transposed().times_transposed(&low.transposed(), u).scaled(self.scale, u);
+        [da, db]
+    }
+}
+
 // ---------------------------------------------------------------- the oracle
 
 /// A block over separate projections, in f64, with error bounds.
@@ -197,6 +216,14 @@ pub(crate) struct Block {
     op: Glu,
     down_multiplier: f64,
     weights: HashMap<String, Matrix>,
+    pairs: HashMap<String, Pair>,
+}
+
+/// A low-rank pair: A (r,in), B (out,r), s.
+struct Pair {
+    a: Matrix,
+    b: Matrix,
+    scale: Near,
 }
 
 /// `act`, multipliers, limit and offset of a config.
@@ -223,19 +250,41 @@ impl Block {
             op: glu_of(cfg),
             down_multiplier: f64::from(cfg.down_multiplier),
             weights: found,
+            pairs: HashMap::new(),
         })
     }
 
+    /// Adds a low-rank pair to a projection.
+    pub(crate) fn with_pair(mut self, projection: &str, lora: &Lora) -> Result<Self> {
+        let (a, b) = (Matrix::exact(lora.a())?, Matrix::exact(lora.b())?);
+        let pair = Pair { a, b, scale: Near::exact(lora.scale()) };
+        self.pairs.insert(projection.to_string(), pair);
+        Ok(self)
+    }
+
     fn project(&self, x: &Matrix, name: &str, u: f64) -> Matrix {
-        let product = x.times_transposed(&self.weights[&format!("{name}.weight")], u);
+        let mut product = x.times_transposed(&self.weights[&format!("{name}.weight")], u);
+        if let Some(Pair { a, b, scale }) = self.pairs.get(name) {
+            let low_rank = x.times_transposed(a, u).times_transposed(b, u).scaled(*scale, u);
+            product = product.plus(&low_rank, u);
+        }
         self.weights
             .get(&format!("{name}.bias"))
             .map_or(product.clone(), |bias| product.plus(bias, u))
     }
 
+    /// The gradient of a projection's input, from that of its output.
+    fn project_back(&self, d: &Matrix, name: &str, u: f64) -> Matrix {
+        let back = d.times_transposed(&self.weights[&format!("{name}.weight")].transposed(), u);
+        match self.pairs.get(name) {
+            Some(pair) => back.plus(&pair.du(d, u).times_transposed(&pair.a.transposed(), u), u),
+            None => back,
+        }
+    }
+
     fn scale(&self, y: &Matrix, u: f64) -> Matrix {
         let d = self.down_multiplier;
-        y.map(|y| y.times(Near::exact(d), if d == 1.0 { 0.0 } else { u }))
+        y.scaled(Near::exact(d), if d == 1.0 { 0.0 } else { u })
     }
 
     /// x (M,H) -> y (M,H)
@@ -277,7 +326,7 @@ impl Block {
     ) -> Result<BTreeMap<String, Matrix>> {
         let (x, dy) = (Matrix::exact(x)?, self.scale(&Matrix::exact(dy)?, u));
         let (gate, up) = (self.project(&x, "gate_proj", u), self.project(&x, "up_proj", u));
-        let dh = dy.times_transposed(&self.weights["down_proj.weight"].transposed(), u); // (M,I)
+        let dh = self.project_back(&dy, "down_proj", u); // (M,I)
         let pair = |f: &dyn Fn([Near; 4], Near) -> Near| {
             Matrix::from_fn(dh.rows, dh.columns, |r, c| {
                 f(glu_factors(&self.op, gate.at(r, c), up.at(r, c), u), dh.at(r, c))
@@ -286,8 +335,8 @@ impl Block {
         let h = pair(&|[act, _, up, _], _| act.times(up, u));
         let dgate = pair(&|[_, slope, up, _], dh| dh.times(up, u).times(slope, u));
         let dup = pair(&|[act, _, _, passes], dh| dh.times(act, u).times(passes, 0.0));
-        let back = |d: &Matrix, name: &str| d.times_transposed(&self.weights[name].transposed(), u);
-        let dx = back(&dgate, "gate_proj.weight").plus(&back(&dup, "up_proj.weight"), u);
+        let back = |d: &Matrix, name| self.project_back(d, name, u);
+        let dx = back(&dgate, "gate_proj").plus(&back(&dup, "up_proj"), u);
         let mut all = BTreeMap::from([("dx".to_string(), dx)]);
         for (name, d, input) in
             [("gate_proj", &dgate, &x), ("up_proj", &dup, &x), ("down_proj", &dy, &h)]
@@ -298,6 +347,11 @@ impl Block {
             );
             if self.weights.contains_key(&format!("{name}.bias")) {
                 all.insert(format!("d{name}.bias"), d.column_sums(u));
+            }
+            if let Some(pair) = self.pairs.get(name) {
+                let [da, db] = pair.gradients(input, d, u);
+                all.insert(format!("d{name}.lora_A"), da);
+                all.insert(format!("d{name}.lora_B"), db);
             }
         }
         Ok(all)
