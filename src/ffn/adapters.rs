@@ -22,8 +22,9 @@ use crate::which::Which;
 /// - `freeze` and `to_dtype` keep the adapters. `freeze` makes them constants; `to_dtype` leaves
 ///   them in their own dtype.
 ///
-/// The pairs may have another float dtype than the weights: then the low-rank part is computed in
-/// the wider one of x's and the pair's dtype, and added before the sum is rounded. On a block of
+/// The pairs may have another float dtype than the weights. The CPU kernels of packed weights
+/// compute the low-rank part in the dtype of the weights, with f32 sums, and add it before the sum
+/// is rounded. Elsewhere it is computed in the wider one of x's and the pair's dtype. On a block of
 /// constants gradients reach the pairs (and x) alone.
 ///
 /// ```
