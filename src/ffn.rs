@@ -63,8 +63,8 @@ mod adapters;
 ///
 /// The forward pass keeps x, gate and up in the graph: `2·M·I` elements beside x
 /// ([`SwiGluFfn::with_recompute`] avoids them). On a GPU and in f64 the backward pass allocates up
-/// to `5·M·I` elements at a time beside the gradients. With the CPU kernels I is rounded up to whole
-/// panels, and each pass borrows scratch memory of at most
+/// to `5·M·I` elements at a time beside the gradients. With the CPU kernels I is rounded up to
+/// whole panels, and each pass borrows scratch memory of at most
 /// `(rows + 128)·(4H + 5I + 768)·a + threads·((rows + 32)·1792 B + 1 MiB)`, with rows ≤ 512 and `a`
 /// as above. The backward pass of packed weights has the same bound. With more than 512 rows, the
 /// backward pass of variables also allocates `4·(R + 512)·(C + 64)` B for each wanted gradient of a

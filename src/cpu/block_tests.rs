@@ -236,10 +236,10 @@ fn silu() -> Glu {
 }
 
 /// M: around the heights of microkernels (6, 12), the limit of the smaller k-block (24) and the
-/// length of a chunk (512). H and I: around the widths of vectors and panels, odd, and longer than a
-/// k-block, which has 128 to 1024 values with few rows and up to 8192 with many. With up to 6 rows,
-/// H and I are also large enough for units of adjacent panels on up to 8 threads, and leave one panel
-/// over.
+/// length of a chunk (512). H and I: around the widths of vectors and panels, odd, and longer than
+/// a k-block, which has 128 to 1024 values with few rows and up to 8192 with many. With up to 6
+/// rows, H and I are also large enough for units of adjacent panels on up to 8 threads, and leave
+/// one panel over.
 fn sizes() -> Vec<(usize, usize, usize)> {
     let small = [(1, 1), (7, 5), (33, 65), (64, 32), (67, 129)];
     let mut sizes: Vec<_> = (1..=13).flat_map(|m| small.map(|(h, i)| (m, h, i))).collect();

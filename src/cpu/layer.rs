@@ -25,7 +25,8 @@ pub(crate) trait LinearLayer: Send + Sync {
     fn rows(&self, rows: &mut dyn Iterator<Item = usize>) -> CpuStorage;
     /// The bias (columns), if one was set.
     fn bias(&self) -> Option<Vec<f32>>;
-    /// Packs a low-rank pair A (r, k) and B (columns, r), with its scale, in the dtype of the weight.
+    /// Packs a low-rank pair A (r, k) and B (columns, r), with its scale, in the dtype of the
+    /// weight.
     fn low_rank(&self, a: Operand, b: Operand) -> Result<LowRank>;
     /// The weight (columns, k), valid as long as the layer.
     fn matrix(&self) -> PackedMatrix;
@@ -46,8 +47,8 @@ pub(crate) trait BlockLayer: Send + Sync {
     /// The bias (rows) of a weight. gate and up share a buffer: if one of them has a bias, the
     /// other's is zero.
     fn bias(&self, which: Which) -> Option<Vec<f32>>;
-    /// Packs a low-rank pair in the dtype of the weights, with its scale: A (r, H), B of gate (I, r)
-    /// and of up (I, r); or A (r, I) and B of down (H, r).
+    /// Packs a low-rank pair in the dtype of the weights, with its scale: A (r, H), B of gate (I,
+    /// r) and of up (I, r); or A (r, I) and B of down (H, r).
     fn low_rank(&self, a: Operand, b: &[Operand]) -> Result<LowRank>;
     /// gate, up (I, H) and down (H, I), valid as long as the layer.
     fn matrices(&self) -> [PackedMatrix; 3];

@@ -1,8 +1,8 @@
 //! Low-rank addends of packed projections (LoRA): (x·Aᵀ)·Bᵀ is added to the sums of x·Wᵀ.
 //!
-//! u = x·Aᵀ is a product of its own. u·Bᵀ is one more k-block of the projection: B has the panels of
-//! W, with k = r. Gate and up have one addend, whose A has the rows of both pairs. B of gate is zero
-//! at the k of up's pair and the other way round.
+//! u = x·Aᵀ is a product of its own. u·Bᵀ is one more k-block of the projection: B has the panels
+//! of W, with k = r. Gate and up have one addend, whose A has the rows of both pairs. B of gate is
+//! zero at the k of up's pair and the other way round.
 
 use super::format::Stored;
 use super::kernels::Io;

@@ -9,8 +9,8 @@
 //!    written.
 //! 4. A thread starts the down projection when all of h is complete.
 //!
-//! A low-rank addend (`low_rank.rs`) is a product of its own before each stage, u = x·Aᵀ, and one more
-//! k-block in each unit of the stage (`pass/u.rs`).
+//! A low-rank addend (`low_rank.rs`) is a product of its own before each stage, u = x·Aᵀ, and one
+//! more k-block in each unit of the stage (`pass/u.rs`).
 
 mod u;
 
@@ -267,8 +267,8 @@ impl<'a, T: Io, Y: Send> Pass<'a, T, Y> {
         let work = |thread: usize| {
             // SAFETY: scratch has `threads` pieces of this size from the last offset on.
             let own = unsafe { scratch.at(self.offsets[6] + thread * self.thread_bytes) };
-            // SAFETY: units of a phase write disjoint parts of A, u, h and y, and a phase begins when
-            // the one it reads is done.
+            // SAFETY: units of a phase write disjoint parts of A, u, h and y, and a phase begins
+            // when the one it reads is done.
             unsafe {
                 copy.work(|unit, _| self.copy_rows(&scratch, unit));
                 copy.wait();

@@ -1,5 +1,5 @@
-//! Layers with low-rank pairs (LoRA) where no kernel adds them: candle's matmuls over the weights of
-//! a layer, differentiable in x, in the pairs and in variables among the weights.
+//! Layers with low-rank pairs (LoRA) where no kernel adds them: candle's matmuls over the weights
+//! of a layer, differentiable in x, in the pairs and in variables among the weights.
 
 use std::sync::Arc;
 

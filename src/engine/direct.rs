@@ -10,9 +10,9 @@ use candle_core::{Result, Tensor, TensorId};
 ///
 /// candle adds every gradient to a tensor of zeros. For a large weight that takes as long as a part
 /// of the products, and in bf16 and f16 longer than all of them. Here the gradients of variables
-/// that this crate's layers compute ([`crate::SwiGluFfn`], [`crate::Linear`]) are put into the store
-/// as they are. The gradients are the same, up to the sign of a zero and the order in which the
-/// shares of a variable with three or more uses are added.
+/// that this crate's layers compute ([`crate::SwiGluFfn`], [`crate::Linear`]) are put into the
+/// store as they are. The gradients are the same, up to the sign of a zero and the order in which
+/// the shares of a variable with three or more uses are added.
 ///
 /// # Errors
 /// Those of [`Tensor::backward`].

@@ -17,8 +17,8 @@ impl Addend {
     /// The addend of these pairs in `dtype`; none if there are none. `b_factor` multiplies the
     /// scale.
     ///
-    /// The product has a matrix for each element of `pairs`. All of them multiply the same u: B of a
-    /// matrix is zero at the k of the others.
+    /// The product has a matrix for each element of `pairs`. All of them multiply the same u: B of
+    /// a matrix is zero at the k of the others.
     pub(super) fn new(
         pairs: &[Option<Lora>],
         rows: usize,

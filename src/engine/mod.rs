@@ -325,8 +325,8 @@ fn has_kernels(device: &Device, dtype: DType) -> bool {
     }
 }
 
-/// A matrix is addressable in packed form too, which pads it by less than 256 rows and 32 columns of
-/// at most 4 bytes each.
+/// A matrix is addressable in packed form too, which pads it by less than 256 rows and 32 columns
+/// of at most 4 bytes each.
 fn check_addressable(name: &'static str, rows: usize, columns: usize) -> Result<()> {
     let padded = rows.checked_add(256).zip(columns.checked_add(32));
     match padded.and_then(|(rows, columns)| rows.checked_mul(columns)?.checked_mul(4)) {

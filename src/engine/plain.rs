@@ -281,8 +281,8 @@ pub(super) fn matrix(x: &Tensor) -> candle_core::Result<Tensor> {
     if is_matrix(x) { Ok(x.clone()) } else { x.contiguous() }
 }
 
-/// Row-major, or the transpose of that: what a GEMM takes. candle's GEMM on the CPU also takes a gap
-/// between the rows.
+/// Row-major, or the transpose of that: what a GEMM takes. candle's GEMM on the CPU also takes a
+/// gap between the rows.
 fn is_matrix(x: &Tensor) -> bool {
     let gaps = x.device().is_cpu();
     let fits = |stride, len| stride == len || (gaps && stride > len);

@@ -1,5 +1,5 @@
-//! The products that blocks and linear layers of variables launch, counted by the driver model. On a
-//! card only the presence of gradients is checked.
+//! The products that blocks and linear layers of variables launch, counted by the driver model. On
+//! a card only the presence of gradients is checked.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Module, Tensor, Var};

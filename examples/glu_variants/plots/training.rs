@@ -83,8 +83,8 @@ fn band(chart: &mut Chart, curve: &Curve, colour: RGBColor) -> Result<()> {
     Ok(())
 }
 
-/// The final held-out loss: a point for each seed, a bar at the mean. On the left with the floor, on
-/// the right without it.
+/// The final held-out loss: a point for each seed, a bar at the mean. On the left with the floor,
+/// on the right without it.
 pub(super) fn loss(root: &Panel, table: &Table) -> Result<()> {
     let floor = table.rows().next().context("runs.csv: no rows")?.number("floor")?;
     let mut losses = vec![];

@@ -1,7 +1,7 @@
 //! u = x·Aᵀ, the first product of a low-rank addend.
 //!
-//! u has few columns, so that parts of k are units when there are few rows. Its sums are the same for
-//! any number of rows: the parts are added in order.
+//! u has few columns, so that parts of k are units when there are few rows. Its sums are the same
+//! for any number of rows: the parts are added in order.
 
 use std::ops::Range;
 

@@ -13,8 +13,8 @@
 //!    panels, and dgate and dup as A and transposed.
 //! 3. dx, the gradients of the weights and of the biases. Sums over several chunks stay in f32.
 //!
-//! The addend of down adds a product to dh before phase 2 (du = dy·B), that of gate and up adds one to dx
-//! after it. Their gradients are gradients of weights like the others.
+//! The addend of down adds a product to dh before phase 2 (du = dy·B), that of gate and up adds one
+//! to dx after it. Their gradients are gradients of weights like the others.
 
 mod chunk;
 mod gate;

@@ -21,8 +21,8 @@ use crate::cpu::pages;
 use crate::cpu::pass::PAD;
 use crate::gate::activation::Glu;
 
-/// The formula, the weights gate and up (I,H), down (H,I), their biases, and the addends of gate and
-/// up, and of down.
+/// The formula, the weights gate and up (I,H), down (H,I), their biases, and the addends of gate
+/// and up, and of down.
 pub(super) struct Block<'a, T: 'static> {
     pub(super) gemm: Gemm<T>,
     pub(super) glu: Glu,

@@ -248,8 +248,8 @@ impl<T: Copy> Gemm<T> {
         }
     }
 
-    /// Packs some k of some panels. Rows of each matrix become the columns of a panel from the given
-    /// one on.
+    /// Packs some k of some panels. Rows of each matrix become the columns of a panel from the
+    /// given one on.
     ///
     /// # Safety
     /// `own` is this thread's.

@@ -1,5 +1,5 @@
-//! Packed blocks with low-rank addends and dropout, under every kernel and tiles in software. Integers
-//! make every sum exact (`tests.rs`).
+//! Packed blocks with low-rank addends and dropout, under every kernel and tiles in software.
+//! Integers make every sum exact (`tests.rs`).
 #![allow(clippy::unwrap_used)]
 
 use candle_core::DType;

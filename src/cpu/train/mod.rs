@@ -1,6 +1,6 @@
-//! Layers that are differentiated, forward and backward. Weights through which a gradient is tracked
-//! change with every step of an optimizer, so there is no packed copy of them, and a unit packs what
-//! it multiplies. Constant weights are those of a packed layer (`PackedMatrix`).
+//! Layers that are differentiated, forward and backward. Weights through which a gradient is
+//! tracked change with every step of an optimizer, so there is no packed copy of them, and a unit
+//! packs what it multiplies. Constant weights are those of a packed layer (`PackedMatrix`).
 //!
 //! | file | content |
 //! |---|---|
@@ -103,8 +103,8 @@ pub(crate) enum WeightOperand<'a> {
     Packed(PackedMatrix),
 }
 
-/// A low-rank addend of a product, in the dtype of x: A (r,in), and for each matrix of the product B
-/// (out,r), with the scale and, if there is a dropout p, the factor 1/(1-p).
+/// A low-rank addend of a product, in the dtype of x: A (r,in), and for each matrix of the product
+/// B (out,r), with the scale and, if there is a dropout p, the factor 1/(1-p).
 #[derive(Clone, Copy)]
 pub(crate) struct LowRankOperands<'a> {
     pub(crate) a: Operand<'a>,
