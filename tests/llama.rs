@@ -3,6 +3,8 @@
 
 #![allow(missing_docs)]
 
+#[path = "llama/adapters.rs"]
+mod adapters;
 #[path = "llama/checkpoints.rs"]
 mod checkpoints;
 mod common;

@@ -29,6 +29,11 @@ pub struct Args {
     #[arg(long, default_value = "main")]
     pub revision: String,
 
+    /// The directory of a LoRA adapter in PEFT's format (adapter_config.json and
+    /// adapter_model.safetensors).
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+
     /// The beginning of the text; `-` reads it from stdin [default: "Once upon a time"].
     #[arg(short, long, allow_hyphen_values = true, conflicts_with_all = ["file", "chat"])]
     pub prompt: Option<String>,

@@ -3,8 +3,9 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
-use candle_swiglu::{Linear, linear_b};
+use candle_swiglu::Linear;
 
+use super::adapter::Pairs;
 use super::cache::KvSlot;
 use super::config::{LayerConfig, LlamaConfig, ModelType};
 use super::norm::Norm;
@@ -87,16 +88,21 @@ impl Step {
 
 impl Attention {
     /// Loads the projections from `vb`, whose prefix ends in `.self_attn`.
-    pub fn load(cfg: &LlamaConfig, layer: LayerConfig, vb: VarBuilder) -> Result<Self> {
+    pub fn load(
+        cfg: &LlamaConfig,
+        layer: LayerConfig,
+        vb: VarBuilder,
+        pairs: Pairs,
+    ) -> Result<Self> {
         let (q_dim, hidden) = (cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size);
         let norm = |name| Norm::load(cfg.head_dim, cfg.rms_norm_eps, vb.pp(name));
         Ok(Self {
-            qkv: Qkv::load(cfg, &vb)?,
+            qkv: Qkv::load(cfg, &vb, pairs)?,
             qk_norm: match cfg.model_type {
                 ModelType::Qwen3 => Some((norm("q_norm")?, norm("k_norm")?)),
                 _ => None,
             },
-            o_proj: linear_b(q_dim, hidden, cfg.o_bias, vb.pp("o_proj"))?,
+            o_proj: pairs.linear((q_dim, hidden), cfg.o_bias, vb.pp("o_proj"))?,
             heads: cfg.num_attention_heads,
             kv_heads: cfg.num_key_value_heads,
             head_dim: cfg.head_dim,
@@ -182,11 +188,11 @@ impl Attention {
 }
 
 impl Qkv {
-    fn load(cfg: &LlamaConfig, vb: &VarBuilder) -> Result<Self> {
+    fn load(cfg: &LlamaConfig, vb: &VarBuilder, pairs: Pairs) -> Result<Self> {
         let (q_dim, kv_dim) =
             (cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim);
         let projection =
-            |name, out_dim| linear_b(cfg.hidden_size, out_dim, cfg.qkv_bias, vb.pp(name));
+            |name, out_dim| pairs.linear((cfg.hidden_size, out_dim), cfg.qkv_bias, vb.pp(name));
         if cfg.model_type == ModelType::Phi3 {
             return Ok(Self::Packed(projection("qkv_proj", q_dim + 2 * kv_dim)?));
         }

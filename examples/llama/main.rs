@@ -69,9 +69,11 @@ fn run(args: &Args) -> Result<ExitCode> {
     let device = source::pick_device(args.cpu);
     let dtype = args.dtype.map_or(cfg.dtype.unwrap_or(DType::F32), DType::from);
     note(format_args!("model: {}", dir.display()));
+    args.adapter.iter().for_each(|dir| note(format_args!("adapter: {}", dir.display())));
     note(format_args!("device: {}, dtype: {}", source::device_name(&device), dtype.as_str()));
     let start = Instant::now();
-    let model = source::load(checkpoint, &cfg, (dtype, &device), args.allow_unread)?;
+    let adapter = args.adapter.as_deref();
+    let model = source::load(checkpoint, &cfg, adapter, (dtype, &device), args.allow_unread)?;
     note(format_args!("kernel: {}", model.kernel()));
     note(format_args!("loaded in {:.2} s", start.elapsed().as_secs_f64()));
 

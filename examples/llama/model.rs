@@ -26,6 +26,8 @@
     reason = "each of the programs that include this module uses a part of it"
 )]
 
+#[path = "adapter.rs"]
+mod adapter;
 #[path = "attend.rs"]
 mod attend;
 #[path = "attention.rs"]
@@ -58,12 +60,13 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use candle_nn::{Init, Module, VarBuilder};
-use candle_swiglu::{Checkpoint, Linear, SwiGluFfn, linear_b};
+use candle_swiglu::{Checkpoint, Linear, LoraAdapter, SwiGluFfn};
 
 pub use self::cache::Cache;
 pub use self::config::LlamaConfig;
 pub use self::names::{Unread, check_all_read, ignore_unread};
 
+use self::adapter::Pairs;
 use self::attention::{Attention, Step, attention_dtype};
 use self::cache::KvSlot;
 use self::config::LayerConfig;
@@ -114,12 +117,33 @@ impl Llama {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
+        Self::open_with_adapter(checkpoint, cfg, None, dtype, device)
+    }
+
+    /// [`Llama::open`] with the low-rank pairs of an adapter (LoRA) on the projections of attention
+    /// and MLP and on the head.
+    ///
+    /// # Errors
+    /// Also a pair of other sizes than its projection's, or for a module that the model lacks.
+    pub fn open_with_adapter(
+        checkpoint: &Checkpoint,
+        cfg: &LlamaConfig,
+        adapter: Option<&LoraAdapter>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let names = Names::find(checkpoint, cfg)?;
         // Checked before any weight is read.
         names.unknown(checkpoint, cfg).map_or(Ok(()), |unread| Err(unread.into_error()))?;
         let vb = checkpoint.var_builder(dtype, device);
-        let model = Self::with_names(vb, cfg, names, &|_, vb| swiglu(cfg, vb))?;
+        let model_name = names.model.clone();
+        let pairs = Pairs::new(adapter, &model_name);
+        let mlp = |_, vb: VarBuilder| -> Result<Arc<dyn Mlp>> {
+            Ok(Arc::new(pairs.swiglu(&cfg.ffn, vb)?))
+        };
+        let model = Self::with_names(vb, cfg, names, &mlp, pairs)?;
         check_all_read(checkpoint).map_err(Unread::into_error)?;
+        pairs.check_used()?;
         Ok(model)
     }
 
@@ -130,28 +154,37 @@ impl Llama {
     /// has a gradient. Candle's fused operations have no gradient, so they are used only where no
     /// variable is involved.
     pub fn load(vb: VarBuilder, cfg: &LlamaConfig) -> Result<Self> {
-        Self::load_with(vb, cfg, &|_, vb| swiglu(cfg, vb))
+        Self::load_with(vb, cfg, &|_, vb| Ok(Arc::new(SwiGluFfn::new(&cfg.ffn, vb)?)))
     }
 
     /// [`Llama::load`] with the MLPs that `mlp` builds.
     pub fn load_with(vb: VarBuilder, cfg: &LlamaConfig, mlp: BuildMlp) -> Result<Self> {
-        Self::with_names(vb, cfg, Names::usual(cfg), mlp)
+        Self::with_names(vb, cfg, Names::usual(cfg), mlp, Pairs::NONE)
     }
 
-    fn with_names(vb: VarBuilder, cfg: &LlamaConfig, names: Names, mlp: BuildMlp) -> Result<Self> {
+    fn with_names(
+        vb: VarBuilder,
+        cfg: &LlamaConfig,
+        names: Names,
+        mlp: BuildMlp,
+        pairs: Pairs,
+    ) -> Result<Self> {
         let model = if names.model.is_empty() { vb.clone() } else { vb.pp(&names.model) };
         let shape = (cfg.vocab_size, cfg.hidden_size);
         let normal = Init::Randn { mean: 0.0, stdev: 0.02 };
         let embed_tokens = || model.pp("embed_tokens").get_with_hints(shape, "weight", normal);
-        let lm_head = |name: &str| linear_b(cfg.hidden_size, cfg.vocab_size, false, vb.pp(name));
+        let sizes = (cfg.hidden_size, cfg.vocab_size);
+        let lm_head = |name: &str| pairs.linear(sizes, false, vb.pp(name));
         let (embed_tokens, lm_head) = match &names.head {
-            Head::Embedding => (None, Linear::new(embed_tokens()?, None)?),
+            Head::Embedding => {
+                (None, pairs.adapted(Linear::new(embed_tokens()?, None)?, "lm_head")?)
+            }
             Head::Own(name) => (Some(embed_tokens()?), lm_head(name)?),
             Head::Both(name) => (None, lm_head(name)?),
         };
         let layer = |(i, layer): (usize, &LayerConfig)| {
             let vb = model.pp("layers").pp(i);
-            Layer::load(cfg, *layer, mlp(i, vb.pp("mlp"))?, vb)
+            Layer::load(cfg, *layer, mlp(i, vb.pp("mlp"))?, vb, pairs)
         };
         let layers = cfg.layers.iter().enumerate().map(layer).collect::<Result<Vec<_>>>()?;
         let norm = Norm::load(cfg.hidden_size, cfg.rms_norm_eps, model.pp("norm"))?;
@@ -278,11 +311,12 @@ impl Layer {
         layer: LayerConfig,
         mlp: Arc<dyn Mlp>,
         vb: VarBuilder,
+        pairs: Pairs,
     ) -> Result<Self> {
         let norm = |name| Norm::load(cfg.hidden_size, cfg.rms_norm_eps, vb.pp(name));
         Ok(Self {
             input_layernorm: norm("input_layernorm")?,
-            self_attn: Attention::load(cfg, layer, vb.pp("self_attn"))?,
+            self_attn: Attention::load(cfg, layer, vb.pp("self_attn"), pairs)?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
             mlp,
             residual_multiplier: cfg.residual_multiplier,
@@ -297,11 +331,6 @@ impl Layer {
         let _span = tracing::trace_span!("mlp").entered();
         residual::add(&x, &scaled(self.mlp.forward(&normed)?, self.residual_multiplier)?)
     }
-}
-
-/// The MLP that the config describes.
-fn swiglu(cfg: &LlamaConfig, vb: VarBuilder) -> Result<Arc<dyn Mlp>> {
-    Ok(Arc::new(SwiGluFfn::new(&cfg.ffn, vb)?))
 }
 
 /// x * factor, rounded once. candle's product of f16 or bf16 would round the factor too.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, DeviceLocation};
-use candle_swiglu::{Checkpoint, read_json};
+use candle_swiglu::{Checkpoint, LoraAdapter, read_json};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::model::{Llama, LlamaConfig, ignore_unread};
@@ -82,20 +82,23 @@ pub fn device_name(device: &Device) -> String {
     }
 }
 
-/// Loads the model, with a progress bar.
+/// Loads the model with the adapter in a directory, if there is one, with a progress bar. The
+/// adapter's pairs are in f32, as PEFT loads them.
 pub fn load(
     checkpoint: Checkpoint,
     cfg: &LlamaConfig,
+    adapter: Option<&Path>,
     (dtype, device): (DType, &Device),
     allow_unread: bool,
 ) -> Result<Llama> {
+    let adapter = adapter.map(|dir| LoraAdapter::open(dir, DType::F32, device)).transpose()?;
     if let Some(unread) = if allow_unread { ignore_unread(&checkpoint, cfg)? } else { None } {
         note(format_args!("warning: {unread}"));
     }
     let bar = byte_bar("loading", checkpoint.data_bytes())?;
     let progress = bar.clone();
     let checkpoint = checkpoint.with_progress(move |bytes| progress.inc(bytes));
-    let model = Llama::open(&checkpoint, cfg, dtype, device);
+    let model = Llama::open_with_adapter(&checkpoint, cfg, adapter.as_ref(), dtype, device);
     bar.finish_and_clear();
     let model = model?;
     model.notes().iter().for_each(note);
