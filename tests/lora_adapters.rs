@@ -14,7 +14,7 @@ use candle_swiglu::{
 };
 
 mod common;
-use common::{Numbers, bits, pack, unit_roundoff, values, weights};
+use common::{Numbers, bits, check_within, pack, unit_roundoff, values, weights};
 
 const CPU: Device = Device::Cpu;
 const H: usize = 12;
@@ -72,6 +72,13 @@ fn tensors_of(weights: &Weights) -> Vec<Tensor> {
 
 fn all_bits(weights: &Weights) -> Result<Vec<Vec<u64>>> {
     tensors_of(weights).iter().map(bits).collect()
+}
+
+/// Sums of at most 24 products and of values below 10, added in other orders: 24·10·2⁻²⁴ is 1.4e-5.
+fn check_near(found: &Tensor, expected: &Tensor) -> Result<()> {
+    let bounds = vec![2e-5; expected.elem_count()];
+    check_within("another order of sums", found, &values(expected)?, &bounds)?;
+    Ok(())
 }
 
 // ---------------------------------------------------------------- 1. which adapter computes
@@ -199,7 +206,7 @@ fn frozen_and_converted_layers() -> Result<()> {
     ffn.set_adapter("a")?;
     let frozen = ffn.freeze()?;
     assert_eq!(frozen.active_adapter(), Some("a"));
-    assert_eq!(values(&frozen.forward(&x)?)?.len(), values(&ffn.forward(&x)?)?.len());
+    check_near(&frozen.forward(&x)?, &ffn.forward(&x)?)?;
     assert!(ffn.forward(&x)?.track_op() && !frozen.forward(&x)?.track_op());
     let wide = ffn.to_dtype(DType::F64)?;
     assert_eq!((wide.dtype(), wide.active_adapter()), (DType::F64, Some("a")));
@@ -426,22 +433,24 @@ fn new_pairs() -> Result<()> {
             let loss = ffn.forward(&x)?.sqr()?.mean_all()?;
             optimizer.step(&loss.backward()?)?;
         }
-        let after = bits(&ffn.forward(&x)?)?;
-        assert!(after != before);
+        let after = ffn.forward(&x)?;
+        assert!(bits(&after)? != before);
 
         let dir = tempfile::TempDir::new()?;
-        LoraAdapter::from_pairs(config, lora.modules(&cfg, BLOCK)?)?.save(dir.path())?;
+        LoraAdapter::from_pairs(config.clone(), lora.modules(&cfg, BLOCK)?)?.save(dir.path())?;
         let adapter = LoraAdapter::open(dir.path(), DType::F32, &CPU)?;
         let names = cfg.family.unwrap_or(Family::Llama).names();
         let read = FfnLora::from_adapter_with_names(&adapter, BLOCK, &names)?;
         adapter.check_used()?;
         let mut ffn = block(&tensors)?;
         ffn.add_adapter("read", read)?;
-        ffn.set_adapter("read")?;
-        let (found, trained) = (values(&ffn.forward(&x)?)?, after);
-        for (found, trained) in found.into_iter().zip(trained) {
-            // Products of 20 numbers at most, in another order where variables were packed.
-            assert!((found - f64::from_bits(trained)).abs() < 1e-5, "{found}");
+        let mut again = VarMap::new();
+        let vb = VarBuilder::from_varmap(&again, DType::F32, &CPU).pp("base_model.model");
+        ffn.add_adapter("again", FfnLora::init(&cfg, &config, BLOCK, vb.pp(BLOCK))?)?;
+        again.load(dir.path().join("adapter_model.safetensors"))?;
+        for name in ["read", "again"] {
+            ffn.set_adapter(name)?;
+            check_near(&ffn.forward(&x)?, &after)?;
         }
     }
     Ok(())
@@ -544,21 +553,14 @@ fn everything_dropped() -> Result<()> {
     let [mut with, _] = dropping(1.0, &mut numbers)?;
     with.set_training(true)?;
     let x = Var::from_tensor(&numbers.tensor(&[9, H], 1.0, DType::F32)?)?;
-    let y = with.forward(&x)?;
     let mut base = with.clone();
     base.disable_adapters();
-    let expected = base.forward(&x)?;
-    let gradient = |y: &Tensor| -> Result<Vec<f64>> {
-        values(y.sum_all()?.backward()?.get(&x).context("a gradient")?)
+    let [y, expected] = [with.forward(&x)?, base.forward(&x)?];
+    check_near(&y, &expected)?;
+    let gradient = |y: &Tensor| -> Result<Tensor> {
+        Ok(y.sum_all()?.backward()?.get(&x).context("a gradient")?.clone())
     };
-    // The two may sum up to 20 products in different orders.
-    for (found, expected) in
-        [(values(&y)?, values(&expected)?), (gradient(&y)?, gradient(&expected)?)]
-    {
-        for (found, expected) in found.iter().zip(&expected) {
-            assert!((found - expected).abs() < 1e-5, "{found}, expected {expected}");
-        }
-    }
+    check_near(&gradient(&y)?, &gradient(&expected)?)?;
     let mut layer = Linear::new(numbers.tensor(&[I, H], 1.0, DType::F32)?, None)?;
     let lora = trained(&pair(&mut numbers, 3, H, I, 1.0)?)?;
     layer.add_adapter("a", lora.clone())?;
@@ -652,10 +654,6 @@ fn different_dropouts() -> Result<()> {
         Ok(ffn)
     };
     let x = numbers.tensor(&[5, H], 1.0, DType::F32)?;
-    let found = values(&layer(FfnLora { up_proj, ..lora.clone() })?.forward(&x)?)?;
-    let expected = values(&layer(FfnLora { up_proj: None, ..lora })?.forward(&x)?)?;
-    for (found, expected) in found.iter().zip(&expected) {
-        assert!((found - expected).abs() < 1e-5, "{found}, expected {expected}");
-    }
-    Ok(())
+    let found = layer(FfnLora { up_proj, ..lora.clone() })?.forward(&x)?;
+    check_near(&found, &layer(FfnLora { up_proj: None, ..lora })?.forward(&x)?)
 }

@@ -112,13 +112,16 @@ fn results(
     Ok(all)
 }
 
+/// Values and their error bounds.
+type Bounded = (Vec<f64>, Vec<f64>);
+
 /// The exact values of [`results`] with the errors that the unit roundoff u may cause.
 fn exact_results(
     block: &Block,
     x: &Tensor,
     dy: &Tensor,
     u: f64,
-) -> Result<BTreeMap<String, (Vec<f64>, Vec<f64>)>> {
+) -> Result<BTreeMap<String, Bounded>> {
     let y = block.forward(x, u)?;
     let mut all = BTreeMap::from([("y".to_string(), (y.values(), y.errors()))]);
     for (name, near) in block.gradients(x, dy, u)? {

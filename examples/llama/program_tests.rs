@@ -48,6 +48,7 @@ fn flags_that_exclude_each_other() -> Result<()> {
     assert_eq!((args.model_id.as_deref(), args.prompt.as_deref()), (Some("dir"), Some("-x")));
     assert_eq!(args.stop, ["a", "-b"]);
     assert!(parse(&["--chat", "--system", "x", "--stop", "y"]).is_ok());
+    assert_eq!(parse(&["--adapter", "dir"])?.adapter, Some("dir".into()));
     assert_eq!(parse(&["--tracing", "--cpu"])?.tracing, Some(None));
     assert_eq!(parse(&["--tracing", "t.json"])?.tracing, Some(Some("t.json".into())));
     Ok(())

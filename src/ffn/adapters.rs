@@ -91,8 +91,8 @@ impl SwiGluFfn {
     }
 
     /// Sets whether dropout acts on the input of the pairs. Without it, the default, it does not,
-    /// and the result is the same every time. A new random mask is drawn for each pair in each
-    /// call. There is no dropout after an adapter is merged.
+    /// and the result is the same every time. New random masks are drawn in each call. gate_proj
+    /// and up_proj may share one if their probabilities are equal. A merged adapter has no dropout.
     ///
     /// candle's `ModuleT::forward_t` cannot decide this: candle implements it for every `Module`,
     /// so that a type which is one has no implementation of its own.

@@ -56,7 +56,7 @@ impl FfnLora {
     /// has none.
     ///
     /// Where gate and up are rows of one module (`gate_up_proj`), its A serves both, and B is
-    /// split. In training each of the two drops elements of x by itself.
+    /// split.
     ///
     /// # Errors
     /// Names that fit several families with different meanings ([`Error::AmbiguousPairs`]): use

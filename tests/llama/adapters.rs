@@ -110,7 +110,8 @@ fn pairs_that_the_model_cannot_take() -> Result<()> {
     let error = |adapter: &LoraAdapter| -> Result<String> {
         Ok(format!("{:#}", open(&base()?, Some(adapter), DType::F32).err().context("an error")?))
     };
-    for module in ["model.layers.2.mlp.up_proj", "model.embed_tokens", "model.layers.0.mlp.router"] {
+    for module in ["model.layers.2.mlp.up_proj", "model.embed_tokens", "model.layers.0.mlp.router"]
+    {
         let message = error(&adapter(&[(module, 21, 45), ("lm_head", 21, 37)])?)?;
         ensure!(message.contains(module) && !message.contains("lm_head"), "{message}");
     }
