@@ -314,11 +314,14 @@ fn found(lora: &FfnLora) -> Result<[Option<usize>; 3]> {
     Ok([number(&lora.gate_proj)?, number(&lora.up_proj)?, number(&lora.down_proj)?])
 }
 
+/// The name of a block, modules of an adapter, and the module of each projection's pair.
+type Case<'a> = (&'a str, &'a [&'a str], [Option<usize>; 3]);
+
 #[test]
 fn names_of_families() -> Result<()> {
     let all = [Some(0), Some(1), Some(2)];
     let fused = [Some(0), Some(0), Some(1)];
-    let cases: [(&str, &[&str], [Option<usize>; 3]); 18] = [
+    let cases: [Case; 18] = [
         ("model.layers.0.mlp", &["gate_proj", "up_proj", "down_proj"], all),
         ("model.layers.0.mlp", &["up_proj"], [None, Some(0), None]),
         ("model.layers.0.mlp", &["down_proj"], [None, None, Some(0)]),
@@ -419,7 +422,8 @@ fn new_pairs() -> Result<()> {
             .flat_map(|name| ["A", "B"].map(|side| format!("{BLOCK}.{name}.lora_{side}.weight")))
             .collect();
         let mut created: Vec<String> = vars.data().lock().unwrap().keys().cloned().collect();
-        (expected.sort(), created.sort());
+        expected.sort();
+        created.sort();
         assert_eq!(created, expected);
 
         let tensors = base_weights(&mut numbers)?;
