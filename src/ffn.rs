@@ -49,7 +49,7 @@ mod adapters;
 /// `rows·(H + I + 256)·a + threads·(rows·NR·4 B + 256 KiB)` with rows ≤ 512 and NR ≤ 64: longer
 /// inputs are processed in chunks. `a` is 2 B where the kernel multiplies bf16 without widening it,
 /// else 4 B. With `amx`, NR is 256 (8 panels), and rows counts up to 15 more. The scratch memory is
-/// kept for the next call.
+/// kept for the next call. Low-rank adapters need more (docs/lora.md).
 ///
 /// # Training
 /// Every step is differentiable. Weights from a `VarMap` are used without a copy, so that the block
@@ -246,11 +246,9 @@ impl SwiGluFfn {
     pub fn freeze(&self) -> Result<Self> {
         let frozen = match self.block.is_packed() {
             true => self.clone(),
-            false => {
-                Self::from_weights(&self.cfg, self.weights()?.map(|tensor| Ok(tensor.detach()))?)?
-            }
+            false => Self::from_weights(&self.cfg, self.weights()?.map(engine::constant)?)?,
         };
-        frozen.with_adapters_of(self, Lora::detach, |merged| Ok(merged.clone()))
+        frozen.with_adapters_of(self, Lora::frozen, |merged| Ok(merged.clone()))
     }
 
     /// Sets whether the backward pass computes gate and up again. Without it, the default, the
@@ -258,9 +256,10 @@ impl SwiGluFfn {
     /// dropped. With it the graph keeps x alone, and the backward pass takes about a third longer.
     /// In f32 and f64 on the CPU the gradients have the same bits either way.
     ///
-    /// This concerns variables. Packed weights always compute gate and up again. Without the fused
-    /// gate (`CANDLE_SWIGLU_KERNEL=plain`, or a GPU that does not have it) candle differentiates
-    /// its own operations, and keeps gate, up and h.
+    /// This concerns variables, and low-rank adapters on packed weights on the CPU. Packed weights
+    /// without an adapter always compute gate and up again. Without the fused gate
+    /// (`CANDLE_SWIGLU_KERNEL=plain`, or a GPU that does not have it), and with an adapter
+    /// elsewhere, candle differentiates its own operations, and keeps gate, up and h.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -293,7 +292,7 @@ impl SwiGluFfn {
         };
         let converted =
             Self::with_block(&self.cfg, convert(&self.block)?).with_recompute(self.recompute);
-        converted.with_adapters_of(self, Lora::clone, convert)
+        converted.with_adapters_of(self, |lora| Ok(lora.clone()), convert)
     }
 }
 

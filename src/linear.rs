@@ -128,9 +128,12 @@ impl Linear {
     pub fn freeze(&self) -> Result<Self> {
         let frozen = match self.layer.is_packed() {
             true => self.clone(),
-            false => Self::new(self.weight()?.detach(), self.bias()?.map(|bias| bias.detach()))?,
+            false => {
+                let bias = self.bias()?.as_ref().map(engine::constant).transpose()?;
+                Self::new(engine::constant(&self.weight()?)?, bias)?
+            }
         };
-        frozen.with_adapters_of(self, Lora::detach, |merged| Ok(merged.clone()))
+        frozen.with_adapters_of(self, Lora::frozen, |merged| Ok(merged.clone()))
     }
 
     /// The layer with its weights in another float dtype.
@@ -146,7 +149,7 @@ impl Linear {
             engine::projection(layer.weight()?.to_dtype(dtype)?, bias)
         };
         let converted = Self::with_layer((self.out_dim, self.in_dim), convert(&self.layer)?);
-        converted.with_adapters_of(self, Lora::clone, convert)
+        converted.with_adapters_of(self, |lora| Ok(lora.clone()), convert)
     }
 
     /// Rows of W: ids (…) in u8, u32 or i64 -> (…, in). With the weight that a model ties to its

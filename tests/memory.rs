@@ -227,15 +227,16 @@ fn adapters() {
         let (threads, chunk) = (candle_core::utils::get_num_threads(), rows.min(512));
         // A and B of gate and up together, and of down, in the form that the products read.
         let pairs = 2 * R * H + R * I + 2 * I * 2 * R + H * R;
-        let scratch = (chunk + 128) * (5 * H + 5 * I + 6 * R + 1024) * 4
+        let scratch = (chunk + 128) * (5 * H + 5 * I + 9 * R + 1024) * 4
             + threads * ((chunk + 32) * 1792 + MIB);
+        drop(ffn.forward(&x).unwrap()); // keeps its scratch for the next call
         let before = NOW.load(SeqCst);
         let y = ffn.forward(&x).unwrap();
         let kept = NOW.load(SeqCst) - before;
         let gate_up = if recompute { 0 } else { 2 * rows * I * size };
         let u = (rows + 15) * (3 * R + 64) * 4;
         let bound = rows * H * size + gate_up + u + pairs * size + SMALL;
-        assert!(kept <= bound + scratch, "{case}: {kept} B are kept, bound {bound}");
+        assert!(kept <= bound, "{case}: {kept} B are kept, bound {bound}");
 
         let loss = (&y * &dy).unwrap().sum_all().unwrap();
         let before = NOW.load(SeqCst);

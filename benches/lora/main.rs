@@ -30,9 +30,9 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{Module, VarMap};
-use candle_swiglu::{Linear, Lora, LoraConfig, SwiGluFfn};
+use candle_core::{DType, Tensor, Var};
+use candle_nn::Module;
+use candle_swiglu::{Linear, Lora, SwiGluFfn};
 
 use systems::{CandleMlp, H, I, adapted, normal, pairs};
 
@@ -174,18 +174,4 @@ fn training(dtype: DType, options: &Options) -> Result<[f64; 2]> {
         store.get(&x).cloned().context("x has no gradient").map_err(candle_core::Error::wrap)
     };
     alternating(options, [&|| gradient(&ours), &|| gradient(&candle)])
-}
-
-/// The pairs' config of a fine-tuning.
-fn config(rank: usize) -> LoraConfig {
-    LoraConfig::new(rank, 2.0 * rank as f64).with_target_modules([
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ])
-}
-
-/// The variables of the pairs on the CPU.
-fn new_vars() -> (VarMap, Device) {
-    (VarMap::new(), Device::Cpu)
 }

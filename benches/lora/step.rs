@@ -7,13 +7,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
-use candle_nn::{AdamW, Init, Optimizer, VarBuilder};
-use candle_swiglu::{FfnConfig, FfnLora, SwiGluFfn};
+use candle_nn::{AdamW, Init, Optimizer, VarBuilder, VarMap};
+use candle_swiglu::{FfnConfig, FfnLora, LoraConfig, SwiGluFfn};
 use serde_json::json;
 
 use crate::model::{Llama, LlamaConfig, Mlp};
 use crate::systems::{CandleMlp, H, I, adapted};
-use crate::{config, new_vars};
 
 const TOKENS: usize = 512;
 const VOCAB: usize = 128_256;
@@ -79,8 +78,12 @@ pub(crate) fn run(system: &str, rank: usize) -> Result<()> {
         "bos_token_id": 1,
         "eos_token_id": 2,
     }))?;
-    let (vars, device) = new_vars();
-    let (ffn_cfg, lora) = (FfnConfig::new(H, I), config(rank));
+    let (vars, device, ffn_cfg) = (VarMap::new(), Device::Cpu, FfnConfig::new(H, I));
+    let lora = LoraConfig::new(rank, 2.0 * rank as f64).with_target_modules([
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]);
     let mlp = |layer: usize, vb: VarBuilder| -> candle_core::Result<Arc<dyn Mlp>> {
         let name = format!("model.layers.{layer}.mlp");
         let of_pairs = VarBuilder::from_varmap(&vars, DType::F32, &device).pp(&name);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::plain::product;
 use super::{BlockSpec, Projection, wider};
 use crate::error::Result;
 use crate::lora::Lora;
@@ -54,8 +55,8 @@ fn low_rank(x: &Tensor, pair: &Lora) -> candle_core::Result<Tensor> {
     let dtype = wider(x.dtype(), pair.a().dtype());
     let x = x.to_dtype(dtype)?;
     let x = drop_elements(&x, pair.dropout())?;
-    let u = x.matmul(&pair.a().to_dtype(dtype)?.t()?)?;
-    u.matmul(&pair.b().to_dtype(dtype)?.t()?)? * pair.scale()
+    let u = product(&x, &pair.a().to_dtype(dtype)?)?;
+    product(&u, &pair.b().to_dtype(dtype)?)? * pair.scale()
 }
 
 /// x with each element 0 with this probability p, and the others times 1/(1-p).
@@ -81,7 +82,7 @@ fn project(
     bias: Option<&Tensor>,
     pair: Option<&Lora>,
 ) -> candle_core::Result<Tensor> {
-    let y = x.matmul(&weight.t()?)?;
+    let y = product(x, weight)?;
     let y = match bias {
         Some(bias) => y.broadcast_add(bias)?,
         None => y,

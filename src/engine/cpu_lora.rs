@@ -171,7 +171,7 @@ fn with_addend<R>(
     }
 }
 
-/// The pairs of gate and up have one dropout, that of the first, because they share x.
+/// The pairs of gate and up have one mask, and the same probability (`adapted.rs`).
 fn dropout_of(pairs: &[Option<Lora>]) -> candle_core::Result<Option<Dropout>> {
     let probability = pairs.iter().flatten().map(Lora::dropout).fold(0.0, f32::max);
     if probability == 0.0 {
@@ -271,7 +271,7 @@ fn of_pairs(
         if is_tracked(pair.b()) {
             let b = Tensor::from_vec(b, ((), ranks), &Device::Cpu)?.narrow(1, start, r)?;
             let b = (b * (pair.scale() * factor))?;
-            all.push(Value::Tensor(b.to_dtype(pair.b().dtype())?.force_contiguous()?));
+            all.push(Value::Tensor(b.to_dtype(pair.b().dtype())?));
         }
         start += r;
     }

@@ -62,8 +62,8 @@ impl SwiGluFfn {
     /// # Errors
     /// No adapter of this name.
     pub fn set_adapter(&mut self, name: &str) -> Result<()> {
-        let (block, cfg) = (&self.block, &self.cfg);
-        self.adapters.activate(name, |lora| added(block, cfg, &lora))
+        let (block, cfg, recompute) = (&self.block, &self.cfg, self.recompute);
+        self.adapters.activate(name, |lora| added(block, cfg, recompute, &lora))
     }
 
     /// Computes without adapters until [`SwiGluFfn::set_adapter`] is called. A merged adapter is
@@ -100,8 +100,8 @@ impl SwiGluFfn {
     /// # Errors
     /// None but candle's.
     pub fn set_training(&mut self, training: bool) -> Result<()> {
-        let (block, cfg) = (&self.block, &self.cfg);
-        self.adapters.set_training(training, |lora| added(block, cfg, &lora))
+        let (block, cfg, recompute) = (&self.block, &self.cfg, self.recompute);
+        self.adapters.set_training(training, |lora| added(block, cfg, recompute, &lora))
     }
 
     /// Computes with the active adapter in the weights, which then costs nothing. The weights
@@ -121,8 +121,8 @@ impl SwiGluFfn {
     /// # Errors
     /// No adapter is merged.
     pub fn unmerge_adapter(&mut self) -> Result<()> {
-        let (block, cfg) = (&self.block, &self.cfg);
-        self.adapters.unmerge(|lora| added(block, cfg, &lora))
+        let (block, cfg, recompute) = (&self.block, &self.cfg, self.recompute);
+        self.adapters.unmerge(|lora| added(block, cfg, recompute, &lora))
     }
 
     /// A block of constants without adapters, with the active adapter in its weights: `W + s·B·A`
@@ -148,21 +148,28 @@ impl SwiGluFfn {
     pub(super) fn with_adapters_of(
         self,
         other: &Self,
-        change: impl Fn(&Lora) -> Lora,
+        change: impl Fn(&Lora) -> Result<Lora>,
         merged: impl FnOnce(&Arc<dyn Block>) -> Result<Arc<dyn Block>>,
     ) -> Result<Self> {
-        let add = |lora| added(&self.block, &self.cfg, &lora);
+        let add = |lora| added(&self.block, &self.cfg, self.recompute, &lora);
         let adapters = other.adapters.rebuilt(change, add, merged)?;
         Ok(Self { adapters, ..self })
     }
 }
 
 /// The block with pairs added to its products.
-fn added(block: &Arc<dyn Block>, cfg: &FfnConfig, lora: &FfnLora) -> Result<Arc<dyn Block>> {
-    match lora.is_empty() {
-        true => Ok(block.clone()),
-        false => adapted::block(block, &spec(cfg), lora.pairs().map(Option::<&Lora>::cloned)),
+fn added(
+    block: &Arc<dyn Block>,
+    cfg: &FfnConfig,
+    recompute: bool,
+    lora: &FfnLora,
+) -> Result<Arc<dyn Block>> {
+    if lora.is_empty() {
+        return Ok(block.clone());
     }
+    let pairs = lora.pairs().map(Option::<&Lora>::cloned);
+    let block = adapted::block(block, &spec(cfg), pairs)?;
+    Ok(block.with_recompute(recompute).unwrap_or(block))
 }
 
 /// The block with pairs in its weights, which are constants.
@@ -171,9 +178,9 @@ fn merged(block: &Arc<dyn Block>, cfg: &FfnConfig, lora: &FfnLora) -> Result<Arc
         let weight = block.weight(which)?;
         let weight = match lora.pairs()[which as usize] {
             Some(pair) => pair.merge(&weight)?,
-            None => weight.detach(),
+            None => engine::constant(&weight)?,
         };
-        let bias = block.bias(which)?.map(|bias| bias.detach());
+        let bias = block.bias(which)?.as_ref().map(engine::constant).transpose()?;
         Ok(Piece::One { which, weight, bias })
     };
     engine::load_block(&spec(cfg), |take| {

@@ -112,7 +112,7 @@ impl Linear {
     pub(super) fn with_adapters_of(
         self,
         other: &Self,
-        change: impl Fn(&Lora) -> Lora,
+        change: impl Fn(&Lora) -> Result<Lora>,
         merged: impl FnOnce(&Arc<dyn Projection>) -> Result<Arc<dyn Projection>>,
     ) -> Result<Self> {
         let add = |lora| adapted::projection(&self.layer, lora);
@@ -123,6 +123,6 @@ impl Linear {
 
 /// The layer with a pair in its weight, which is a constant.
 fn merged(layer: &Arc<dyn Projection>, lora: &Lora) -> Result<Arc<dyn Projection>> {
-    let bias = layer.bias()?.map(|bias| bias.detach());
+    let bias = layer.bias()?.as_ref().map(engine::constant).transpose()?;
     engine::projection(lora.merge(&layer.weight()?)?, bias)
 }

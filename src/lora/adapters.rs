@@ -8,11 +8,11 @@ use crate::error::{Error, Result};
 /// The low-rank pairs that an adapter has for one layer.
 pub(crate) trait Pairs: Clone {
     /// The same with `f` applied to every pair.
-    fn map(&self, f: impl Fn(&Lora) -> Lora) -> Self;
+    fn map(&self, f: impl Fn(&Lora) -> Result<Lora>) -> Result<Self>;
 }
 
 impl Pairs for Lora {
-    fn map(&self, f: impl Fn(&Lora) -> Lora) -> Self {
+    fn map(&self, f: impl Fn(&Lora) -> Result<Lora>) -> Result<Self> {
         f(self)
     }
 }
@@ -104,7 +104,7 @@ impl<P, L> Adapters<P, L> {
 impl<P: Pairs, L: Clone> Adapters<P, L> {
     pub(crate) fn activate(&mut self, name: &str, add: impl FnOnce(P) -> Result<L>) -> Result<()> {
         let pairs = self.all.get(name).ok_or_else(|| self.unknown(name))?;
-        let layer = add(self.in_mode(pairs))?;
+        let layer = add(self.in_mode(pairs)?)?;
         self.active = Some(Active { name: name.to_string(), layer, merged: false });
         Ok(())
     }
@@ -149,12 +149,13 @@ impl<P: Pairs, L: Clone> Adapters<P, L> {
     /// `merged` makes the layer of an adapter that is merged from the present one.
     pub(crate) fn rebuilt(
         &self,
-        change: impl Fn(&Lora) -> Lora,
+        change: impl Fn(&Lora) -> Result<Lora>,
         add: impl FnOnce(P) -> Result<L>,
         merged: impl FnOnce(&L) -> Result<L>,
     ) -> Result<Self> {
-        let all = self.all.iter().map(|(name, pairs)| (name.clone(), pairs.map(&change)));
-        let mut new = Self { all: all.collect(), active: None, training: self.training };
+        let all = self.all.iter().map(|(name, pairs)| Ok((name.clone(), pairs.map(&change)?)));
+        let all = all.collect::<Result<_>>()?;
+        let mut new = Self { all, active: None, training: self.training };
         match &self.active {
             None => {}
             Some(Active { name, layer, merged: true }) => {
@@ -167,7 +168,10 @@ impl<P: Pairs, L: Clone> Adapters<P, L> {
     }
 
     /// Without dropout unless the layer is in training.
-    fn in_mode(&self, pairs: &P) -> P {
-        if self.training { pairs.clone() } else { pairs.map(Lora::without_dropout) }
+    fn in_mode(&self, pairs: &P) -> Result<P> {
+        match self.training {
+            true => Ok(pairs.clone()),
+            false => pairs.map(|pair| Ok(pair.without_dropout())),
+        }
     }
 }

@@ -210,9 +210,9 @@ impl FfnLora {
 }
 
 impl Pairs for FfnLora {
-    fn map(&self, f: impl Fn(&Lora) -> Lora) -> Self {
-        let [gate_proj, up_proj, down_proj] = self.pairs().map(|pair| pair.map(&f));
-        Self { gate_proj, up_proj, down_proj }
+    fn map(&self, f: impl Fn(&Lora) -> Result<Lora>) -> Result<Self> {
+        let [gate_proj, up_proj, down_proj] = self.pairs().map(|pair| pair.map(&f).transpose());
+        Ok(Self { gate_proj: gate_proj?, up_proj: up_proj?, down_proj: down_proj? })
     }
 }
 

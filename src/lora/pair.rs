@@ -120,9 +120,9 @@ impl Lora {
         Self { dropout: 0.0, ..self.clone() }
     }
 
-    /// The same pair as constants.
-    pub(crate) fn detach(&self) -> Self {
-        Self { a: self.a.detach(), b: self.b.detach(), ..self.clone() }
+    /// The present values of the pair, as constants in memory of their own.
+    pub(crate) fn frozen(&self) -> Result<Self> {
+        Ok(Self { a: self.a.detach().copy()?, b: self.b.detach().copy()?, ..self.clone() })
     }
 
     /// (out, r, in)

@@ -110,8 +110,8 @@ impl<T: Io> Block<'_, T> {
             None => [(i, h), (i, h), (h, i)],
         };
         let mut outputs = [0, 1, 2].map(|which| {
-            let (rows, columns) = shapes[which];
-            (wanted.weights[which] && rows > 0).then(|| Output::new(rows, columns))
+            let (height, width) = shapes[which];
+            (wanted.weights[which] && height > 0).then(|| Output::new(height, width))
         });
         let [gate, up, down] = outputs.each_mut().map(|output| output.as_mut().map(Output::target));
         let [gate, up] = match (wanted.fused, gate) {
@@ -119,7 +119,7 @@ impl<T: Io> Block<'_, T> {
             _ => [gate, up],
         };
         let mut low_rank = [0, 1].map(|i| {
-            let addend = self.low_rank[i].as_ref().filter(|_| wanted.low_rank[i] && rows > 0)?;
+            let addend = self.low_rank[i].as_ref().filter(|_| wanted.low_rank[i])?;
             Some(LowRankOutput::new(addend))
         });
         let targets = BlockTargets {
@@ -140,7 +140,7 @@ impl<T: Io> Block<'_, T> {
                     })
                 }),
                 biases,
-                low_rank: low_rank.map(|output| Some(output?.finish())),
+                low_rank: low_rank.map(|output| Some(output?.finish(rows))),
             }
         }
     }
@@ -163,10 +163,10 @@ impl LowRankOutput {
     }
 
     /// # Safety
-    /// Every element was written.
-    unsafe fn finish(self) -> LowRankGradients {
+    /// As [`Output::finish`].
+    unsafe fn finish(self, rows_of_x: usize) -> LowRankGradients {
         // SAFETY: the caller's contract.
-        let finish = |output: Output<f32>| unsafe { output.finish(usize::MAX) };
+        let finish = |output: Output<f32>| unsafe { output.finish(rows_of_x) };
         LowRankGradients { a: finish(self.a), b: self.b.into_iter().map(finish).collect() }
     }
 }

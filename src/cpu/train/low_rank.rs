@@ -220,6 +220,8 @@ pub(super) struct LowRankTargets {
 
 /// The gradients of an addend while the chunks are processed.
 pub(super) struct LowRankGradient<T: 'static> {
+    /// r
+    rank: usize,
     pub(super) a: WeightGradient<T>,
     pub(super) b: Vec<WeightGradient<T>>,
 }
@@ -238,9 +240,14 @@ impl<T: Copy> LowRankGradient<T> {
         };
         let b = of.b.iter().zip(&to.b);
         Self {
+            rank: of.rank(),
             a: new((of.rank(), of.a.k), to.a),
             b: b.map(|(b, target)| new((b.rows, of.rank()), *target)).collect(),
         }
+    }
+
+    pub(super) fn rank(&self) -> usize {
+        self.rank
     }
 
     pub(super) fn all(&self) -> impl Iterator<Item = &WeightGradient<T>> {

@@ -77,7 +77,10 @@ impl Operands {
         let [gate, up, down] = gradients.weights.each_ref().map(Option::is_some);
         let [reads_dropped_x, reads_dropped_h] = gradients.low_rank.each_ref().map(Option::is_some);
         let drops_x = block.low_rank[0].as_ref().is_some_and(|addend| addend.dropout.is_some());
-        let ranks = block.low_rank.each_ref().map(|addend| addend.as_ref().map(|a| a.rank()));
+        // h of down's gradient would need a copy without dropped elements.
+        debug_assert!(!down || block.low_rank[1].as_ref().is_none_or(|a| a.dropout.is_none()));
+        let rank = |of: &Option<LowRankGradient<T>>| of.as_ref().map(LowRankGradient::rank);
+        let ranks = gradients.low_rank.each_ref().map(rank);
         let mut pieces = Pieces { gemm: block.gemm, rows, arena };
         Self {
             x: recompute.then(|| pieces.a(rows, x_stride)),
@@ -139,7 +142,7 @@ impl Operands {
             [(vec![dgate, dup], self.dropped_x_panels), (vec![dy], self.h)].into_iter();
         let addends = gradients.low_rank.iter().zip(of_addends).zip(self.u).zip(self.du_transposed);
         for (((gradient, (outputs, input)), u), du) in addends {
-            let Some(LowRankGradient { a, b }) = gradient else { continue };
+            let Some(LowRankGradient { a, b, .. }) = gradient else { continue };
             add(a, du, input);
             b.iter().zip(outputs).for_each(|(gradient, output)| add(gradient, output, u));
         }
