@@ -246,7 +246,8 @@ pub enum Error {
     },
     /// The modules of an adapter fit several families that give them different meanings.
     #[error(
-        "the adapter's {} under \"{block}\" fit several families ({}): name one with FfnLora::from_adapter_with_names",
+        "the adapter's {} under \"{block}\" fit several families ({}): name one with \
+         FfnLora::from_adapter_with_names",
         list(names, ", "),
         list(families, ", ")
     )]

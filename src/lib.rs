@@ -84,7 +84,7 @@
 //! | the gate alone | [`silu_mul`], [`glu_mul`], [`Glu`] |
 //! | training | [`fn@backward`], [`SwiGluFfn::with_recompute`], [`SwiGluFfn::freeze`] |
 //! | loading | [`Checkpoint`], [`read_json`], `hub` (feature `hub`) |
-//! | low-rank adapters | [`LoraAdapter`], [`LoraConfig`], [`Modules`], [`Lora`], [`FfnLora`], [`SwiGluFfn::add_adapter`] |
+//! | low-rank adapters | [`LoraAdapter`], [`LoraConfig`], [`Modules`], [`Lora`], [`FfnLora`] |
 //! | names and layouts | [`Family`], [`Names`], [`Weights`], [`GateUp`] |
 //! | errors | [`Error`], [`Result`] |
 //! | kernels | [`cpu_kernels`], [`SwiGluFfn::kernel`] |

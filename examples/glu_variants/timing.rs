@@ -92,7 +92,7 @@ struct Case {
     pass: &'static str,
 }
 
-/// A variant, the kind of its operations, and what is timed.
+/// A variant, whether its operations are fused or separate, and the function that is timed.
 type Competitor<'a> = (Variant, &'static str, Box<dyn Fn() -> Result<()> + 'a>);
 
 /// The model's loss on one batch and its gradients, with the blocks that the runs train.

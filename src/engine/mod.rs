@@ -306,8 +306,8 @@ pub(crate) fn projection(weight: Tensor, bias: Option<Tensor>) -> Result<Arc<dyn
     }
 }
 
-/// The present values of a tensor as a constant. An optimizer writes into the storage of a variable,
-/// so it is copied unless the CPU kernels are about to pack it.
+/// The present values of a tensor as a constant. An optimizer writes into the storage of a
+/// variable, so it is copied unless the CPU kernels are about to pack it.
 pub(crate) fn constant(tensor: &Tensor) -> candle_core::Result<Tensor> {
     match is_tracked(tensor) {
         true if !tensor.device().is_cpu() || !has_kernels(tensor.device(), tensor.dtype()) => {

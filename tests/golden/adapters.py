@@ -177,7 +177,8 @@ RULES = [
     dict(target_modules=["up_proj"], rank_pattern={r"(layers)\.\d\.mlp\.up_proj(?<=up_proj)": 4, "layers.10.*": 6}),
 ]  # fmt: skip
 # Names that the model lacks; they are answered by the functions that PEFT applies to each module.
-EXTRA = ["up_proj", "q_proj", "w1", "lm_head", "layers.1.up_proj", "layers.1.mlp.up_proj", "model.layers.1.experts.0.w1",
+EXTRA = ["up_proj", "q_proj", "w1", "lm_head", "layers.1.up_proj", "layers.1.mlp.up_proj",
+         "model.layers.1.experts.0.w1",
          "x.h.1.w1", "h.2.w1", "proj", "a.proj", "a.b.0.c.1.w1", "b.0.w1", "modelXlayers.1.mlp.up_proj",
          "model.layers.1.mlp.up_proj.x",
          "vision.layers.2.mlp.up_proj", "model.layers.3.mlp.Xup_proj"]  # fmt: skip
